@@ -1,0 +1,73 @@
+"""LLM-serving kernels for NVIDIA GPUs and CPUs, with FlashInfer's names and no compiler.
+
+CUDA tensors run CUDA kernels, built by NVRTC on first use; CPU tensors (NumPy, torch) run Numba kernels. There is no
+switch to set. Importing this package imports nothing else: a name is looked up when it is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Operator family -> its names at the top level. TYPE_CHECKING below repeats it for type checkers and editors;
+# tests/test_import.py fails when the two, or a family's __all__, part ways.
+_FAMILIES: dict[str, tuple[str, ...]] = {
+    "activation": ("gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"),
+    "cascade": ("merge_state", "merge_state_in_place", "merge_states"),
+    "decode": ("BatchDecodeWithPagedKVCacheWrapper", "single_decode_with_kv_cache"),
+    "norm": ("fused_add_rmsnorm", "gemma_rmsnorm", "rmsnorm"),
+    "page": ("append_paged_kv_cache", "get_batch_indices_positions", "get_seq_lens"),
+    "prefill": (
+        "BatchPrefillWithPagedKVCacheWrapper",
+        "BatchPrefillWithRaggedKVCacheWrapper",
+        "single_prefill_with_kv_cache",
+    ),
+    "rope": (
+        "apply_llama31_rope_pos_ids",
+        "apply_llama31_rope_pos_ids_inplace",
+        "apply_rope_pos_ids",
+        "apply_rope_pos_ids_inplace",
+        "apply_rope_with_cos_sin_cache",
+        "apply_rope_with_cos_sin_cache_inplace",
+    ),
+    "sampling": (
+        "min_p_sampling_from_probs",
+        "sampling_from_logits",
+        "sampling_from_probs",
+        "softmax",
+        "top_k_sampling_from_probs",
+        "top_k_top_p_sampling_from_probs",
+        "top_p_sampling_from_probs",
+    ),
+}
+_MODULE_OF = {name: family for family, names in _FAMILIES.items() for name in names}
+_SUBMODULES = (*_FAMILIES, "core", "jit", "profiler", "schedulers")
+
+__all__ = ["__version__", *sorted(_MODULE_OF), *_SUBMODULES]  # noqa: PLE0604 - built from the table above
+
+# In a checkout that is not installed, schedulers/ and cuda_src/ lie beside this package, not in it. Imports find them there,
+# so that `python -c "import pyinfer"` in a checkout behaves as it does after an install.
+if not os.path.isdir(os.path.join(__path__[0], "schedulers")):
+    __path__.append(os.path.dirname(__path__[0]))
+
+if TYPE_CHECKING:
+    pass
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
