@@ -1,0 +1,1 @@
+"""What every operator stands on: tensor views, checks, parameter structs, launches, workspaces."""

@@ -1,0 +1,90 @@
+"""One declaration of a kernel's parameter struct: it renders the C++ and packs the bytes, so host and device cannot disagree."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+# kind -> (struct code, size and alignment, default C++ type)
+_KINDS = {
+    "ptr": ("P", 8, "const void"),
+    "i32": ("i", 4, "int32_t"),
+    "u32": ("I", 4, "uint32_t"),
+    "i64": ("q", 8, "int64_t"),
+    "u64": ("Q", 8, "uint64_t"),
+    "f32": ("f", 4, "float"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field: its name, kind (ptr, i32, u32, i64, u64, f32), C++ pointee type of a pointer, and a comment with shape or unit."""
+
+    name: str
+    kind: str
+    ctype: str = ""
+    doc: str = ""
+
+
+def ptr(name: str, ctype: str = "const void", doc: str = "") -> Field:
+    """A pointer field; `ctype` is what it points to ("const scalar_t")."""
+    return Field(name, "ptr", ctype, doc)
+
+
+def i32(name: str, doc: str = "") -> Field:
+    return Field(name, "i32", doc=doc)
+
+
+def u32(name: str, doc: str = "") -> Field:
+    return Field(name, "u32", doc=doc)
+
+
+def i64(name: str, doc: str = "") -> Field:
+    return Field(name, "i64", doc=doc)
+
+
+def u64(name: str, doc: str = "") -> Field:
+    return Field(name, "u64", doc=doc)
+
+
+def f32(name: str, doc: str = "") -> Field:
+    return Field(name, "f32", doc=doc)
+
+
+@dataclass(frozen=True)
+class ParamStruct:
+    """The parameter struct of one kernel.
+
+    Every kernel takes `const __grid_constant__ Params p`; `{{ params }}` in a template is this struct's C++ source.
+    """
+
+    name: str
+    fields: tuple[Field, ...]
+    packer: struct.Struct = field(init=False, repr=False, compare=False)
+    size: int = field(init=False, compare=False)
+
+    def __init__(self, name: str, *fields: Field) -> None:
+        names = [f.name for f in fields]
+        duplicate = next((n for n in names if names.count(n) > 1), None)
+        if duplicate:
+            raise ValueError(f"ParamStruct {name}: field {duplicate} is declared twice")
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "fields", tuple(fields))
+        # '@' aligns as the C++ compiler does; the trailing 0P rounds the size up to 8.
+        packer = struct.Struct("@" + "".join(_KINDS[f.kind][0] for f in fields) + "0P")
+        object.__setattr__(self, "packer", packer)
+        object.__setattr__(self, "size", packer.size)
+
+    def pack(self, *values: Any) -> bytes:
+        """The struct's bytes, values in field order."""
+        return self.packer.pack(*values)
+
+    def cpp_source(self) -> str:
+        """The C++ struct `Params`, with a static_assert of the size the host packs."""
+        lines = ["struct alignas(8) Params {"]
+        for f in self.fields:
+            declaration = f"{f.ctype}* {f.name};" if f.kind == "ptr" else f"{_KINDS[f.kind][2]} {f.name};"
+            lines.append(f"    {declaration:<44}// {f.doc}" if f.doc else f"    {declaration}")
+        lines += ["};", f"static_assert(sizeof(Params) == {self.size}, \"host and device disagree about {self.name}\");"]
+        return "\n".join(lines)

@@ -1,0 +1,267 @@
+"""Views of tensors of any framework, made from attribute reads.
+
+`cupy.from_dlpack` costs 25 us and stays off the hot path: torch and CuPy tensors are read through their attributes (about 1 us), NumPy arrays through
+`__array_interface__`, everything else through `__dlpack__` once per call.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pyinfer.core.dtypes import DType, canonical_dtype
+from pyinfer.core.errors import device_name, fail, fail_type
+
+CPU = -1
+_log = logging.getLogger("pyinfer")
+
+
+class TensorView:
+    """Pointer, shape, strides (in elements), dtype and device of somebody's tensor; keeps the tensor alive.
+
+    `device` is -1 for the CPU and the ordinal for a CUDA device. `framework` is "torch", "cupy", "numpy" or "dlpack" (seen through NumPy or CuPy).
+    """
+
+    __slots__ = ("device", "dtype", "framework", "obj", "ptr", "shape", "strides")
+
+    def __init__(self, obj: Any, ptr: int, shape: Sequence[int], strides: Sequence[int], dtype: DType, device: int, framework: str) -> None:
+        self.obj = obj
+        self.ptr = ptr
+        self.shape = shape
+        self.strides = strides
+        self.dtype = dtype
+        self.device = device
+        self.framework = framework
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        n = 1
+        for s in self.shape:
+            n *= s
+        return n
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device >= 0
+
+    def is_contiguous(self) -> bool:
+        """Whether the elements are dense in C order. Strides of size-1 axes do not count."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    def __repr__(self) -> str:
+        return f"TensorView({self.framework}, {self.dtype.name}, {tuple(self.shape)}, strides {tuple(self.strides)}, {device_name(self.device)})"
+
+
+_torch_dtypes: dict[Any, DType] = {}
+
+
+def _view_torch(x: Any) -> TensorView:
+    dtype = x.dtype
+    ours = _torch_dtypes.get(dtype)
+    if ours is None:
+        ours = _torch_dtypes[dtype] = canonical_dtype(dtype)
+    device = x.get_device()  # -1 for the CPU; an int without building a torch.device
+    if device < 0 and x.device.type != "cpu":
+        fail("view", "tensor", "is on a device pyinfer does not run on", str(x.device), "a CPU or CUDA tensor")
+    return TensorView(x, x.data_ptr(), x.shape, x.stride(), ours, device, "torch")
+
+
+def _view_cupy(x: Any) -> TensorView:
+    dtype = canonical_dtype(x.dtype)
+    size = dtype.itemsize
+    return TensorView(x, x.data.ptr, x.shape, tuple([s // size for s in x.strides]), dtype, x.data.device_id, "cupy")
+
+
+def _view_numpy(x: Any) -> TensorView:
+    dtype = canonical_dtype(x.dtype)
+    size = dtype.itemsize
+    return TensorView(x, x.__array_interface__["data"][0], x.shape, tuple([s // size for s in x.strides]), dtype, CPU, "numpy")
+
+
+def _view_dlpack(x: Any) -> TensorView:
+    kind, _ = x.__dlpack_device__()
+    if int(kind) in (2, 13):  # kDLCUDA, kDLCUDAManaged
+        import cupy
+
+        v = _view_cupy(cupy.from_dlpack(x))
+    elif int(kind) in (1, 3):  # kDLCPU, kDLCUDAHost
+        import numpy as np
+
+        v = _view_numpy(np.from_dlpack(x))
+    else:
+        fail("view", "tensor", "is on a device pyinfer does not run on", f"DLPack device type {int(kind)}", "a CPU or CUDA tensor")
+    v.framework = "dlpack"
+    return v
+
+
+_viewers: dict[type, Callable[[Any], TensorView]] = {}
+
+
+def _classify(cls: type, x: Any) -> Callable[[Any], TensorView] | None:
+    for base in cls.__mro__:
+        root = base.__module__.partition(".")[0]
+        if root == "torch" and base.__name__ == "Tensor":
+            return _view_torch
+        if root == "cupy" and base.__name__ == "ndarray":
+            return _view_cupy
+        if root == "numpy" and base.__name__ == "ndarray":
+            return _view_numpy
+    return _view_dlpack if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__") else None
+
+
+def view(x: Any, op: str = "view", arg: str = "tensor") -> TensorView:
+    """View a tensor of any framework.
+
+    Parameters
+    ----------
+    x
+        A torch.Tensor, cupy.ndarray, numpy.ndarray or any object with `__dlpack__` and `__dlpack_device__`.
+    op, arg
+        Names for the error message.
+
+    Raises
+    ------
+    TypeError
+        If `x` is no tensor.
+    """
+    cls = type(x)
+    viewer = _viewers.get(cls)
+    if viewer is None:
+        found = _classify(cls, x)
+        if found is None:
+            fail_type(op, arg, "is no tensor", f"{cls.__module__}.{cls.__qualname__}", "a torch, CuPy or NumPy array, or any object with __dlpack__", "Convert it, e.g. with numpy.asarray or torch.tensor.")
+        viewer = _viewers[cls] = found
+    return viewer(x)
+
+
+def is_tensor(x: Any) -> bool:
+    """Whether `view` would take `x`."""
+    return type(x) in _viewers or _classify(type(x), x) is not None
+
+
+def _torch_dtype(dtype: DType) -> Any:
+    return getattr(sys.modules["torch"], dtype.name)
+
+
+def empty(like: TensorView, shape: Sequence[int], dtype: DType | None = None) -> Any:
+    """An uninitialised, contiguous tensor in the framework and on the device of `like`."""
+    dtype = dtype or like.dtype
+    if like.framework == "torch":
+        obj = like.obj
+        if dtype is like.dtype:
+            return obj.new_empty(shape)
+        return obj.new_empty(shape, dtype=_torch_dtype(dtype))
+    if like.device >= 0:
+        import cupy
+
+        with cupy.cuda.Device(like.device):
+            return cupy.empty(shape, dtype=dtype.numpy)
+    import numpy as np
+
+    return np.empty(shape, dtype=dtype.numpy)
+
+
+def zeros(like: TensorView, shape: Sequence[int], dtype: DType | None = None) -> Any:
+    """A zeroed, contiguous tensor in the framework and on the device of `like`."""
+    dtype = dtype or like.dtype
+    if like.framework == "torch":
+        return like.obj.new_zeros(shape, dtype=_torch_dtype(dtype))
+    if like.device >= 0:
+        import cupy
+
+        with cupy.cuda.Device(like.device):
+            return cupy.zeros(shape, dtype=dtype.numpy)
+    import numpy as np
+
+    return np.zeros(shape, dtype=dtype.numpy)
+
+
+def as_numpy(x: Any) -> Any:
+    """A zero-copy NumPy array over a CPU tensor or a view of one (bfloat16 and fp8 as ml_dtypes types)."""
+    v = x if type(x) is TensorView else view(x)
+    if v.device >= 0:
+        fail("as_numpy", "tensor", "is on a GPU", device_name(v.device), "a CPU tensor", "Copy it to the host first.")
+    obj = v.obj
+    if v.framework != "torch":
+        return obj
+    torch = sys.modules["torch"]
+    obj = obj.detach()
+    if v.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        carrier = torch.int16 if v.dtype.itemsize == 2 else torch.uint8
+        return obj.view(carrier).numpy().view(v.dtype.numpy)
+    return obj.numpy()
+
+
+def host_ints(x: Any, op: str, arg: str, dtype: Any = None, *, strict: bool = False) -> Any:
+    """Integers as a contiguous one-axis host array.
+
+    Lists, NumPy arrays and CPU tensors never synchronise. A device tensor costs one blocking copy, logged at DEBUG, and is refused under `strict`.
+
+    Parameters
+    ----------
+    dtype
+        NumPy integer dtype of the result, int32 by default.
+    """
+    import numpy as np
+
+    dtype = np.int32 if dtype is None else dtype
+    if isinstance(x, np.ndarray):
+        array = x
+    elif isinstance(x, list | tuple):
+        array = np.asarray(x) if len(x) else np.zeros(0, dtype)
+    else:
+        v = view(x, op, arg)
+        if v.device < 0:
+            array = as_numpy(v)
+        else:
+            if strict:
+                fail(op, arg, "is on the GPU under strict=True", device_name(v.device), "host metadata (NumPy, a list or a CPU tensor)", "Keep the page table's host copy and pass that.")
+            _log.debug("%s: copying %s from the device; this synchronises. Pass host metadata to avoid it.", op, arg)
+            array = v.obj.cpu().numpy() if v.framework == "torch" else _cupy_to_host(v)
+    if array.ndim != 1:
+        fail(op, arg, "has the wrong number of axes", f"{array.ndim} (shape {array.shape})", 1)
+    if array.dtype == dtype and array.flags.c_contiguous:
+        return array
+    if array.dtype.kind not in "iu":
+        fail_type(op, arg, "holds no integers", array.dtype, "int32 or int64")
+    if array.size and array.dtype.itemsize > np.dtype(dtype).itemsize:
+        limit = np.iinfo(dtype)
+        if int(array.max()) > limit.max or int(array.min()) < limit.min:
+            fail(op, arg, f"does not fit {np.dtype(dtype)}", f"values up to {int(array.max())}", f"at most {limit.max}")
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _cupy_to_host(v: TensorView) -> Any:
+    import cupy
+
+    return cupy.asnumpy(v.obj if v.framework == "cupy" else cupy.from_dlpack(v.obj))
+
+
+def current_stream(v: TensorView) -> int:
+    """The raw handle of the caller's current stream on the tensor's device, in the tensor's own framework."""
+    if v.framework == "torch":
+        return sys.modules["torch"]._C._cuda_getCurrentRawStream(v.device)
+    import cupy
+
+    if cupy.cuda.runtime.getDevice() == v.device:
+        return cupy.cuda.get_current_stream().ptr
+    return cupy.cuda.get_current_stream(v.device).ptr
+
+
+def to_list(x: Any) -> list[Any]:
+    """A small tensor as a Python list (tests and messages)."""
+    v = view(x)
+    if v.device < 0:
+        return as_numpy(v).tolist()
+    return v.obj.tolist()

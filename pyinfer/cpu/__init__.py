@@ -1,0 +1,1 @@
+"""The Numba backend, one module per operator family. Modules here may import numba: they are themselves imported lazily."""

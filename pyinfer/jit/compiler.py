@@ -1,0 +1,272 @@
+"""Render a template, compile it with NVRTC, cache the result.
+
+Compilation goes through CuPy's low-level NVRTC binding and needs no GPU, no driver, no CUDA toolkit and no subprocess. Headers are handed over by content: nothing outside cuda_src is
+included, so there is no include path.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from pyinfer.jit import cache, env
+
+if TYPE_CHECKING:
+    from pyinfer.jit.spec import JitSpec
+
+_log = logging.getLogger("pyinfer.jit")
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
+_DIAGNOSTIC = re.compile(r"^(?P<file>[^\s(]+)\((?P<line>\d+)\): (?P<text>.*)$", re.MULTILINE)
+BASE_OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "-lineinfo")
+ABI = "1"
+"""Part of every key; raise it when the meaning of a cached entry changes."""
+
+
+class JitError(RuntimeError):
+    """A kernel could not be compiled. The message names kernel, specification, architecture, NVRTC version and the first diagnostics with the template's lines."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas reports of a kernel (zeros for PTX, which the driver compiles later). Bytes, but for registers per thread."""
+
+    registers: int = 0
+    stack: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    smem: int = 0
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled kernel: binary (cubin, or PTX text for a compute_NN target), compiler log, resources, seconds of compile time (0 from the cache)."""
+
+    name: str
+    arch: str
+    code: bytes
+    log: str
+    resources: Resources
+    key: str
+    seconds: float = 0.0
+    cached: bool = field(default=False, compare=False)
+
+
+@functools.cache
+def _environment() -> Any:
+    import jinja2
+
+    # StrictUndefined: a constant that a spec forgot is an error, never an empty string.
+    return jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - CUDA, not HTML
+
+
+@functools.cache
+def read_source(name: str) -> str:
+    """The text of a file of cuda_src, by its path there ("common/types.cuh")."""
+    path = files("pyinfer.cuda_src").joinpath(*name.split("/"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise JitError(f"{name} is not part of pyinfer.cuda_src ({error}). The installation is incomplete: reinstall pyinfer-kernels.") from error
+
+
+@functools.cache
+def _template(name: str) -> Any:
+    return _environment().from_string(read_source(name))
+
+
+def included_headers(source: str) -> dict[str, str]:
+    """Every header that `source` includes, directly or not: name → text, in order of first appearance."""
+    found: dict[str, str] = {}
+    pending = _INCLUDE.findall(source)
+    while pending:
+        name = pending.pop(0)
+        if name not in found:
+            found[name] = read_source(name)
+            pending += _INCLUDE.findall(found[name])
+    return found
+
+
+def render(spec: JitSpec, arch: str) -> str:
+    """The CUDA source of a spec for one architecture."""
+    return _render(spec, arch, _template(spec.template))
+
+
+def _render(spec: JitSpec, arch: str, template: Any) -> str:
+    variables = dict(spec.constants)
+    constants = ", ".join(f"{k}={v}" for k, v in spec.constants)
+    head = f"// {spec.name}: {spec.template} for {'PTX ' + arch if arch.startswith('compute_') else 'sm_' + arch}\n// {constants}\n"
+    return head + template.render(**variables, params=spec.params.cpp_source(), kernel_name=spec.name, arch=env.arch_number(arch), block_size=spec.block[0] * spec.block[1] * spec.block[2])
+
+
+@functools.cache
+def nvrtc() -> Any:
+    """CuPy's low-level NVRTC binding.
+
+    Raises
+    ------
+    JitError
+        If CuPy or the NVRTC library is missing, with the command that installs them.
+    """
+    fix = "Install them with: pip install 'pyinfer-kernels[cu12]' (or [cu13])."
+    try:
+        from cupy_backends.cuda.libs import nvrtc as binding
+
+        binding.getVersion()
+    except ImportError as error:
+        raise JitError(f"CuPy is not installed ({error}); CUDA kernels need CuPy and NVRTC. {fix}") from error
+    except Exception as error:
+        raise JitError(f"the NVRTC library could not be loaded ({error}). {fix}") from error
+    return binding
+
+
+@functools.cache
+def nvrtc_version() -> str:
+    """'12.9', '13.0', ..."""
+    major, minor = nvrtc().getVersion()
+    return f"{major}.{minor}"
+
+
+def options_for(spec: JitSpec, arch: str) -> tuple[str, ...]:
+    """The NVRTC command line of a spec."""
+    target = arch if arch.startswith("compute_") else f"sm_{arch}"
+    base = tuple(o for o in BASE_OPTIONS if not (target.startswith("compute_") and o.startswith("--ptxas")))
+    return (f"-arch={target}", *base, *spec.options)
+
+
+@functools.lru_cache(maxsize=4096)
+def cache_key(spec: JitSpec, arch: str) -> str:
+    """sha256 of all that decides the binary: rendered source, header bytes, options, NVRTC version, architecture."""
+    source = render(spec, arch)
+    headers = included_headers(source)
+    return cache.digest(ABI, source, *[part for item in sorted(headers.items()) for part in item], *sorted(options_for(spec, arch)), nvrtc_version(), arch)
+
+
+_artifacts: dict[str, Artifact] = {}
+_key_locks: dict[str, threading.Lock] = {}
+_guard = threading.Lock()
+
+
+def forget() -> None:
+    """Drop what this process has built (see `cache.clear_cache_dir`)."""
+    with _guard:
+        _artifacts.clear()
+    cache_key.cache_clear()
+
+
+def build(spec: JitSpec, arch: str) -> Artifact:
+    """The compiled kernel: from this process, from the disk cache, or from NVRTC. Threads and processes that want one key compile it once."""
+    key = cache_key(spec, arch)
+    found = _artifacts.get(key)
+    if found is not None:
+        return found
+    with _guard:
+        lock = _key_locks.setdefault(key, threading.Lock())
+    with lock:
+        found = _artifacts.get(key) or _from_disk(spec, arch, key)
+        if found is None:
+            with cache.build_lock(arch, spec.name, key) as may_write:
+                found = _from_disk(spec, arch, key) or _compile(spec, arch, key, may_write)
+        _artifacts[key] = found
+    return found
+
+
+def _from_disk(spec: JitSpec, arch: str, key: str) -> Artifact | None:
+    hit = cache.find(arch, spec.name, key)
+    if hit is None:
+        return None
+    code, header = hit
+    log = str(header.get("log", ""))
+    return Artifact(spec.name, arch, code, log, _resources(log), key, float(header.get("seconds", 0.0)), cached=True)
+
+
+def _compile(spec: JitSpec, arch: str, key: str, may_write: bool) -> Artifact:
+    if os.environ.get("PYINFER_JIT", "").lower() == "error":
+        raise JitError(f"{spec.name} is not in the cache for {arch} and PYINFER_JIT=error forbids compiling. Build it ahead: pyinfer build --arch {arch} --match '{spec.name}'")
+    source = render(spec, arch)
+    headers = included_headers(source)
+    _log.info("compiling %s for %s", spec.name, arch)
+    start = time.perf_counter()
+    code, log = compile_source(source, f"{spec.name}.cu", headers, options_for(spec, arch), spec, arch)
+    seconds = time.perf_counter() - start
+    resources = _resources(log)
+    _log.info("compiled %s for %s in %.2f s: %d registers, %d bytes spilled", spec.name, arch, seconds, resources.registers, resources.spill_stores)
+    artifact = Artifact(spec.name, arch, code, log, resources, key, seconds)
+    if may_write:
+        cache.store(arch, spec.name, key, code, {"log": log, "seconds": seconds, "nvrtc": nvrtc_version(), "template": spec.template}, source)
+    return artifact
+
+
+def compile_source(source: str, file_name: str, headers: dict[str, str], options: tuple[str, ...], spec: JitSpec | None = None, arch: str = "") -> tuple[bytes, str]:
+    """Compile CUDA source. Returns (cubin or PTX, log).
+
+    Raises
+    ------
+    JitError
+        With NVRTC's first diagnostics.
+    """
+    binding = nvrtc()
+    # CuPy takes the source and its name as str, headers and theirs as bytes.
+    program = binding.createProgram(source, file_name, [text.encode() for text in headers.values()], [name.encode() for name in headers])
+    try:
+        try:
+            binding.compileProgram(program, options)
+        except binding.NVRTCError as error:
+            raise JitError(_describe_failure(binding.getProgramLog(program) or str(error), source, file_name, spec, arch)) from None
+        log = binding.getProgramLog(program)
+        if any(o.startswith("-arch=compute_") for o in options):
+            ptx = binding.getPTX(program)
+            return (ptx if isinstance(ptx, bytes) else ptx.encode()) + b"\0", log
+        # NOTE: CuPy's getCUBIN drops the last byte of the image; the cubin's own length fields count it.
+        return binding.getCUBIN(program) + b"\0", log
+    finally:
+        binding.destroyProgram(program)
+
+
+def _resources(log: str) -> Resources:
+    def number(pattern: str) -> int:
+        return max((int(m) for m in re.findall(pattern, log)), default=0)
+
+    return Resources(
+        number(r"Used (\d+) registers"), number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes spill loads"), number(r"(\d+) bytes smem")
+    )
+
+
+def _describe_failure(log: str, source: str, file_name: str, spec: JitSpec | None, arch: str) -> str:
+    errors = [m for m in _DIAGNOSTIC.finditer(log) if "error" in m["text"]] or list(_DIAGNOSTIC.finditer(log))
+    lines = []
+    for m in errors[:3]:
+        where = f"{m['file']}:{m['line']}"
+        if spec is not None and m["file"] == file_name:
+            where = f"cuda_src/{spec.template}:{template_line(spec, arch, int(m['line']))} (rendered line {m['line']})"
+            rendered = source.splitlines()
+            if 0 < int(m["line"]) <= len(rendered):
+                where += f"\n      {rendered[int(m['line']) - 1].strip()}"
+        lines.append(f"  {where}\n      {m['text']}")
+    details = "\n".join(lines) or log.strip()[:2000]
+    what = f"{spec.name} ({spec.template}: {', '.join(f'{k}={v}' for k, v in spec.constants)})" if spec else file_name
+    more = f"\n  ... and {len(errors) - 3} more" if len(errors) > 3 else ""
+    return f"NVRTC {nvrtc_version()} could not compile {what} for {arch or 'the given options'}:\n{details}{more}"
+
+
+def template_line(spec: JitSpec, arch: str, rendered_line: int) -> int:
+    """The template's line that a rendered line came from: the template is rendered once more with its line numbers in comments."""
+    marked = []
+    for number, line in enumerate(read_source(spec.template).split("\n"), 1):
+        # A mark after a tag would keep the newline that trim_blocks removes; after a backslash it would break the continued line.
+        marked.append(line if line.rstrip().endswith(("%}", "#}", "\\", "{%", "{{")) or "{#" in line else f"{line}/*@{number}*/")
+    try:
+        rendered = _render(spec, arch, _environment().from_string("\n".join(marked))).split("\n")
+    except Exception:  # a tag spread over lines: no map, but the error itself must come through
+        return rendered_line
+    for line in reversed(rendered[:rendered_line]):
+        found = re.findall(r"/\*@(\d+)\*/", line)
+        if found:
+            return int(found[-1])
+    return rendered_line

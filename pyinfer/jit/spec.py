@@ -1,0 +1,180 @@
+"""`JitSpec`: one kernel specialisation, by name, template, constants and parameter struct; `JitModule`: a group of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyinfer.core.params import ParamStruct
+from pyinfer.jit import cache, compiler, env
+
+if TYPE_CHECKING:
+    from pyinfer.core.launch import Kernel
+
+
+@dataclass(frozen=True)
+class JitSpec:
+    """A kernel that can be rendered, compiled and loaded. Hashable, tensor-free, picklable.
+
+    Attributes
+    ----------
+    name
+        Readable, encodes every parameter; also the kernel's `extern "C"` name.
+    template
+        Path below cuda_src.
+    params
+        The kernel's one parameter.
+    constants
+        (name, value) pairs for the template.
+    block
+        Threads per block (x, y, z).
+    smem
+        Dynamic shared memory per block in bytes.
+    options
+        Extra NVRTC options.
+    min_arch
+        Smallest architecture number that has the instructions used (80, 90).
+    cluster
+        Blocks per cluster (x, y, z), or None.
+    """
+
+    name: str
+    template: str
+    params: ParamStruct
+    constants: tuple[tuple[str, Any], ...] = ()
+    block: tuple[int, int, int] = (128, 1, 1)
+    smem: int = 0
+    options: tuple[str, ...] = ()
+    min_arch: int = 80
+    cluster: tuple[int, int, int] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"JitSpec: name is no C identifier: got {self.name!r}, wanted letters, digits and underscores.")
+        if self.smem > 227 * 1024:
+            raise ValueError(f"JitSpec {self.name}: smem is too large: got {self.smem} bytes, wanted at most 227 KiB.")
+
+    def __str__(self) -> str:
+        return f"{self.name} [{self.template}] " + " ".join(f"{k}={v}" for k, v in self.constants)
+
+    def source(self, arch: str | None = None) -> str:
+        """The rendered CUDA source."""
+        return compiler.render(self, _target(arch))
+
+    def build(self, arch: str | None = None, verbose: bool = False) -> compiler.Artifact:
+        """Compile, or take from the cache. Needs no GPU. `arch` is e.g. "90a" or "compute_80"; None means this machine's GPU (or the first of the arch list)."""
+        target = _target(arch)
+        if env.arch_number(target) < self.min_arch:
+            raise ValueError(f"{self.name}: arch is too old: got {target}, wanted {self.min_arch} or newer.")
+        artifact = compiler.build(self, target)
+        if verbose:
+            print(f"{self.name} ({target}): {artifact.seconds:.2f} s, {artifact.resources}")
+        return artifact
+
+    def build_and_load(self, device: int | None = None) -> Kernel:
+        """Compile for a CUDA device (the current one by default) and load."""
+        from pyinfer.core.launch import load
+
+        return load(self, device)
+
+    def cache_path(self, arch: str | None = None) -> Path:
+        """Where the compiled kernel is, or would be first written."""
+        target = _target(arch)
+        key = compiler.cache_key(self, target)
+        candidates = [cache._entry_path(base, target, self.name, key) for base in env.cache_bases()]
+        return next((p for p in candidates if p.exists()), candidates[0])
+
+    @property
+    def jit_library_path(self) -> Path:
+        """`cache_path()` by the name users of FlashInfer know."""
+        return self.cache_path()
+
+    def get_library_path(self) -> Path:
+        """`cache_path()` by the name users of FlashInfer know."""
+        return self.cache_path()
+
+    def is_built(self, arch: str | None = None) -> bool:
+        """Whether a disk cache holds it."""
+        return self.cache_path(arch).exists()
+
+
+@dataclass(frozen=True)
+class JitModule:
+    """Several specs that belong together (what FlashInfer calls a module): built and loaded as one."""
+
+    name: str
+    specs: tuple[JitSpec, ...]
+
+    def build(self, arch: str | None = None, verbose: bool = False) -> list[compiler.Artifact]:
+        """Compile every spec."""
+        return build_jit_specs(self.specs, verbose=verbose, archs=None if arch is None else [arch])
+
+    def build_and_load(self, device: int | None = None) -> dict[str, Kernel]:
+        """Compile and load every spec: name → kernel."""
+        return {s.name: s.build_and_load(device) for s in self.specs}
+
+
+def gen_jit_spec(name: str, template: str, params: ParamStruct, **constants: Any) -> JitSpec:
+    """A JitSpec from keyword constants; `block`, `smem`, `options`, `min_arch` and `cluster` are taken out of them."""
+    own = {k: constants.pop(k) for k in ("block", "smem", "options", "min_arch", "cluster") if k in constants}
+    return JitSpec(name, template, params, tuple(sorted(constants.items())), **own)
+
+
+def _target(arch: str | None) -> str:
+    return env.default_archs()[0] if arch is None else env.parse_arch(arch)
+
+
+def flatten(specs: Iterable[JitSpec | JitModule]) -> list[JitSpec]:
+    """Specs and modules as one list of distinct specs."""
+    flat: dict[JitSpec, None] = {}
+    for item in specs:
+        for spec in item.specs if isinstance(item, JitModule) else (item,):
+            flat[spec] = None
+    return list(flat)
+
+
+def build_jit_specs(
+    specs: Iterable[JitSpec | JitModule],
+    verbose: bool = False,
+    skip_prebuilt: bool = True,
+    *,
+    archs: Iterable[str] | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int, compiler.Artifact], None] | None = None,
+) -> list[compiler.Artifact]:
+    """Compile many specs side by side, in threads (NVRTC releases the GIL; about 40 MB of memory a thread, no subprocess).
+
+    Parameters
+    ----------
+    specs
+        JitSpecs or JitModules. A spec that needs a newer architecture than asked for is left out for that one.
+    skip_prebuilt
+        Accepted for compatibility: what the cache holds is never compiled again.
+    archs
+        Target architectures; default `jit.env.default_archs()`.
+    threads
+        Worker threads; default the number of CPUs, at most 8.
+    progress
+        Called as progress(done, total, artifact) after each one.
+
+    Raises
+    ------
+    JitError
+        The first failure, after the others have ended.
+    """
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    targets = [env.parse_arch(a) for a in archs] if archs is not None else env.default_archs()
+    jobs = [(s, a) for s in flatten(specs) for a in targets if env.arch_number(a) >= s.min_arch]
+    compiler.nvrtc()  # load the library once, before the threads
+    artifacts = []
+    with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 8)) as pool:
+        futures = [pool.submit(s.build, a, verbose) for s, a in jobs]
+        for done, future in enumerate(as_completed(futures), 1):
+            if future.exception() is None and progress is not None:
+                progress(done, len(jobs), future.result())
+        artifacts = [f.result() for f in futures]
+    return artifacts
