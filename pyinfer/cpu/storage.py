@@ -1,0 +1,188 @@
+"""16-bit floats in CPU kernels: float16 travels as int16 arrays, bfloat16 as uint16 arrays, float32 as it is.
+
+Numba has no bfloat16 and only slow scalar float16. Here the carrier's type says what the bits mean, so one kernel source serves the three types:
+`to_f32(x)` and `from_f32(value, like)` are chosen by the carrier when the kernel is compiled, and are single conversions that LLVM vectorises
+(float16: vcvtph2ps / vcvtps2ph; bfloat16: shifts and an add). Integer arrays (indices) must therefore never be int16 or uint16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core.errors import TypingError
+from numba.extending import intrinsic, overload
+
+from pyinfer.core.tensor import TensorView, as_numpy
+
+CARRIERS = {"float16": np.int16, "bfloat16": np.uint16, "float32": np.float32}
+
+_F32 = ir.FloatType()
+_F16 = ir.HalfType()
+_I32 = ir.IntType(32)
+_I16 = ir.IntType(16)
+
+
+def storage(view: TensorView) -> np.ndarray:
+    """The array a kernel takes for a CPU tensor: zero-copy, strides kept.
+
+    Parameters
+    ----------
+    view
+        A CPU tensor of dtype float16, bfloat16 or float32 (others, such as int32, come back as plain NumPy arrays).
+
+    Returns
+    -------
+    np.ndarray
+        int16 for float16, uint16 for bfloat16, the array itself otherwise.
+    """
+    array = as_numpy(view)
+    carrier = CARRIERS.get(view.dtype.name)
+    return array if carrier is None or array.dtype == carrier else array.view(carrier)
+
+
+def _has_half_conversions(context: Any) -> bool:
+    """Whether the CPU converts float16 itself; without F16C LLVM would call compiler-rt, which Numba does not link."""
+    triple, _, features = context.codegen().magic_tuple()
+    return "+f16c" in features or triple.startswith(("aarch64", "arm64"))
+
+
+def _half_to_float(builder: Any, x: Any) -> Any:
+    return builder.fpext(builder.bitcast(x, _F16), _F32)
+
+
+def _float_to_half(builder: Any, x: Any) -> Any:
+    return builder.bitcast(builder.fptrunc(x, _F16), _I16)
+
+
+def _half_to_float_soft(builder: Any, x: Any) -> Any:
+    """For CPUs without the instruction: move the bits into place and let a multiplication by 2^112 renormalise."""
+    bits = builder.zext(x, _I32)
+    magnitude = builder.and_(bits, _I32(0x7FFF))
+    shifted = builder.shl(magnitude, _I32(13))
+    finite = builder.bitcast(builder.fmul(builder.bitcast(shifted, _F32), _F32(2.0**112)), _I32)
+    special = builder.or_(shifted, _I32(0x7F800000))
+    value = builder.select(builder.icmp_unsigned(">=", magnitude, _I32(0x7C00)), special, finite)
+    sign = builder.shl(builder.and_(bits, _I32(0x8000)), _I32(16))
+    return builder.bitcast(builder.or_(value, sign), _F32)
+
+
+def _float_to_half_soft(builder: Any, x: Any) -> Any:
+    """For CPUs without the instruction: round to nearest even on the bits; subnormals are rounded by adding 0.5."""
+    bits = builder.bitcast(x, _I32)
+    sign = builder.lshr(builder.and_(bits, _I32(0x80000000)), _I32(16))
+    magnitude = builder.and_(bits, _I32(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, _I32(13)), _I32(1))
+    rebias = _I32(((15 - 127) << 23) + 0xFFF & 0xFFFFFFFF)
+    normal = builder.lshr(builder.add(builder.add(magnitude, rebias), odd), _I32(13))
+    lifted = builder.bitcast(builder.fadd(builder.bitcast(magnitude, _F32), _F32(0.5)), _I32)
+    subnormal = builder.sub(lifted, _I32(0x3F000000))
+    is_nan = builder.icmp_unsigned(">", magnitude, _I32(0x7F800000))
+    overflow = builder.select(is_nan, _I32(0x7E00), _I32(0x7C00))
+    value = builder.select(builder.icmp_unsigned("<", magnitude, _I32(113 << 23)), subnormal, normal)
+    value = builder.select(builder.icmp_unsigned(">=", magnitude, _I32(143 << 23)), overflow, value)
+    return builder.trunc(builder.or_(value, sign), _I16)
+
+
+def _bfloat_to_float(builder: Any, x: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(x, _I32), _I32(16)), _F32)
+
+
+def _float_to_bfloat(builder: Any, x: Any) -> Any:
+    """Round to nearest even by adding 0x7fff plus the bit that stays last; a NaN is made quiet, for the addition could carry it into infinity.
+
+    avx512_bf16's vcvtneps2bf16 is not used: it flushes subnormals.
+    """
+    bits = builder.bitcast(x, _I32)
+    odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, _I32(0x7FFF)), odd), _I32(16))
+    quiet = builder.or_(builder.lshr(bits, _I32(16)), _I32(0x40))
+    is_nan = builder.icmp_unsigned(">", builder.and_(bits, _I32(0x7FFFFFFF)), _I32(0x7F800000))
+    return builder.trunc(builder.select(is_nan, quiet, rounded), _I16)
+
+
+@intrinsic
+def _f16_to_f32(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        convert = _half_to_float if _has_half_conversions(context) else _half_to_float_soft
+        return convert(builder, args[0])
+
+    return types.float32(types.int16), codegen
+
+
+@intrinsic
+def _f32_to_f16(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        convert = _float_to_half if _has_half_conversions(context) else _float_to_half_soft
+        return convert(builder, args[0])
+
+    return types.int16(types.float32), codegen
+
+
+@intrinsic
+def _f16_to_f32_soft(typingctx: Any, x: Any) -> Any:
+    """As on a CPU without F16C (tests)."""
+    return types.float32(types.int16), lambda context, builder, signature, args: _half_to_float_soft(builder, args[0])
+
+
+@intrinsic
+def _f32_to_f16_soft(typingctx: Any, x: Any) -> Any:
+    """As on a CPU without F16C (tests)."""
+    return types.int16(types.float32), lambda context, builder, signature, args: _float_to_half_soft(builder, args[0])
+
+
+@intrinsic
+def _bf16_to_f32(typingctx: Any, x: Any) -> Any:
+    return types.float32(types.uint16), lambda context, builder, signature, args: _bfloat_to_float(builder, args[0])
+
+
+@intrinsic
+def _f32_to_bf16(typingctx: Any, x: Any) -> Any:
+    return types.uint16(types.float32), lambda context, builder, signature, args: _float_to_bfloat(builder, args[0])
+
+
+def to_f32(x: Any) -> Any:
+    """The float32 value of a stored element: int16 holds float16 bits, uint16 bfloat16 bits, float32 is itself. For use inside kernels."""
+    dtype = np.asarray(x).dtype  # plain Python: what runs under NUMBA_DISABLE_JIT
+    if dtype == np.int16:
+        return np.float32(np.int16(x).view(np.float16))
+    if dtype == np.uint16:
+        return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return np.float32(x)
+
+
+def from_f32(value: Any, like: Any) -> Any:
+    """`value` rounded to nearest even, as an element of the array `like` (whose type alone counts). For use inside kernels."""
+    value = np.float32(value)
+    if like.dtype == np.int16:
+        return np.float16(value).view(np.int16)
+    if like.dtype == np.uint16:
+        import ml_dtypes
+
+        return value.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return value
+
+
+@overload(to_f32)
+def _to_f32_overload(x):  # no annotations: Numba compares the signatures word for word
+    if x == types.int16:
+        return lambda x: _f16_to_f32(x)
+    if x == types.uint16:
+        return lambda x: _bf16_to_f32(x)
+    if x == types.float32:
+        return lambda x: x
+    raise TypingError(f"to_f32 takes int16 (float16 bits), uint16 (bfloat16 bits) or float32, got {x}")
+
+
+@overload(from_f32)
+def _from_f32_overload(value, like):
+    carrier = like.dtype if isinstance(like, types.Array) else like
+    if carrier == types.int16:
+        return lambda value, like: _f32_to_f16(types.float32(value))
+    if carrier == types.uint16:
+        return lambda value, like: _f32_to_bf16(types.float32(value))
+    if carrier == types.float32:
+        return lambda value, like: types.float32(value)
+    raise TypingError(f"from_f32 makes int16 (float16 bits), uint16 (bfloat16 bits) or float32, got {carrier}")
