@@ -9,7 +9,9 @@ from pyinfer.core.tensor import TensorView
 
 
 class DeviceBuffer:
-    """Bytes on one device from the framework's own allocator, so that its memory accounting and stream ordering see them. Grows, never shrinks.
+    """Bytes on one device from the framework's own allocator, so that its memory accounting and stream ordering see them.
+
+    Grows, at least twofold, and never shrinks; the memory it grew out of is kept until the next growth, since launches under way may still use it (no synchronisation).
 
     Parameters
     ----------
@@ -25,11 +27,13 @@ class DeviceBuffer:
         self.nbytes = 0
         self.ptr = 0
         self._owner: Any = None
+        self._retired: Any = None
 
     def reserve(self, nbytes: int, *, zero: bool = False) -> int:
         """Make it at least `nbytes` large (with `zero`, new memory is zeroed in stream order) and return the pointer."""
         if nbytes > self.nbytes:
-            nbytes = -(-nbytes // 512) * 512
+            nbytes = -(-max(nbytes, min(2 * self.nbytes, 1 << 28)) // 512) * 512
+            self._retired = self._owner
             if self.framework == "torch":
                 torch = sys.modules["torch"]
                 make = torch.zeros if zero else torch.empty
@@ -47,7 +51,7 @@ class DeviceBuffer:
     def release(self) -> None:
         """Give the memory back to the framework."""
         self.nbytes = self.ptr = 0
-        self._owner = None
+        self._owner = self._retired = None
 
 
 class PlanBuffer:
@@ -83,18 +87,14 @@ class PlanBuffer:
         runtime = cupy.cuda.runtime
         nbytes = data.nbytes
         with cupy.cuda.Device(self.memory.device):
-            before = self.memory.ptr
             ptr = self.memory.reserve(max(nbytes, 4 * capacity, 64))
-            if before and ptr != before:
-                stream_wait = runtime.streamSynchronize  # the old buffer may still be read
-                stream_wait(stream)
             self._turn ^= 1
             slot = self._slots[self._turn]
             if slot is None or slot[0].nbytes < nbytes:
                 if slot is not None:
-                    slot[1].synchronize()
-                pinned = cupy.cuda.alloc_pinned_memory(max(2 * nbytes, 4096))
-                host = np.frombuffer(pinned, np.int32, len(pinned) // 4 if hasattr(pinned, "__len__") else max(2 * nbytes, 4096) // 4)
+                    slot[1].synchronize()  # the copy out of the pinned buffer that is about to go
+                room = max(2 * nbytes, 4096)
+                host = np.frombuffer(cupy.cuda.alloc_pinned_memory(room), np.int32, room // 4)
                 slot = self._slots[self._turn] = (host, cupy.cuda.Event(disable_timing=True))
             host, event = slot
             event.synchronize()
