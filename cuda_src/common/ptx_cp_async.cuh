@@ -1,0 +1,26 @@
+// cp.async: 16-byte copies from global to shared memory that pass no register.
+#pragma once
+#include "common/types.cuh"
+
+// A generic pointer into shared memory as the 32-bit address that shared-memory instructions take.
+PYINFER_DEVICE uint32_t smem_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Copies 16 bytes, or writes 16 zero bytes without reading if not `valid` (`source` must still be a mapped address). Bypasses
+// L1 (.cg); L2 fetches whole 128-byte lines.
+PYINFER_DEVICE void cp_async_16(uint32_t destination, const void* source, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+// Closes the calling thread's group of copies; an empty group is legal and completes at once.
+PYINFER_DEVICE void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most N of the calling thread's latest groups are under way. Other threads see the data only after a barrier.
+template <int N>
+PYINFER_DEVICE void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
