@@ -45,10 +45,10 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
 _MODULE_OF = {name: family for family, names in _FAMILIES.items() for name in names}
 _SUBMODULES = (*_FAMILIES, "core", "jit", "profiler", "schedulers")
 
-__all__ = ["__version__", *sorted(_MODULE_OF), *_SUBMODULES]  # noqa: PLE0604 - built from the table above
+__all__ = ["__version__", *sorted(_MODULE_OF), *_SUBMODULES]
 
-# In a checkout that is not installed, schedulers/ and cuda_src/ lie beside this package, not in it. Imports find them there,
-# so that `python -c "import pyinfer"` in a checkout behaves as it does after an install.
+# In a checkout that is not installed, schedulers/ and cuda_src/ lie beside this package, not in it. Imports find them
+# there, so that `python -c "import pyinfer"` in a checkout behaves as it does after an install.
 if not os.path.isdir(os.path.join(__path__[0], "schedulers")):
     __path__.append(os.path.dirname(__path__[0]))
 
