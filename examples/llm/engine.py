@@ -64,7 +64,14 @@ class Engine:
     """
 
     def __init__(
-        self, model: Llama, cache: PagedKVCache, *, max_batch: int = 8, seed: int = 0, stop_ids: Iterable[int] = (), prefill_chunk: int = 512
+        self,
+        model: Llama,
+        cache: PagedKVCache,
+        *,
+        max_batch: int = 8,
+        seed: int = 0,
+        stop_ids: Iterable[int] = (),
+        prefill_chunk: int = 512,
     ) -> None:
         if max_batch < 1 or prefill_chunk < 1:
             raise ValueError(f"max_batch and prefill_chunk must be 1 or more, got {max_batch} and {prefill_chunk}")
@@ -125,12 +132,12 @@ class Engine:
 
         now = time.perf_counter()
         self._count(batch, len(tokens), now - started)
-        for request, token in zip(samplers, tokens):
+        for request, token in zip(samplers, tokens, strict=True):
             request.first_token_at = request.first_token_at or now
             request.generated.append(token)
             if token in self._stop_ids or len(request.generated) == request.params.max_new_tokens:
                 self._retire(request, "stop" if token in self._stop_ids else "length", now)
-        return list(zip(samplers, tokens))
+        return list(zip(samplers, tokens, strict=True))
 
     def _admit(self) -> None:
         # First come, first served: a request that does not fit yet holds back those behind it, so that it cannot starve.

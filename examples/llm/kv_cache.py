@@ -31,9 +31,13 @@ class PagedKVCache:
         Most pages in use at one time.
     """
 
-    def __init__(self, config: LlamaConfig, backend: NumpyBackend | TorchBackend, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, config: LlamaConfig, backend: NumpyBackend | TorchBackend, num_pages: int, page_size: int
+    ) -> None:
         if num_pages < 1 or page_size < 1:
-            raise ValueError(f"the KV cache needs at least one page of one token, got num_pages={num_pages}, page_size={page_size}")
+            raise ValueError(
+                f"the KV cache needs at least one page of one token, got num_pages={num_pages}, page_size={page_size}"
+            )
         self.num_pages, self.page_size = num_pages, page_size
         shape = (num_pages, 2, page_size, config.num_kv_heads, config.head_dim)
         self.layers: list[Array] = [backend.empty(shape) for _ in range(config.num_layers)]

@@ -58,7 +58,7 @@ class Attention:
         """Schedule the step from host metadata; nothing here waits for the device."""
         c, n = self._config, batch.num_decode
         self._num_decode, self._num_tokens = n, batch.tokens.size
-        common = dict(sm_scale=c.sm_scale, q_data_type=self._backend.dtype, kv_data_type=self._backend.dtype)
+        common = {"sm_scale": c.sm_scale, "q_data_type": self._backend.dtype, "kv_data_type": self._backend.dtype}
         cut = int(batch.kv_indptr[n])  # pages of the decoding requests
         if n:
             self._decode.plan(
@@ -153,7 +153,7 @@ class Llama:
 
         x = self.backend.take(self.embedding, tokens)  # the residual stream, from here on updated in place
         h = pyinfer.rmsnorm(x, self.layers[0].attn_norm, c.rms_eps)
-        for i, (layer, kv) in enumerate(zip(self.layers, cache.layers)):
+        for i, (layer, kv) in enumerate(zip(self.layers, cache.layers, strict=True)):
             qkv = linear(h, layer.qkv).reshape(num_tokens, c.num_qo_heads + 2 * c.num_kv_heads, c.head_dim)
             q, k = qkv[:, : c.num_qo_heads], qkv[:, c.num_qo_heads : -c.num_kv_heads]  # views: no copy is made
             v = qkv[:, -c.num_kv_heads :]

@@ -79,7 +79,9 @@ class Sampler:
                 ids = pyinfer.min_p_sampling_from_probs(picked, min_p, generator=self._generator)
             else:  # greedy rows are top-k with k = 1
                 vocab = logits.shape[1]
-                (top_k,) = self._backend.upload(np.array([1 if p.greedy else p.top_k or vocab for p in chosen], np.int32))
+                (top_k,) = self._backend.upload(
+                    np.array([1 if p.greedy else p.top_k or vocab for p in chosen], np.int32)
+                )
                 top_p = put(np.array([1.0 if p.greedy else p.top_p for p in chosen], np.float32))
                 ids = pyinfer.top_k_top_p_sampling_from_probs(picked, top_k, top_p, generator=self._generator)
             tokens[rows] = self._backend.download(ids)

@@ -28,18 +28,27 @@ class Tokenizer:
 
         kind, split = metadata(reader, "tokenizer.ggml.model"), metadata(reader, "tokenizer.ggml.pre", "default")
         if (kind, split) != ("gpt2", "smollm"):
-            raise ValueError(f"examples.llm knows the 'gpt2' tokenizer with 'smollm' pre-tokenisation, this file has {kind!r}, {split!r}")
+            raise ValueError(
+                f"examples.llm knows the 'gpt2' tokenizer with 'smollm' pre-tokenisation, this file has {kind!r}, {split!r}"
+            )
         tokens = metadata(reader, "tokenizer.ggml.tokens")
         merges = [tuple(m.split(" ", 1)) for m in metadata(reader, "tokenizer.ggml.merges")]
         self._bpe = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
         # 'smollm' pre-tokenisation: each digit stands alone, then GPT-2's byte-level split.
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
         )
         self._bpe.decoder = decoders.ByteLevel()
         types = metadata(reader, "tokenizer.ggml.token_type")
         self._bpe.add_special_tokens(
-            [tokenizers.AddedToken(t, special=True, normalized=False) for t, token_type in zip(tokens, types) if token_type == _CONTROL]
+            [
+                tokenizers.AddedToken(t, special=True, normalized=False)
+                for t, token_type in zip(tokens, types, strict=True)
+                if token_type == _CONTROL
+            ]
         )
         stops = {metadata(reader, "tokenizer.ggml.eos_token_id"), self._bpe.token_to_id("<|endoftext|>")}
         self.stop_ids = frozenset(stops - {None})

