@@ -25,6 +25,13 @@ class Field:
     kind: str
     ctype: str = ""
     doc: str = ""
+    count: int = 0  # > 0: an array of that many
+
+    @property
+    def code(self) -> str:
+        """Its `struct` format. An array is packed from its bytes."""
+        code, size, _ = _KINDS[self.kind]
+        return f"{self.count * size}s" if self.count else code
 
 
 def ptr(name: str, ctype: str = "const void", doc: str = "") -> Field:
@@ -52,6 +59,11 @@ def f32(name: str, doc: str = "") -> Field:
     return Field(name, "f32", doc=doc)
 
 
+def u64_array(name: str, count: int, doc: str = "") -> Field:
+    """`count` uint64 values, given as bytes (`numpy.ndarray.tobytes()`). Arrays stand before all other fields."""
+    return Field(name, "u64", doc=doc, count=count)
+
+
 @dataclass(frozen=True)
 class ParamStruct:
     """The parameter struct of one kernel.
@@ -69,12 +81,19 @@ class ParamStruct:
         duplicate = next((n for n in names if names.count(n) > 1), None)
         if duplicate:
             raise ValueError(f"ParamStruct {name}: field {duplicate} is declared twice")
+        if not fields:  # C++ gives an empty struct a size, struct.Struct does not
+            raise ValueError(f"ParamStruct {name}: there are no fields, wanted at least one")
+        if any(later.count and not earlier.count for earlier, later in zip(fields, fields[1:], strict=False)):
+            raise ValueError(f"ParamStruct {name}: arrays must come first, where `struct` aligns them as C++ does")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "fields", tuple(fields))
         # '@' aligns as the C++ compiler does; the trailing 0P rounds the size up to 8.
-        packer = struct.Struct("@" + "".join(_KINDS[f.kind][0] for f in fields) + "0P")
+        packer = struct.Struct("@" + "".join(f.code for f in fields) + "0P")
         object.__setattr__(self, "packer", packer)
         object.__setattr__(self, "size", packer.size)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # struct.Struct cannot be pickled
+        return (ParamStruct, (self.name, *self.fields))
 
     def pack(self, *values: Any) -> bytes:
         """The struct's bytes, values in field order."""
@@ -84,7 +103,7 @@ class ParamStruct:
         """The C++ struct `Params`, with a static_assert of the size the host packs."""
         lines = ["struct alignas(8) Params {"]
         for f in self.fields:
-            declaration = f"{f.ctype}* {f.name};" if f.kind == "ptr" else f"{_KINDS[f.kind][2]} {f.name};"
+            declaration = f"{f.ctype}* {f.name};" if f.kind == "ptr" else f"{_KINDS[f.kind][2]} {f.name}{f'[{f.count}]' if f.count else ''};"
             lines.append(f"    {declaration:<44}// {f.doc}" if f.doc else f"    {declaration}")
         lines += ["};", f"static_assert(sizeof(Params) == {self.size}, \"host and device disagree about {self.name}\");"]
         return "\n".join(lines)
