@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,22 +41,27 @@ def ptr(name: str, ctype: str = "const void", doc: str = "") -> Field:
 
 
 def i32(name: str, doc: str = "") -> Field:
+    """A 32-bit signed integer field."""
     return Field(name, "i32", doc=doc)
 
 
 def u32(name: str, doc: str = "") -> Field:
+    """A 32-bit unsigned integer field."""
     return Field(name, "u32", doc=doc)
 
 
 def i64(name: str, doc: str = "") -> Field:
+    """A 64-bit signed integer field (strides, offsets)."""
     return Field(name, "i64", doc=doc)
 
 
 def u64(name: str, doc: str = "") -> Field:
+    """A 64-bit unsigned integer field (seeds)."""
     return Field(name, "u64", doc=doc)
 
 
 def f32(name: str, doc: str = "") -> Field:
+    """A 32-bit floating-point field."""
     return Field(name, "f32", doc=doc)
 
 
@@ -83,7 +89,7 @@ class ParamStruct:
             raise ValueError(f"ParamStruct {name}: field {duplicate} is declared twice")
         if not fields:  # C++ gives an empty struct a size, struct.Struct does not
             raise ValueError(f"ParamStruct {name}: there are no fields, wanted at least one")
-        if any(later.count and not earlier.count for earlier, later in zip(fields, fields[1:], strict=False)):
+        if any(later.count and not earlier.count for earlier, later in itertools.pairwise(fields)):
             raise ValueError(f"ParamStruct {name}: arrays must come first, where `struct` aligns them as C++ does")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "fields", tuple(fields))
@@ -103,7 +109,11 @@ class ParamStruct:
         """The C++ struct `Params`, with a static_assert of the size the host packs."""
         lines = ["struct alignas(8) Params {"]
         for f in self.fields:
-            declaration = f"{f.ctype}* {f.name};" if f.kind == "ptr" else f"{_KINDS[f.kind][2]} {f.name}{f'[{f.count}]' if f.count else ''};"
+            declaration = (
+                f"{f.ctype}* {f.name};"
+                if f.kind == "ptr"
+                else f"{_KINDS[f.kind][2]} {f.name}{f'[{f.count}]' if f.count else ''};"
+            )
             lines.append(f"    {declaration:<44}// {f.doc}" if f.doc else f"    {declaration}")
-        lines += ["};", f"static_assert(sizeof(Params) == {self.size}, \"host and device disagree about {self.name}\");"]
+        lines += ["};", f'static_assert(sizeof(Params) == {self.size}, "host and device disagree about {self.name}");']
         return "\n".join(lines)

@@ -26,7 +26,16 @@ class TensorView:
 
     __slots__ = ("device", "dtype", "framework", "obj", "ptr", "shape", "strides")
 
-    def __init__(self, obj: Any, ptr: int, shape: Sequence[int], strides: Sequence[int], dtype: DType, device: int, framework: str) -> None:
+    def __init__(
+        self,
+        obj: Any,
+        ptr: int,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: DType,
+        device: int,
+        framework: str,
+    ) -> None:
         self.obj = obj
         self.ptr = ptr
         self.shape = shape
@@ -37,10 +46,12 @@ class TensorView:
 
     @property
     def ndim(self) -> int:
+        """Number of axes."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         n = 1
         for s in self.shape:
             n *= s
@@ -48,6 +59,7 @@ class TensorView:
 
     @property
     def is_cuda(self) -> bool:
+        """Whether it lies on a CUDA device."""
         return self.device >= 0
 
     def is_contiguous(self) -> bool:
@@ -86,7 +98,9 @@ def _view_cupy(x: Any) -> TensorView:
 def _view_numpy(x: Any) -> TensorView:
     dtype = canonical_dtype(x.dtype)
     size = dtype.itemsize
-    return TensorView(x, x.__array_interface__["data"][0], x.shape, tuple([s // size for s in x.strides]), dtype, CPU, "numpy")
+    return TensorView(
+        x, x.__array_interface__["data"][0], x.shape, tuple([s // size for s in x.strides]), dtype, CPU, "numpy"
+    )
 
 
 def _view_dlpack(x: Any) -> TensorView:
@@ -100,7 +114,13 @@ def _view_dlpack(x: Any) -> TensorView:
 
         v = _view_numpy(np.from_dlpack(x))
     else:
-        fail("view", "tensor", "is on a device pyinfer does not run on", f"DLPack device type {int(kind)}", "a CPU or CUDA tensor")
+        fail(
+            "view",
+            "tensor",
+            "is on a device pyinfer does not run on",
+            f"DLPack device type {int(kind)}",
+            "a CPU or CUDA tensor",
+        )
     v.framework = "dlpack"
     return v
 
@@ -140,7 +160,14 @@ def view(x: Any, op: str = "view", arg: str = "tensor") -> TensorView:
     if viewer is None:
         found = _classify(cls, x)
         if found is None:
-            fail_type(op, arg, "is no tensor", f"{cls.__module__}.{cls.__qualname__}", "a torch, CuPy or NumPy array, or any object with __dlpack__", "Convert it, e.g. with numpy.asarray or torch.tensor.")
+            fail_type(
+                op,
+                arg,
+                "is no tensor",
+                f"{cls.__module__}.{cls.__qualname__}",
+                "a torch, CuPy or NumPy array, or any object with __dlpack__",
+                "Convert it, e.g. with numpy.asarray or torch.tensor.",
+            )
         viewer = _viewers[cls] = found
     return viewer(x)
 
@@ -226,7 +253,14 @@ def host_ints(x: Any, op: str, arg: str, dtype: Any = None, *, strict: bool = Fa
             array = as_numpy(v)
         else:
             if strict:
-                fail(op, arg, "is on the GPU under strict=True", device_name(v.device), "host metadata (NumPy, a list or a CPU tensor)", "Keep the page table's host copy and pass that.")
+                fail(
+                    op,
+                    arg,
+                    "is on the GPU under strict=True",
+                    device_name(v.device),
+                    "host metadata (NumPy, a list or a CPU tensor)",
+                    "Keep the page table's host copy and pass that.",
+                )
             _log.debug("%s: copying %s from the device; this synchronises. Pass host metadata to avoid it.", op, arg)
             array = v.obj.cpu().numpy() if v.framework == "torch" else _cupy_to_host(v)
     if array.ndim != 1:

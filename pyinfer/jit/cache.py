@@ -1,9 +1,10 @@
 """The one cache of compiled kernels: content-addressed, shared by processes, healing itself.
 
-An entry's key is the sha256 of everything that decides the binary (rendered source, the bytes of every included header, options, NVRTC version, architecture).
-Times and paths play no part. An entry is one file, `<version>/<arch>/cached_ops/<name>.<key>.kernel`: one line of JSON (length and sha256 of what follows, compiler
-log, provenance), then the binary. It is written to a temporary file and moved into place, so readers need no lock; a bad entry is set aside and built again.
-Builders hold an advisory lock that dies with its process, and wait for it only so long.
+An entry's key is the sha256 of everything that decides the binary (rendered source, the bytes of every included header, options,
+NVRTC version, architecture). Times and paths play no part. An entry is one file, `<version>/<arch>/cached_ops/<name>.<key>.kernel`:
+one line of JSON (length and sha256 of what follows, compiler log, provenance), then the binary. It is written to a temporary file
+and moved into place, so readers need no lock; a bad entry is set aside and built again. Builders hold an advisory lock that dies
+with its process, and wait for it only so long.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ from pyinfer.jit import env
 
 _log = logging.getLogger("pyinfer.jit")
 _MAGIC = "pyinfer-kernel-1"
+_OUR_FILES = (
+    "cached_ops/*.kernel",
+    "cached_ops/*.bad",
+    "cached_ops/.tmp-*",
+    "generated/*.cu",
+    "generated/.tmp-*",
+    "locks/*.lock",
+)
 _warned: set[str] = set()
 
 
@@ -57,13 +66,22 @@ def _warn_once(topic: str, text: str, *args: object) -> None:
 
 def _safe_base(base: Path) -> bool:
     """A folder in the shared temporary directory is trusted only if it is ours alone: kernels are code."""
-    if not hasattr(os, "getuid") or not str(base).startswith(tempfile.gettempdir()) or not base.name.startswith("pyinfer-"):
+    if not hasattr(os, "getuid") or base != env.temporary_base():
         return True
     try:
-        status = base.stat()
+        status = base.lstat()  # of a link itself: its owner could point it elsewhere later
     except OSError:
         return True
     return status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _make_folder(base: Path, folder: Path) -> None:
+    """Create a folder below `base`. Raises OSError where that cannot be, or must not be used."""
+    if base == env.temporary_base():
+        base.mkdir(parents=True, exist_ok=True, mode=0o700)  # whatever the umask: `_safe_base` wants it ours alone
+    if not _safe_base(base):
+        raise PermissionError(f"{base} belongs to somebody else, or others may write there")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _entry_path(base: Path, arch: str, name: str, key: str) -> Path:
@@ -93,7 +111,12 @@ def _parse(data: bytes) -> tuple[bytes, dict[str, Any]] | None:
         header = json.loads(line)
     except ValueError:
         return None
-    if not newline or not isinstance(header, dict) or header.get("magic") != _MAGIC or header.get("length") != len(payload):
+    if (
+        not newline
+        or not isinstance(header, dict)
+        or header.get("magic") != _MAGIC
+        or header.get("length") != len(payload)
+    ):
         return None
     if header.get("sha256") != hashlib.sha256(payload).hexdigest() or header.get("check") != _header_check(header):
         return None
@@ -101,7 +124,9 @@ def _parse(data: bytes) -> tuple[bytes, dict[str, Any]] | None:
 
 
 def _header_check(header: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "check"}, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps({k: v for k, v in header.items() if k != "check"}, sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 
 def _quarantine(path: Path) -> None:
@@ -112,25 +137,46 @@ def _quarantine(path: Path) -> None:
 
 def store(arch: str, name: str, key: str, payload: bytes, header: dict[str, Any], source: str) -> Path | None:
     """Write an entry, and the rendered source beside it under `generated/`. Returns its path, or None where no directory could be written."""
-    header = {"magic": _MAGIC, "key": key, "name": name, "arch": arch, "length": len(payload), "sha256": hashlib.sha256(payload).hexdigest(), **header}
+    header = {
+        "magic": _MAGIC,
+        "key": key,
+        "name": name,
+        "arch": arch,
+        "length": len(payload),
+        "sha256": hashlib.sha256(payload).hexdigest(),
+        **header,
+    }
     header["check"] = _header_check(header)
     data = json.dumps(header).encode() + b"\n" + payload
+    failures: list[str] = []
     for base in env.cache_bases():
         path = _entry_path(base, arch, name, key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if base.parent == Path(tempfile.gettempdir()) else 0o777)
-            if not _safe_base(base):
-                continue
+            _make_folder(base, path.parent)
             _write_atomically(path, data)
         except OSError as error:
-            _warn_once(f"write {base}", "cannot write the kernel cache under %s (%s); trying the next place", base, error)
+            failures.append(f"{base} ({error})")
             continue
-        with contextlib.suppress(OSError):
-            generated = source_path(base, arch, name, key)
-            generated.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(generated, source.encode())
+        if failures:
+            _warn_once("elsewhere", "cannot write the kernel cache under %s; using %s", ", ".join(failures), base)
+        store_source(arch, name, key, source)
         return path
-    _warn_once("memory", "no cache directory can be written: kernels are kept in memory only. Set PYINFER_WORKSPACE_BASE to a writable folder.")
+    _warn_once(
+        "memory",
+        "no cache directory can be written, kernels are kept in memory only: %s. Set PYINFER_WORKSPACE_BASE to a writable folder.",
+        ", ".join(failures) or "there is none",
+    )
+    return None
+
+
+def store_source(arch: str, name: str, key: str, source: str) -> Path | None:
+    """Write rendered source for people to read (nothing reads it back). Returns its path, or None."""
+    for base in env.cache_bases():
+        path = source_path(base, arch, name, key)
+        with contextlib.suppress(OSError):
+            _make_folder(base, path.parent)
+            _write_atomically(path, source.encode())
+            return path
     return None
 
 
@@ -156,7 +202,11 @@ def _write_atomically(path: Path, data: bytes) -> None:
 
 def lock_timeout() -> float:
     """Seconds a builder waits for another one (`$PYINFER_JIT_LOCK_TIMEOUT`, default 60)."""
-    return float(os.environ.get("PYINFER_JIT_LOCK_TIMEOUT", "60"))
+    text = os.environ.get("PYINFER_JIT_LOCK_TIMEOUT", "60")
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"PYINFER_JIT_LOCK_TIMEOUT: is no number of seconds: got {text!r}, wanted e.g. 60.") from None
 
 
 @contextlib.contextmanager
@@ -170,20 +220,28 @@ def build_lock(arch: str, name: str, key: str) -> Iterator[bool]:
     if file is None:
         yield True
         return
+    held = False
     try:
         held = _acquire(file)
         if not held:
-            _log.warning("another process has been building %s for %s for over %g s; building it here without writing the cache", name, arch, lock_timeout())
+            _log.warning(
+                "another process has been building %s for %s for over %g s; building it here without writing the cache",
+                name,
+                arch,
+                lock_timeout(),
+            )
         yield held
     finally:
-        file.close()  # closing releases the lock
+        if held:
+            _unlock(file)  # closing does it only where no child forked meanwhile has the file too
+        file.close()
 
 
 def _open_lock(arch: str, name: str, key: str) -> Any:
     for base in env.cache_bases():
         path = base / env.version() / arch / "locks" / f"{name}.{key[:40]}.lock"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(base, path.parent)
             return open(path, "a+b")
         except OSError:
             continue
@@ -217,17 +275,29 @@ def _try_lock(file: Any) -> bool:
     except OSError as error:
         import errno
 
-        if error.errno in (errno.EACCES, errno.EDEADLK):  # how Windows says "locked"
-            return False
-        return True  # a file system without locks: racing builders are harmless, writes are atomic
+        # EACCES and EDEADLK are how Windows says "locked". Anything else is a file system without locks: racing builders are harmless, writes are atomic.
+        return error.errno not in (errno.EACCES, errno.EDEADLK)
     return True
+
+
+def _unlock(file: Any) -> None:
+    with contextlib.suppress(OSError):
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def entries() -> list[Entry]:
     """Every entry of every cache directory, all versions and architectures."""
     found = []
     for base in env.cache_bases():
-        for path in sorted(base.glob("*/*/cached_ops/*.kernel")):
+        for path in sorted(base.glob("*/*/cached_ops/*.*.kernel")):
             name, key, _ = path.name.rsplit(".", 2)
             with contextlib.suppress(OSError):
                 status = path.stat()
@@ -264,9 +334,13 @@ def prune(*, older_than: float = 0.0, keep_current_version: bool = False) -> tup
     count = freed = 0
     now = time.time()
     for base in env.cache_bases():
-        for folder in ("cached_ops", "generated", "locks"):
-            for path in base.glob(f"*/*/{folder}/*"):
-                if keep_current_version and path.parent.parent.parent.name == env.version() and path.suffix in (".kernel", ".cu"):
+        for pattern in _OUR_FILES:
+            for path in base.glob(f"*/*/{pattern}"):
+                if (
+                    keep_current_version
+                    and path.parent.parent.parent.name == env.version()
+                    and path.suffix in (".kernel", ".cu")
+                ):
                     continue
                 with contextlib.suppress(OSError):
                     status = path.stat()

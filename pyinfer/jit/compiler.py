@@ -1,7 +1,7 @@
 """Render a template, compile it with NVRTC, cache the result.
 
-Compilation goes through CuPy's low-level NVRTC binding and needs no GPU, no driver, no CUDA toolkit and no subprocess. Headers are handed over by content: nothing outside cuda_src is
-included, so there is no include path.
+Compilation goes through CuPy's low-level NVRTC binding and needs no GPU, no driver, no CUDA toolkit and no subprocess. Headers are handed over by
+content: nothing outside cuda_src is included, so there is no include path.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,19 @@ if TYPE_CHECKING:
 _log = logging.getLogger("pyinfer.jit")
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 _DIAGNOSTIC = re.compile(r"^(?P<file>[^\s(]+)\((?P<line>\d+)\): (?P<text>.*)$", re.MULTILINE)
+_MARK = re.compile(r"\0([^\0]+):(\d+)\0")
 BASE_OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "-lineinfo")
 ABI = "1"
 """Part of every key; raise it when the meaning of a cached entry changes."""
+OWN_VARIABLES = ("params", "kernel_name", "arch", "block_size")
+"""Template variables that every spec has without naming them."""
 
 
 class JitError(RuntimeError):
-    """A kernel could not be compiled. The message names kernel, specification, architecture, NVRTC version and the first diagnostics with the template's lines."""
+    """A kernel could not be compiled.
+
+    The message names kernel, specification, architecture, NVRTC version and the first diagnostics with the template's lines.
+    """
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled kernel: binary (cubin, or PTX text for a compute_NN target), compiler log, resources, seconds of compile time (0 from the cache)."""
+    """A compiled kernel: binary (cubin, or PTX text for a compute_NN target), compiler log, resources, seconds its compile took.
+
+    `cached` tells that the compile took place earlier, perhaps in another process.
+    """
 
     name: str
     arch: str
@@ -60,10 +70,22 @@ class Artifact:
 
 @functools.cache
 def _environment() -> Any:
+    return _make_environment(lambda name: read_source(name))
+
+
+def _make_environment(load: Callable[[str], str]) -> Any:
     import jinja2
 
     # StrictUndefined: a constant that a spec forgot is an error, never an empty string.
-    return jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - CUDA, not HTML
+    return jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # CUDA, not HTML
+        loader=jinja2.FunctionLoader(load),
+        cache_size=0,  # `_template` keeps them
+    )
 
 
 @functools.cache
@@ -73,12 +95,14 @@ def read_source(name: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise JitError(f"{name} is not part of pyinfer.cuda_src ({error}). The installation is incomplete: reinstall pyinfer-kernels.") from error
+        raise JitError(
+            f"{name} is not part of pyinfer.cuda_src ({error}). The installation is incomplete: reinstall pyinfer-kernels."
+        ) from error
 
 
 @functools.cache
 def _template(name: str) -> Any:
-    return _environment().from_string(read_source(name))
+    return _environment().get_template(name)
 
 
 def included_headers(source: str) -> dict[str, str]:
@@ -94,15 +118,49 @@ def included_headers(source: str) -> dict[str, str]:
 
 
 def render(spec: JitSpec, arch: str) -> str:
-    """The CUDA source of a spec for one architecture."""
-    return _render(spec, arch, _template(spec.template))
+    """The CUDA source of a spec for one architecture.
+
+    Raises
+    ------
+    JitError
+        If the template does not render: a constant is missing, a tag is not closed. Names the template's line.
+    """
+    import jinja2
+
+    try:
+        return _render(spec, arch, _template)
+    except jinja2.TemplateError as error:
+        raise JitError(
+            f"cannot render {_describe(spec)} for {arch}:\n  {_jinja_position(error, spec)}\n      {error.message or error}"
+        ) from error
 
 
-def _render(spec: JitSpec, arch: str, template: Any) -> str:
-    variables = dict(spec.constants)
+def _render(spec: JitSpec, arch: str, get_template: Callable[[str], Any]) -> str:
     constants = ", ".join(f"{k}={v}" for k, v in spec.constants)
     head = f"// {spec.name}: {spec.template} for {'PTX ' + arch if arch.startswith('compute_') else 'sm_' + arch}\n// {constants}\n"
-    return head + template.render(**variables, params=spec.params.cpp_source(), kernel_name=spec.name, arch=env.arch_number(arch), block_size=spec.block[0] * spec.block[1] * spec.block[2])
+    x, y, z = spec.block
+    variables = dict(
+        spec.constants,
+        params=spec.params.cpp_source(),
+        kernel_name=spec.name,
+        arch=env.arch_number(arch),
+        block_size=x * y * z,
+    )
+    return head + get_template(spec.template).render(variables)
+
+
+def _jinja_position(error: Any, spec: JitSpec) -> str:
+    """Template and line of an error raised by Jinja, which puts templates into the traceback as if they were modules."""
+    import traceback
+
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == "<template>"]
+    line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
+    name = getattr(error, "name", None) or spec.template
+    return f"cuda_src/{name}:{line}" if line else f"cuda_src/{name}"
+
+
+def _describe(spec: JitSpec) -> str:
+    return f"{spec.name} ({spec.template}: {', '.join(f'{k}={v}' for k, v in spec.constants)})"
 
 
 @functools.cache
@@ -144,8 +202,18 @@ def options_for(spec: JitSpec, arch: str) -> tuple[str, ...]:
 def cache_key(spec: JitSpec, arch: str) -> str:
     """sha256 of all that decides the binary: rendered source, header bytes, options, NVRTC version, architecture."""
     source = render(spec, arch)
-    headers = included_headers(source)
-    return cache.digest(ABI, source, *[part for item in sorted(headers.items()) for part in item], *sorted(options_for(spec, arch)), nvrtc_version(), arch)
+    try:
+        headers = included_headers(source)
+    except JitError as error:
+        raise JitError(f"cannot build {_describe(spec)} for {arch}: {error}") from error
+    return cache.digest(
+        ABI,
+        source,
+        *[part for item in sorted(headers.items()) for part in item],
+        *sorted(options_for(spec, arch)),
+        nvrtc_version(),
+        arch,
+    )
 
 
 _artifacts: dict[str, Artifact] = {}
@@ -157,11 +225,26 @@ def forget() -> None:
     """Drop what this process has built (see `cache.clear_cache_dir`)."""
     with _guard:
         _artifacts.clear()
-    cache_key.cache_clear()
+    for cached in (cache_key, read_source, _template):  # an edited template is read again
+        cached.cache_clear()
 
 
-def build(spec: JitSpec, arch: str) -> Artifact:
-    """The compiled kernel: from this process, from the disk cache, or from NVRTC. Threads and processes that want one key compile it once."""
+def _after_fork() -> None:
+    """In a forked child no thread is left that would ever release a lock held during the fork."""
+    global _guard
+    _guard = threading.Lock()
+    _key_locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def build(spec: JitSpec, arch: str, *, ahead: bool = False) -> Artifact:
+    """The compiled kernel: from this process, from the disk cache, or from NVRTC. Threads and processes that want one key compile it once.
+
+    `ahead` allows compiling under `PYINFER_JIT=error`.
+    """
     key = cache_key(spec, arch)
     found = _artifacts.get(key)
     if found is not None:
@@ -171,6 +254,8 @@ def build(spec: JitSpec, arch: str) -> Artifact:
     with lock:
         found = _artifacts.get(key) or _from_disk(spec, arch, key)
         if found is None:
+            if not ahead:
+                _refuse_if_forbidden(spec, arch)
             with cache.build_lock(arch, spec.name, key) as may_write:
                 found = _from_disk(spec, arch, key) or _compile(spec, arch, key, may_write)
         _artifacts[key] = found
@@ -186,24 +271,68 @@ def _from_disk(spec: JitSpec, arch: str, key: str) -> Artifact | None:
     return Artifact(spec.name, arch, code, log, _resources(log), key, float(header.get("seconds", 0.0)), cached=True)
 
 
-def _compile(spec: JitSpec, arch: str, key: str, may_write: bool) -> Artifact:
+def _refuse_if_forbidden(spec: JitSpec, arch: str) -> None:
     if os.environ.get("PYINFER_JIT", "").lower() == "error":
-        raise JitError(f"{spec.name} is not in the cache for {arch} and PYINFER_JIT=error forbids compiling. Build it ahead: pyinfer build --arch {arch} --match '{spec.name}'")
+        raise JitError(
+            f"{spec.name} is not in the cache for {arch} and PYINFER_JIT=error forbids compiling on first use. "
+            f"Build it ahead: pyinfer build --arch {arch} --match '{spec.name}'"
+        )
+
+
+@functools.cache
+def _follow_verbose() -> None:
+    """`PYINFER_JIT_VERBOSE=1`: show this logger's lines on stderr, whatever the program's own logging does."""
+    if os.environ.get("PYINFER_JIT_VERBOSE", "") not in ("", "0"):
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("pyinfer: %(message)s"))
+        _log.addHandler(handler)
+        _log.setLevel(min(_log.getEffectiveLevel(), logging.INFO))
+
+
+def _compile(spec: JitSpec, arch: str, key: str, may_write: bool) -> Artifact:
+    _follow_verbose()
     source = render(spec, arch)
     headers = included_headers(source)
     _log.info("compiling %s for %s", spec.name, arch)
     start = time.perf_counter()
-    code, log = compile_source(source, f"{spec.name}.cu", headers, options_for(spec, arch), spec, arch)
+    try:
+        code, log = compile_source(source, f"{spec.name}.cu", headers, options_for(spec, arch), spec, arch)
+    except JitError as error:
+        path = cache.store_source(arch, spec.name, key, source)
+        raise JitError(
+            f"{error}\nRendered source: {path or 'JitSpec.source() gives it; no folder could be written'}"
+        ) from None
     seconds = time.perf_counter() - start
     resources = _resources(log)
-    _log.info("compiled %s for %s in %.2f s: %d registers, %d bytes spilled", spec.name, arch, seconds, resources.registers, resources.spill_stores)
+    _log.info(
+        "compiled %s for %s in %.2f s: %d registers, %d bytes spilled",
+        spec.name,
+        arch,
+        seconds,
+        resources.registers,
+        resources.spill_stores,
+    )
     artifact = Artifact(spec.name, arch, code, log, resources, key, seconds)
     if may_write:
-        cache.store(arch, spec.name, key, code, {"log": log, "seconds": seconds, "nvrtc": nvrtc_version(), "template": spec.template}, source)
+        cache.store(
+            arch,
+            spec.name,
+            key,
+            code,
+            {"log": log, "seconds": seconds, "nvrtc": nvrtc_version(), "template": spec.template},
+            source,
+        )
     return artifact
 
 
-def compile_source(source: str, file_name: str, headers: dict[str, str], options: tuple[str, ...], spec: JitSpec | None = None, arch: str = "") -> tuple[bytes, str]:
+def compile_source(
+    source: str,
+    file_name: str,
+    headers: dict[str, str],
+    options: tuple[str, ...],
+    spec: JitSpec | None = None,
+    arch: str = "",
+) -> tuple[bytes, str]:
     """Compile CUDA source. Returns (cubin or PTX, log).
 
     Raises
@@ -213,12 +342,16 @@ def compile_source(source: str, file_name: str, headers: dict[str, str], options
     """
     binding = nvrtc()
     # CuPy takes the source and its name as str, headers and theirs as bytes.
-    program = binding.createProgram(source, file_name, [text.encode() for text in headers.values()], [name.encode() for name in headers])
+    program = binding.createProgram(
+        source, file_name, [text.encode() for text in headers.values()], [name.encode() for name in headers]
+    )
     try:
         try:
             binding.compileProgram(program, options)
         except binding.NVRTCError as error:
-            raise JitError(_describe_failure(binding.getProgramLog(program) or str(error), source, file_name, spec, arch)) from None
+            raise JitError(
+                _describe_failure(binding.getProgramLog(program) or str(error), source, file_name, spec, arch)
+            ) from None
         log = binding.getProgramLog(program)
         if any(o.startswith("-arch=compute_") for o in options):
             ptx = binding.getPTX(program)
@@ -234,39 +367,64 @@ def _resources(log: str) -> Resources:
         return max((int(m) for m in re.findall(pattern, log)), default=0)
 
     return Resources(
-        number(r"Used (\d+) registers"), number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes spill loads"), number(r"(\d+) bytes smem")
+        number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes stack frame"),
+        number(r"(\d+) bytes spill stores"),
+        number(r"(\d+) bytes spill loads"),
+        number(r"(\d+) bytes smem"),
     )
 
 
 def _describe_failure(log: str, source: str, file_name: str, spec: JitSpec | None, arch: str) -> str:
-    errors = [m for m in _DIAGNOSTIC.finditer(log) if "error" in m["text"]] or list(_DIAGNOSTIC.finditer(log))
+    found = list(_DIAGNOSTIC.finditer(log))
+    errors = [m for m in found if m["text"].startswith(("error", "catastrophic error"))] or found
+    rendered = source.splitlines()
     lines = []
     for m in errors[:3]:
-        where = f"{m['file']}:{m['line']}"
-        if spec is not None and m["file"] == file_name:
-            where = f"cuda_src/{spec.template}:{template_line(spec, arch, int(m['line']))} (rendered line {m['line']})"
-            rendered = source.splitlines()
-            if 0 < int(m["line"]) <= len(rendered):
-                where += f"\n      {rendered[int(m['line']) - 1].strip()}"
+        number = int(m["line"])
+        if m["file"] != file_name:
+            where = f"cuda_src/{m['file']}:{number}"
+        elif spec is None:
+            where = f"{file_name}:{number}"
+        else:
+            template, line = template_line(spec, arch, number)
+            where = f"cuda_src/{template}:{line} (rendered line {number})"
+        if m["file"] == file_name and 0 < number <= len(rendered):
+            where += f"\n      {rendered[number - 1].strip()}"
         lines.append(f"  {where}\n      {m['text']}")
+    if len(errors) > 3:
+        lines.append(f"  ... and {len(errors) - 3} more")
     details = "\n".join(lines) or log.strip()[:2000]
-    what = f"{spec.name} ({spec.template}: {', '.join(f'{k}={v}' for k, v in spec.constants)})" if spec else file_name
-    more = f"\n  ... and {len(errors) - 3} more" if len(errors) > 3 else ""
-    return f"NVRTC {nvrtc_version()} could not compile {what} for {arch or 'the given options'}:\n{details}{more}"
+    if "gpu-architecture" in details:
+        known = ", ".join(str(a) for a in nvrtc().getSupportedArchs() if a >= 80)
+        details += (
+            f"\n  This NVRTC knows {known}. Install a newer one, or set PYINFER_CUDA_ARCH_LIST, e.g. to '9.0+PTX', "
+            "which the driver compiles for newer GPUs."
+        )
+    what = _describe(spec) if spec else file_name
+    return f"NVRTC {nvrtc_version()} could not compile {what} for {arch or 'the given options'}:\n{details}"
 
 
-def template_line(spec: JitSpec, arch: str, rendered_line: int) -> int:
-    """The template's line that a rendered line came from: the template is rendered once more with its line numbers in comments."""
-    marked = []
-    for number, line in enumerate(read_source(spec.template).split("\n"), 1):
-        # A mark after a tag would keep the newline that trim_blocks removes; after a backslash it would break the continued line.
-        marked.append(line if line.rstrip().endswith(("%}", "#}", "\\", "{%", "{{")) or "{#" in line else f"{line}/*@{number}*/")
-    try:
-        rendered = _render(spec, arch, _environment().from_string("\n".join(marked))).split("\n")
-    except Exception:  # a tag spread over lines: no map, but the error itself must come through
-        return rendered_line
-    for line in reversed(rendered[:rendered_line]):
-        found = re.findall(r"/\*@(\d+)\*/", line)
+def template_line(spec: JitSpec, arch: str, rendered_line: int) -> tuple[str, int]:
+    """The template, or the file it includes with Jinja, and the line there that a rendered line came from.
+
+    The template is rendered once more with its name and line number in front of every line break of its text. A rendered line without a mark came out of an
+    expression of several lines, so that the next mark names the line of the expression's end.
+    """
+    rendered = _render(spec, arch, _make_environment(lambda name: _mark_lines(name, read_source(name))).get_template)
+    for line in rendered.split("\n")[rendered_line - 1 :]:
+        found = _MARK.findall(line)
         if found:
-            return int(found[-1])
-    return rendered_line
+            return found[-1][0], int(found[-1][1])
+    return spec.template, max(len(read_source(spec.template).splitlines()), 1)
+
+
+def _mark_lines(name: str, text: str) -> str:
+    # Only Jinja's own lexer knows what is text and what belongs to a tag, however many lines a tag takes.
+    parts = []
+    for start, kind, value in _environment().lexer.tokeniter(text, name):
+        if kind == "data":
+            lines = value.split("\n")
+            value = "\n".join([*(f"{line}\0{name}:{start + i}\0" for i, line in enumerate(lines[:-1])), lines[-1]])
+        parts.append(value)
+    return "".join(parts)

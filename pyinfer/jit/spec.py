@@ -53,23 +53,51 @@ class JitSpec:
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
-            raise ValueError(f"JitSpec: name is no C identifier: got {self.name!r}, wanted letters, digits and underscores.")
-        if self.smem > 227 * 1024:
-            raise ValueError(f"JitSpec {self.name}: smem is too large: got {self.smem} bytes, wanted at most 227 KiB.")
+            raise ValueError(
+                f"JitSpec: name is no C identifier: got {self.name!r}, wanted letters, digits and underscores."
+            )
+        if not 0 <= self.smem <= 227 * 1024:
+            raise ValueError(f"JitSpec {self.name}: smem is out of range: got {self.smem} bytes, wanted 0 to 227 KiB.")
+        x, y, z = self.block
+        if min(self.block) < 1 or x * y * z > 1024 or z > 64:
+            raise ValueError(
+                f"JitSpec {self.name}: block is no block of threads: got {self.block}, wanted at least 1 an axis, at most 1024 in all and 64 in z."
+            )
+        names = [k for k, _ in self.constants]
+        clash = next((k for k in names if names.count(k) > 1 or k in compiler.OWN_VARIABLES), None)
+        if clash is not None:
+            raise ValueError(
+                f"JitSpec {self.name}: constant {clash} is given twice, or is one that every template has ({', '.join(compiler.OWN_VARIABLES)})."
+            )
 
     def __str__(self) -> str:
         return f"{self.name} [{self.template}] " + " ".join(f"{k}={v}" for k, v in self.constants)
 
     def source(self, arch: str | None = None) -> str:
         """The rendered CUDA source."""
-        return compiler.render(self, _target(arch))
+        return compiler.render(self, self._target(arch))
 
-    def build(self, arch: str | None = None, verbose: bool = False) -> compiler.Artifact:
-        """Compile, or take from the cache. Needs no GPU. `arch` is e.g. "90a" or "compute_80"; None means this machine's GPU (or the first of the arch list)."""
-        target = _target(arch)
+    def build(self, arch: str | None = None, verbose: bool = False, *, ahead: bool = False) -> compiler.Artifact:
+        """Compile, or take from the cache. Needs no GPU.
+
+        Parameters
+        ----------
+        arch
+            E.g. "90a" or "compute_80"; None means this machine's GPU, or the first of the arch list that has the instructions.
+        verbose
+            Print one line with time and resources.
+        ahead
+            Compile even under `PYINFER_JIT=error`, which forbids compiling on first use.
+
+        Raises
+        ------
+        JitError
+            If it does not compile, or must not.
+        """
+        target = self._target(arch)
         if env.arch_number(target) < self.min_arch:
             raise ValueError(f"{self.name}: arch is too old: got {target}, wanted {self.min_arch} or newer.")
-        artifact = compiler.build(self, target)
+        artifact = compiler.build(self, target, ahead=ahead)
         if verbose:
             print(f"{self.name} ({target}): {artifact.seconds:.2f} s, {artifact.resources}")
         return artifact
@@ -82,7 +110,7 @@ class JitSpec:
 
     def cache_path(self, arch: str | None = None) -> Path:
         """Where the compiled kernel is, or would be first written."""
-        target = _target(arch)
+        target = self._target(arch)
         key = compiler.cache_key(self, target)
         candidates = [cache._entry_path(base, target, self.name, key) for base in env.cache_bases()]
         return next((p for p in candidates if p.exists()), candidates[0])
@@ -99,6 +127,12 @@ class JitSpec:
     def is_built(self, arch: str | None = None) -> bool:
         """Whether a disk cache holds it."""
         return self.cache_path(arch).exists()
+
+    def _target(self, arch: str | None) -> str:
+        if arch is not None:
+            return env.parse_arch(arch)
+        candidates = env.default_archs()
+        return next((a for a in candidates if env.arch_number(a) >= self.min_arch), candidates[0])
 
 
 @dataclass(frozen=True)
@@ -121,10 +155,6 @@ def gen_jit_spec(name: str, template: str, params: ParamStruct, **constants: Any
     """A JitSpec from keyword constants; `block`, `smem`, `options`, `min_arch` and `cluster` are taken out of them."""
     own = {k: constants.pop(k) for k in ("block", "smem", "options", "min_arch", "cluster") if k in constants}
     return JitSpec(name, template, params, tuple(sorted(constants.items())), **own)
-
-
-def _target(arch: str | None) -> str:
-    return env.default_archs()[0] if arch is None else env.parse_arch(arch)
 
 
 def flatten(specs: Iterable[JitSpec | JitModule]) -> list[JitSpec]:
@@ -156,9 +186,11 @@ def build_jit_specs(
     archs
         Target architectures; default `jit.env.default_archs()`.
     threads
-        Worker threads; default the number of CPUs, at most 8.
+        Worker threads; default the number of CPUs this process may use, at most 8.
     progress
         Called as progress(done, total, artifact) after each one.
+
+    `PYINFER_JIT=error` forbids compiling on first use, not this.
 
     Raises
     ------
@@ -170,11 +202,18 @@ def build_jit_specs(
     targets = [env.parse_arch(a) for a in archs] if archs is not None else env.default_archs()
     jobs = [(s, a) for s in flatten(specs) for a in targets if env.arch_number(a) >= s.min_arch]
     compiler.nvrtc()  # load the library once, before the threads
-    artifacts = []
-    with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 8)) as pool:
-        futures = [pool.submit(s.build, a, verbose) for s, a in jobs]
-        for done, future in enumerate(as_completed(futures), 1):
-            if future.exception() is None and progress is not None:
-                progress(done, len(jobs), future.result())
-        artifacts = [f.result() for f in futures]
-    return artifacts
+    with ThreadPoolExecutor(threads or min(_num_cpus(), 8)) as pool:
+        futures = [pool.submit(s.build, a, verbose, ahead=True) for s, a in jobs]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                if future.exception() is None and progress is not None:
+                    progress(done, len(jobs), future.result())
+        except BaseException:  # Ctrl-C, or `progress` itself: what has not begun never will
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [f.result() for f in futures]
+
+
+def _num_cpus() -> int:
+    """CPUs this process may use (a container's share, not the machine's)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
