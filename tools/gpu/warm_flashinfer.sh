@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Build FlashInfer's modules ahead, one Python process each, side by side and detached (they outlive the call that started them).
+# usage: warm_flashinfer.sh start [MODULE…]   default: decode prefill_fa2 norm activation sampling rope page (prefill_fa3 takes 120–220 s: name it to have it)
+#        warm_flashinfer.sh wait [SECONDS]    until all that were started have ended (default 300), then report
+#        warm_flashinfer.sh status            what is built and what is still running
+# Each process makes the very call that the benchmark will time (python -m benchmarks.peers warm MODULE), so that its cache is hit later.
+source "$(dirname "$0")/common.sh"
+action=${1:-start}; shift || true
+
+status() {
+    for log in "$PEERS"/logs/*.log; do
+        [ -e "$log" ] || { echo "nothing started"; return; }
+        name=$(basename "$log" .log)
+        if [ -e "$PEERS/built/$name.json" ]; then echo "built   $name $(grep -o '"seconds": [0-9.]*' "$PEERS/built/$name.json")"
+        elif kill -0 "$(cat "$PEERS/logs/$name.pid" 2>/dev/null)" 2>/dev/null; then echo "running $name"
+        else echo "FAILED  $name: $(grep -v '^ ' "$log" | tail -1 | cut -c1-300)"
+        fi
+    done
+    cat "$PEERS"/logs/*.log >"$OUT/flashinfer_build.log" 2>/dev/null
+}
+
+case $action in
+start)
+    [ $# -gt 0 ] || set -- decode prefill_fa2 norm activation sampling rope page
+    for module in "$@"; do
+        MAX_JOBS=${MAX_JOBS:-4} setsid nohup timeout 900 nice -n 5 python3 -m benchmarks.peers warm "$module" >"$PEERS/logs/$module.log" 2>&1 </dev/null &
+        echo $! >"$PEERS/logs/$module.pid"
+    done
+    say "started: $*"
+    ;;
+wait)
+    end=$((SECONDS + ${1:-300}))
+    while [ $SECONDS -lt $end ]; do
+        alive=0
+        for pid in "$PEERS"/logs/*.pid; do kill -0 "$(cat "$pid")" 2>/dev/null && alive=1; done
+        [ $alive = 1 ] || break
+        sleep 1
+    done
+    status
+    ;;
+status) status ;;
+*) sed -n '2,6p' "$0"; exit 2 ;;
+esac
