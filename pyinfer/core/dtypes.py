@@ -59,9 +59,32 @@ INT64 = DType("int64", 8, "int64_t", "i64")
 UINT64 = DType("uint64", 8, "uint64_t", "u64")
 BOOL = DType("bool", 1, "uint8_t", "bool")
 
-ALL = (FLOAT16, BFLOAT16, FLOAT32, FLOAT64, FLOAT8_E4M3, FLOAT8_E5M2, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, BOOL)
+ALL = (
+    FLOAT16,
+    BFLOAT16,
+    FLOAT32,
+    FLOAT64,
+    FLOAT8_E4M3,
+    FLOAT8_E5M2,
+    INT8,
+    UINT8,
+    INT16,
+    UINT16,
+    INT32,
+    UINT32,
+    INT64,
+    UINT64,
+    BOOL,
+)
 _BY_NAME: dict[str, DType] = {d.name: d for d in ALL}
-_BY_NAME |= {"half": FLOAT16, "float": FLOAT32, "double": FLOAT64, "int": INT32, "long": INT64, "float8_e4m3": FLOAT8_E4M3}
+_BY_NAME |= {
+    "half": FLOAT16,
+    "float": FLOAT32,
+    "double": FLOAT64,
+    "int": INT32,
+    "long": INT64,
+    "float8_e4m3": FLOAT8_E4M3,
+}
 _BY_NAME |= {d.short: d for d in ALL}
 _BY_OBJECT: dict[object, DType] = {}  # torch.dtype, np.dtype, ... -> DType
 
@@ -94,7 +117,8 @@ def canonical_dtype(x: object, op: str = "dtype", arg: str = "dtype") -> DType:
     except TypeError:  # unhashable
         x = str(x)
     name = x if isinstance(x, str) else (getattr(x, "name", None) or getattr(x, "__name__", None) or str(x))
-    found = _BY_NAME.get(name.removeprefix("torch."))
+    # Bytes in the other order would be read as other numbers.
+    found = _BY_NAME.get(name.removeprefix("torch.")) if getattr(x, "isnative", True) else None
     if found is None:
         from pyinfer.core.errors import fail_type
 

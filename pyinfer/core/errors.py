@@ -6,7 +6,7 @@ A wrong type or dtype is a TypeError, everything else a ValueError.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def fail_type(op: str, arg: str, what: str, got: object, wanted: object, fix: st
     raise TypeError(message(op, arg, what, got, wanted, fix))
 
 
-def check_dtype(op: str, arg: str, x: TensorView, allowed: Iterable[DType]) -> None:
+def check_dtype(op: str, arg: str, x: TensorView, allowed: Collection[DType]) -> None:
     """TypeError unless x.dtype is one of `allowed`."""
     dtype = x.dtype
     for candidate in allowed:
@@ -73,13 +73,27 @@ def check_same_device(op: str, views: dict[str, TensorView]) -> None:
     first_arg, first = next(iter(views.items()))
     for arg, x in views.items():
         if x.device != first.device:
-            fail(op, arg, "is on another device", device_name(x.device), f"{device_name(first.device)} (where {first_arg} is)", f"Move it, e.g. {arg}.to({device_name(first.device)!r}).")
+            fail(
+                op,
+                arg,
+                "is on another device",
+                device_name(x.device),
+                f"{device_name(first.device)} (where {first_arg} is)",
+                f"Move it, e.g. {arg}.to({device_name(first.device)!r}).",
+            )
 
 
 def check_last_dim_contiguous(op: str, arg: str, x: TensorView) -> None:
     """ValueError unless the last axis has stride 1. Axes of size 0 or 1 always pass."""
     if x.shape and x.shape[-1] > 1 and x.strides[-1] != 1:
-        fail(op, arg, "is not contiguous in its last axis", f"strides {tuple(x.strides)} for shape {tuple(x.shape)}", "last stride 1", "Call .contiguous() on it.")
+        fail(
+            op,
+            arg,
+            "is not contiguous in its last axis",
+            f"strides {tuple(x.strides)} for shape {tuple(x.shape)}",
+            "last stride 1",
+            "Call .contiguous() on it.",
+        )
 
 
 def device_name(device: int) -> str:

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,59 +80,136 @@ class TensorView:
 _torch_dtypes: dict[Any, DType] = {}
 
 
-def _view_torch(x: Any) -> TensorView:
+def _view_torch(x: Any, op: str, arg: str) -> TensorView:
     dtype = x.dtype
     ours = _torch_dtypes.get(dtype)
     if ours is None:
-        ours = _torch_dtypes[dtype] = canonical_dtype(dtype)
+        ours = _torch_dtypes[dtype] = canonical_dtype(dtype, op, arg)
     device = x.get_device()  # -1 for the CPU; an int without building a torch.device
     if device < 0 and x.device.type != "cpu":
-        fail("view", "tensor", "is on a device pyinfer does not run on", str(x.device), "a CPU or CUDA tensor")
-    return TensorView(x, x.data_ptr(), x.shape, x.stride(), ours, device, "torch")
+        fail(op, arg, "is on a device pyinfer does not run on", str(x.device), "a CPU or CUDA tensor")
+    try:
+        return TensorView(x, x.data_ptr(), x.shape, x.stride(), ours, device, "torch")
+    except RuntimeError:  # sparse and quantised tensors have no strides
+        fail(op, arg, "is no dense tensor", str(x.layout), "torch.strided", "Call .to_dense() on it.")
 
 
-def _view_cupy(x: Any) -> TensorView:
-    dtype = canonical_dtype(x.dtype)
-    size = dtype.itemsize
-    return TensorView(x, x.data.ptr, x.shape, tuple([s // size for s in x.strides]), dtype, x.data.device_id, "cupy")
+def _view_cupy(x: Any, op: str, arg: str) -> TensorView:
+    dtype = canonical_dtype(x.dtype, op, arg)
+    strides = _in_elements(x.strides, dtype.itemsize, op, arg)
+    return TensorView(x, x.data.ptr, x.shape, strides, dtype, x.data.device_id, "cupy")
 
 
-def _view_numpy(x: Any) -> TensorView:
-    dtype = canonical_dtype(x.dtype)
-    size = dtype.itemsize
-    return TensorView(
-        x, x.__array_interface__["data"][0], x.shape, tuple([s // size for s in x.strides]), dtype, CPU, "numpy"
-    )
-
-
-def _view_dlpack(x: Any) -> TensorView:
-    kind, _ = x.__dlpack_device__()
-    if int(kind) in (2, 13):  # kDLCUDA, kDLCUDAManaged
-        import cupy
-
-        v = _view_cupy(cupy.from_dlpack(x))
-    elif int(kind) in (1, 3):  # kDLCPU, kDLCUDAHost
-        import numpy as np
-
-        v = _view_numpy(np.from_dlpack(x))
-    else:
+def _view_numpy(x: Any, op: str, arg: str) -> TensorView:
+    dtype = canonical_dtype(x.dtype, op, arg)
+    ptr = x.__array_interface__["data"][0]
+    if ptr % dtype.itemsize and x.size:
         fail(
-            "view",
-            "tensor",
-            "is on a device pyinfer does not run on",
-            f"DLPack device type {int(kind)}",
-            "a CPU or CUDA tensor",
+            op,
+            arg,
+            "is not aligned",
+            f"address {ptr:#x}",
+            f"a multiple of {dtype.itemsize}",
+            "Copy it, e.g. with numpy.array.",
+        )
+    return TensorView(x, ptr, x.shape, _in_elements(x.strides, dtype.itemsize, op, arg), dtype, CPU, "numpy")
+
+
+def _in_elements(strides: tuple[int, ...], size: int, op: str, arg: str) -> tuple[int, ...]:
+    for s in strides:
+        if s % size:  # a field of a structured array
+            fail(
+                op,
+                arg,
+                "has strides of no whole number of elements",
+                f"{strides} bytes",
+                f"multiples of {size}",
+                "Copy it, e.g. with numpy.array.",
+            )
+    return tuple([s // size for s in strides])
+
+
+def _view_dlpack(x: Any, op: str, arg: str) -> TensorView:
+    kind, _ = x.__dlpack_device__()
+    try:
+        if int(kind) in (2, 13):  # kDLCUDA, kDLCUDAManaged
+            import cupy
+
+            v = _view_cupy(cupy.from_dlpack(x), op, arg)
+        elif int(kind) in (1, 3):  # kDLCPU, kDLCUDAHost
+            v = _view_numpy(_numpy_from_dlpack(x), op, arg)
+        else:
+            fail(
+                op,
+                arg,
+                "is on a device pyinfer does not run on",
+                f"DLPack device type {int(kind)}",
+                "a CPU or CUDA tensor",
+            )
+    except (BufferError, RuntimeError) as error:  # what exporters and importers raise for a dtype they do not know
+        fail_type(
+            op,
+            arg,
+            "cannot be read through DLPack",
+            f"{type(x).__qualname__} ({error})",
+            "a tensor of a dtype listed in core/dtypes.py",
         )
     v.framework = "dlpack"
     return v
 
 
-_viewers: dict[type, Callable[[Any], TensorView]] = {}
+class _DLTensor(ctypes.Structure):
+    """The head of DLPack's struct of the same name."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
 
 
-def _classify(cls: type, x: Any) -> Callable[[Any], TensorView] | None:
+_DLPACK_ONLY = {(4, 16): "bfloat16", (10, 8): "float8_e4m3fn", (12, 8): "float8_e5m2"}  # (type code, bits)
+
+
+def _numpy_from_dlpack(x: Any) -> Any:
+    """`numpy.from_dlpack`, and for the types that NumPy itself does not have the same by hand."""
+    import numpy as np
+
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError):
+        capsule = x.__dlpack__()
+        get = ctypes.pythonapi.PyCapsule_GetPointer
+        get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        t = ctypes.cast(get(capsule, b"dltensor"), ctypes.POINTER(_DLTensor)).contents
+        name = _DLPACK_ONLY.get((t.code, t.bits))
+        if name is None or t.lanes != 1:
+            raise
+    dtype = canonical_dtype(name).numpy
+    shape = tuple(t.shape[: t.ndim])
+    if not t.data or 0 in shape:
+        return np.empty(shape, dtype)
+    strides = t.strides[: t.ndim] if t.strides else [math.prod(shape[i + 1 :]) for i in range(t.ndim)]
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    memory = (ctypes.c_char * (extent * dtype.itemsize)).from_address(t.data + t.byte_offset)
+    memory.capsule = capsule  # type: ignore[attr-defined] # unconsumed, it owns the tensor
+    return np.ndarray(shape, dtype, memory, strides=[s * dtype.itemsize for s in strides])
+
+
+_viewers: dict[type, Callable[[Any, str, str], TensorView]] = {}
+
+
+def _classify(cls: type, x: Any) -> Callable[[Any, str, str], TensorView] | None:
     for base in cls.__mro__:
         root = base.__module__.partition(".")[0]
+        if root == "numpy" and base.__name__ == "MaskedArray":
+            return None  # its mask would be ignored without a word
         if root == "torch" and base.__name__ == "Tensor":
             return _view_torch
         if root == "cupy" and base.__name__ == "ndarray":
@@ -153,7 +232,9 @@ def view(x: Any, op: str = "view", arg: str = "tensor") -> TensorView:
     Raises
     ------
     TypeError
-        If `x` is no tensor.
+        If `x` is no tensor, or of a dtype that pyinfer does not have.
+    ValueError
+        If it lies on another kind of device, or its memory is not strided in whole elements.
     """
     cls = type(x)
     viewer = _viewers.get(cls)
@@ -169,7 +250,7 @@ def view(x: Any, op: str = "view", arg: str = "tensor") -> TensorView:
                 "Convert it, e.g. with numpy.asarray or torch.tensor.",
             )
         viewer = _viewers[cls] = found
-    return viewer(x)
+    return viewer(x, op, arg)
 
 
 def is_tensor(x: Any) -> bool:
@@ -242,11 +323,14 @@ def host_ints(x: Any, op: str, arg: str, dtype: Any = None, *, strict: bool = Fa
     """
     import numpy as np
 
-    dtype = np.int32 if dtype is None else dtype
+    dtype = np.dtype(np.int32 if dtype is None else dtype)
     if isinstance(x, np.ndarray):
-        array = x
+        array = np.asarray(x)  # a subclass may index differently
     elif isinstance(x, list | tuple):
-        array = np.asarray(x) if len(x) else np.zeros(0, dtype)
+        try:
+            array = np.asarray(x) if len(x) else np.zeros(0, dtype)
+        except (ValueError, OverflowError) as error:  # lists of different lengths, numbers beyond 64 bits
+            fail(op, arg, "is no list of integers", str(error), "a flat list of integers")
     else:
         v = view(x, op, arg)
         if v.device < 0:
@@ -268,11 +352,11 @@ def host_ints(x: Any, op: str, arg: str, dtype: Any = None, *, strict: bool = Fa
     if array.dtype == dtype and array.flags.c_contiguous:
         return array
     if array.dtype.kind not in "iu":
-        fail_type(op, arg, "holds no integers", array.dtype, "int32 or int64")
-    if array.size and array.dtype.itemsize > np.dtype(dtype).itemsize:
-        limit = np.iinfo(dtype)
-        if int(array.max()) > limit.max or int(array.min()) < limit.min:
-            fail(op, arg, f"does not fit {np.dtype(dtype)}", f"values up to {int(array.max())}", f"at most {limit.max}")
+        fail_type(op, arg, "holds no integers that fit 64 bits", array.dtype, "int32 or int64")
+    if array.size and not np.can_cast(array.dtype, dtype):
+        limit, low, high = np.iinfo(dtype), int(array.min()), int(array.max())
+        if high > limit.max or low < limit.min:
+            fail(op, arg, f"does not fit {dtype}", f"values from {low} to {high}", f"{limit.min} to {limit.max}")
     return np.ascontiguousarray(array, dtype=dtype)
 
 
