@@ -1,0 +1,97 @@
+"""Kernel factories of the sampling family."""
+
+from __future__ import annotations
+
+import functools
+
+from pyinfer.core.dtypes import canonical_dtype
+from pyinfer.core.params import Field, ParamStruct, f32, i32, i64, ptr, u64
+from pyinfer.jit.spec import JitModule, JitSpec
+
+BLOCK = (1024, 1, 1)
+DTYPES = ("float32", "bfloat16", "float16")
+SOURCES = ("probs", "logits")
+FILTERS = ("all", "min_p", "joint", "first")
+"""What a sampler keeps: everything; p >= min_p * max; top_k and top_p on the given values; top_p on what top_k keeps, renormalised."""
+
+
+def _ints(name: str) -> tuple[Field, ...]:
+    return (
+        ptr(name, "const void", "int32 or int64, or null: the value"),
+        i32(f"{name}_wide", "1: int64"),
+        i32(f"{name}_spread", "0: one for all, 1: one per output, 2: one per row"),
+        i64(f"{name}_value"),
+    )
+
+
+def _floats(name: str) -> tuple[Field, ...]:
+    return (ptr(name, "const float", "or null: the value"), i32(f"{name}_spread", "as above"), f32(f"{name}_value"))
+
+
+_INPUT = (ptr("input", "const scalar_t", "[rows, vocab]"), i64("row_stride", "elements"))
+
+SAMPLE = ParamStruct(
+    "SampleParams",
+    *_INPUT,
+    i32("num_rows"),
+    i32("vocab"),
+    ptr("out", "int32_t", "[outputs] ids"),
+    ptr("valid", "uint8_t", "[outputs] or null: 0 where the row cannot be sampled"),
+    ptr("indices", "const void", "[outputs] rows, int32 or int64, or null: output i is row i"),
+    i32("indices_wide"),
+    *_ints("top_k"),
+    *_floats("top_p"),
+    *_floats("min_p"),
+    ptr("seeds", "const void", "[outputs] int32 or int64, or null: seed"),
+    i32("seeds_wide"),
+    ptr("offsets", "const void", "[outputs] int32 or int64, or null: offset"),
+    i32("offsets_wide"),
+    u64("seed"),
+    u64("offset"),
+)
+SOFTMAX = ParamStruct("SoftmaxParams", *_INPUT, i32("vocab"), ptr("out", "float", "[rows, vocab]"), *_floats("temperature"))
+RENORM = ParamStruct("RenormParams", *_INPUT, i32("vocab"), ptr("out", "float", "[rows, vocab]"), *_ints("top_k"), *_floats("top_p"))
+MASK = ParamStruct("MaskLogitsParams", *_INPUT, i32("vocab"), ptr("out", "float", "[rows, vocab]"), *_ints("top_k"))
+
+
+@functools.cache
+def gen_sample(dtype: str, source: str = "probs", filter: str = "all") -> JitSpec:
+    """A sampler over rows of `source` ("probs", "logits") of `dtype` under `filter` (one of FILTERS)."""
+    if source not in SOURCES or filter not in FILTERS:
+        raise ValueError(f"gen_sample: no such kernel: got source={source!r}, filter={filter!r}, wanted one of {SOURCES} and one of {FILTERS}.")
+    t = canonical_dtype(dtype)
+    constants = (("scalar_t", t.ctype), ("source", source), ("filter", filter))
+    return JitSpec(f"sample_{source}_{filter}_{t.short}", "sampling/sample.cu.jinja", SAMPLE, constants, BLOCK)
+
+
+@functools.cache
+def gen_softmax(dtype: str) -> JitSpec:
+    """softmax(logits / temperature) to float32."""
+    t = canonical_dtype(dtype)
+    return JitSpec(f"softmax_{t.short}", "sampling/softmax.cu.jinja", SOFTMAX, (("scalar_t", t.ctype),), BLOCK)
+
+
+@functools.cache
+def gen_renorm(dtype: str) -> JitSpec:
+    """top_k_renorm_probs and top_p_renorm_probs."""
+    t = canonical_dtype(dtype)
+    return JitSpec(f"renorm_{t.short}", "sampling/renorm.cu.jinja", RENORM, (("scalar_t", t.ctype),), BLOCK)
+
+
+@functools.cache
+def gen_mask_logits(dtype: str) -> JitSpec:
+    """top_k_mask_logits."""
+    t = canonical_dtype(dtype)
+    return JitSpec(f"mask_logits_{t.short}", "sampling/mask_logits.cu.jinja", MASK, (("scalar_t", t.ctype),), BLOCK)
+
+
+@functools.cache
+def all_specs() -> tuple[JitSpec, ...]:
+    """Every kernel of the family."""
+    specs = [gen_sample(d, s, f) for d in DTYPES for s in SOURCES for f in FILTERS if (s, f) != ("logits", "min_p")]
+    return (*specs, *(g(d) for d in DTYPES for g in (gen_softmax, gen_renorm, gen_mask_logits)))
+
+
+def gen_sampling_module() -> JitModule:
+    """The whole family as one module."""
+    return JitModule("sampling", all_specs())
