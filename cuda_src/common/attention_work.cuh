@@ -1,0 +1,70 @@
+// What a block does: one tile of packed rows against one range of keys, for one kv head. From a plan's work list, or, for a single
+// request, by arithmetic.
+#pragma once
+#include "common/paged_kv.cuh"
+
+struct AttentionWork {
+    int request;
+    int kv_head;
+    int row_begin;   // first packed row, within the request
+    int row_count;   // 0: this block has nothing to do
+    int kv_begin;    // keys [kv_begin, kv_end)
+    int kv_end;
+    int split;
+    int num_splits;
+    int slot;        // of split 0 in the partial buffers; also the semaphore's index
+    int qo_begin;    // the request's first query token in q, out and lse
+    int kv_base;     // its first page table entry, or (ragged) its first token in k and v
+    int diagonal;    // kv_len - qo_len
+};
+
+// blockIdx.x = item * num_kv_heads + kv_head. A graph's grid is as large as the plan's capacity: items from n_work on are empty.
+template <typename Params>
+PYINFER_DEVICE AttentionWork planned_work(const Params& p) {
+    AttentionWork w;
+    const int item = blockIdx.x / p.num_kv_heads;
+    w.kv_head = blockIdx.x - item * p.num_kv_heads;
+    w.row_count = 0;
+    if (item >= p.plan_header[0]) {
+        return w;
+    }
+    const int4 head = reinterpret_cast<const int4*>(p.work)[2 * item];
+    const int4 tail = reinterpret_cast<const int4*>(p.work)[2 * item + 1];
+    w.request = head.x, w.row_begin = head.y, w.row_count = head.z, w.kv_begin = head.w;
+    w.kv_end = tail.x, w.split = tail.y, w.num_splits = tail.z, w.slot = tail.w;
+    w.qo_begin = p.qo_indptr[w.request];
+    w.kv_base = p.kv_indptr[w.request];
+    w.diagonal = p.kv_len[w.request] - (p.qo_indptr[w.request + 1] - w.qo_begin);
+    return w;
+}
+
+// blockIdx.x = (item * num_splits + split) * num_kv_heads + kv_head. Under causality the last tile sees most keys, so it goes
+// first. A tile has as many splits as its own visible keys need; the others are empty.
+template <int TILE_Q, typename Params>
+PYINFER_DEVICE AttentionWork single_work(const Params& p) {
+    AttentionWork w;
+    const int rows = p.qo_len * p.group;
+    const int num_tiles = ceil_div(rows, TILE_Q);
+    const int item = blockIdx.x / p.num_kv_heads;
+    w.kv_head = blockIdx.x - item * p.num_kv_heads;
+    const int tile = num_tiles - 1 - item / p.num_splits;
+    w.split = item % p.num_splits;
+    w.request = w.qo_begin = w.kv_base = 0;
+    w.diagonal = p.kv_len - p.qo_len;
+    w.row_begin = tile * TILE_Q;
+    w.row_count = min_of(TILE_Q, rows - w.row_begin);
+
+    const int first_token = fast_divide(w.row_begin, p.group_magic, p.group_shift);
+    const int last_token = fast_divide(w.row_begin + w.row_count - 1, p.group_magic, p.group_shift);
+    const int begin = p.window_left >= 0 ? max_of(0, w.diagonal + first_token - p.window_left) : 0;
+    const int end = max_of(begin, p.causal ? min_of(p.kv_len, w.diagonal + last_token + 1) : p.kv_len);
+    w.num_splits = p.num_splits == 1 ? 1 : max_of(1, ceil_div(end - begin, p.kv_chunk));
+    w.slot = tile * p.num_splits;
+    if (w.split >= w.num_splits) {
+        w.row_count = 0;
+        return w;
+    }
+    w.kv_begin = p.num_splits == 1 ? begin : begin + w.split * p.kv_chunk;
+    w.kv_end = p.num_splits == 1 ? end : min_of(end, w.kv_begin + p.kv_chunk);
+    return w;
+}

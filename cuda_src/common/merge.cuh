@@ -1,0 +1,120 @@
+// Where results go, and the merge of a tile's KV splits inside the launch that made them, by the last block to arrive.
+#pragma once
+#include "common/attention_work.cuh"
+#include "common/ptx_math.cuh"
+
+// A packed row's place in q, out and lse.
+struct OutputRow {
+    int64_t token;
+    int head;
+};
+
+template <typename Params>
+PYINFER_DEVICE OutputRow output_row(const Params& p, const AttentionWork& w, int row) {
+    const int packed = w.row_begin + row;
+    const int token = fast_divide(packed, p.group_magic, p.group_shift);
+    return {static_cast<int64_t>(w.qo_begin) + token, w.kv_head * p.group + packed - token * p.group};
+}
+
+template <typename Params>
+PYINFER_DEVICE void store_lse(const Params& p, const OutputRow& at, float lse) {
+    if (p.lse != nullptr) {
+        p.lse[at.token * (static_cast<int64_t>(p.num_kv_heads) * p.group) + at.head] = lse;
+    }
+}
+
+// Partial results of one split of one kv head: [TILE_Q, head_dim_vo] and [TILE_Q], at slot + split.
+template <int TILE_Q, typename Params>
+PYINFER_DEVICE int64_t partial_row(const Params& p, const AttentionWork& w, int split) {
+    return ((static_cast<int64_t>(w.slot) + split) * p.num_kv_heads + w.kv_head) * TILE_Q;
+}
+
+// Called by the whole block after it has written its partials; true, for all threads, in the block that came last. That block sees the
+// partials of all others and has put the semaphore back to zero.
+template <typename Params>
+PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int32_t* semaphore = p.semaphore + static_cast<int64_t>(w.slot) * p.num_kv_heads + w.kv_head;
+        last = atomicAdd(semaphore, 1) == w.num_splits - 1;
+        if (last) {
+            *semaphore = 0;
+        }
+    }
+    __syncthreads();
+    if (last) {
+        __threadfence();
+    }
+    return last;
+}
+
+// out = sum_s 2^(lse_s - lse) O_s, lse = log2 sum_s 2^lse_s, always summed in split order, so that the bits do not depend on who came last.
+// `total`: TILE_Q floats of shared memory.
+template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, typename Params, typename Variant>
+PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const Variant& variant, float* total) {
+    constexpr int GROUP = max_of(1, min_of(32, THREADS / TILE_Q));  // neighbouring lanes that share a row's splits
+    static_assert(THREADS % TILE_Q == 0 || TILE_Q % THREADS == 0, "rows divide among the threads");
+    const int64_t row_0 = partial_row<TILE_Q>(p, w, 0);
+    const int64_t split_stride = static_cast<int64_t>(p.num_kv_heads) * TILE_Q;
+
+    for (int task = threadIdx.x; task < TILE_Q * GROUP; task += THREADS) {
+        const int row = task / GROUP;
+        const bool in_tile = row < w.row_count;
+        const float* lse = p.partial_lse + row_0 + (in_tile ? row : 0);
+        float highest = -infinity();
+#pragma unroll 4
+        for (int s = task % GROUP; s < w.num_splits; s += GROUP) {
+            highest = fmaxf(highest, __ldcg(lse + s * split_stride));
+        }
+#pragma unroll
+        for (int offset = GROUP / 2; offset > 0; offset /= 2) {
+            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, offset));
+        }
+        float sum = 0.0f;
+        const float reference = highest == -infinity() ? 0.0f : highest;
+#pragma unroll 4
+        for (int s = task % GROUP; s < w.num_splits; s += GROUP) {
+            sum += exp2_approx(__ldcg(lse + s * split_stride) - reference);
+        }
+#pragma unroll
+        for (int offset = GROUP / 2; offset > 0; offset /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        }
+        if (task % GROUP == 0) {
+            total[row] = sum == 0.0f ? -infinity() : reference + log2_approx(sum);
+            if (in_tile) {
+                store_lse(p, output_row(p, w, row), total[row]);
+            }
+        }
+    }
+    __syncthreads();
+
+    // A task is 4 columns of a row: neighbouring lanes read 16 bytes each of the same partial row.
+    constexpr int COLUMNS = 4;
+    for (int task = threadIdx.x; task < w.row_count * (HEAD_DIM / COLUMNS); task += THREADS) {
+        const int row = task / (HEAD_DIM / COLUMNS);
+        const int column = task % (HEAD_DIM / COLUMNS) * COLUMNS;
+        const float* lse = p.partial_lse + row_0 + row;
+        const float* partial = p.partial_o + (row_0 + row) * HEAD_DIM + column;
+        const float reference = total[row] == -infinity() ? 0.0f : total[row];
+        float sum[COLUMNS] = {};
+#pragma unroll 8
+        for (int s = 0; s < w.num_splits; ++s) {
+            const float weight = exp2_approx(__ldcg(lse + s * split_stride) - reference);
+            const float4 o = __ldcg(reinterpret_cast<const float4*>(partial + s * split_stride * HEAD_DIM));
+            sum[0] = fmaf(weight, o.x, sum[0]);
+            sum[1] = fmaf(weight, o.y, sum[1]);
+            sum[2] = fmaf(weight, o.z, sum[2]);
+            sum[3] = fmaf(weight, o.w, sum[3]);
+        }
+        const OutputRow at = output_row(p, w, row);
+        vec_t<T, COLUMNS> result;
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) {
+            result[i] = from_float<T>(variant.output_transform(sum[i]));
+        }
+        result.store(p.out + at.token * p.out_stride_token + at.head * p.out_stride_head + column);
+    }
+}
