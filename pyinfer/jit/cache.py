@@ -109,7 +109,7 @@ def _parse(data: bytes) -> tuple[bytes, dict[str, Any]] | None:
     line, newline, payload = data.partition(b"\n")
     try:
         header = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if (
         not newline
