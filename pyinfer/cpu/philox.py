@@ -28,7 +28,12 @@ def philox4x32_10(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
     for _ in range(10):
         product0 = _M0 * x0  # 32 x 32 bits: fits
         product1 = _M1 * x2
-        x0, x1, x2, x3 = (product1 >> _HALF) ^ x1 ^ key0, product1 & _MASK, (product0 >> _HALF) ^ x3 ^ key1, product0 & _MASK
+        x0, x1, x2, x3 = (
+            (product1 >> _HALF) ^ x1 ^ key0,
+            product1 & _MASK,
+            (product0 >> _HALF) ^ x3 ^ key1,
+            product0 & _MASK,
+        )
         key0 = (key0 + _W0) & _MASK
         key1 = (key1 + _W1) & _MASK
     return x0, x1, x2, x3

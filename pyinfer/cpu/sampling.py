@@ -19,8 +19,8 @@ from pyinfer.cpu.compile import kernel
 from pyinfer.cpu.philox import scale_bits, uniform_bits
 from pyinfer.cpu.storage import to_f32
 
-NONE, TOP_K, TOP_P, TOP_K_TOP_P_JOINT, TOP_K_FIRST, MIN_P = range(6)
-"""Filters of `sample_rows`."""
+ALL, MIN_P, JOINT, FIRST = range(4)
+"""Filters of `sample_rows`, in the order of jit.sampling.FILTERS."""
 UNLIMITED = np.int64(2**63 - 1)
 SCALE_BITS = 44
 MAX_VOCAB = 1 << 18
@@ -33,7 +33,9 @@ _I32 = ir.IntType(32)
 @intrinsic
 def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c rounded once (a library call where the CPU has no FMA, but never two roundings)."""
-    return types.float32(types.float32, types.float32, types.float32), lambda context, builder, signature, args: builder.fma(*args)
+    return types.float32(
+        types.float32, types.float32, types.float32
+    ), lambda context, builder, signature, args: builder.fma(*args)
 
 
 @intrinsic
@@ -96,7 +98,9 @@ def _mass(p: Any, scale: Any) -> Any:
 def _mass_to_f32(mass: Any, s: Any) -> Any:
     """mass * 2^-s as float32, in two exact steps because 2^-s itself may not be a float32."""
     half = s // 2
-    return np.float32(np.float32(np.float32(mass) * np.float32(math.ldexp(1.0, -half))) * np.float32(math.ldexp(1.0, half - s)))
+    return np.float32(
+        np.float32(np.float32(mass) * np.float32(math.ldexp(1.0, -half))) * np.float32(math.ldexp(1.0, half - s))
+    )
 
 
 @kernel(fastmath=False)
@@ -137,7 +141,9 @@ def _top_p_share(top_p: Any, mass: Any) -> Any:
 
 
 @kernel(fastmath=False)
-def _search(bits: Any, bias: Any, p: Any, scale: Any, with_mass: Any, k: Any, limit: Any, lowest: Any, count: Any, mass: Any) -> Any:
+def _search(
+    bits: Any, bias: Any, p: Any, scale: Any, with_mass: Any, k: Any, limit: Any, lowest: Any, count: Any, mass: Any
+) -> Any:
     """The smallest key t such that value x is accepted iff key(x) >= t, where x is accepted iff count(> x) < k and mass(> x) < limit.
 
     Radix selection from the top: a histogram of the next digit (11, 11, 10 bits) over the elements of the current bin; acceptance is monotone, so the
@@ -248,10 +254,34 @@ def _pick(p: Any, bits: Any, lowest: Any, scale: Any, target: Any) -> Any:
 
 
 @kernel(fastmath=False)
-def sample_rows(begin: Any, end: Any, x: Any, from_logits: Any, filter_kind: Any, rows: Any, top_k: Any, top_p: Any, min_p: Any, seed: Any, offset: Any, out: Any, valid: Any) -> None:
+def _first_equal(x: Any, value: Any) -> Any:
+    """The first index at which x holds `value`."""
+    for j in range(x.shape[0]):
+        if to_f32(x[j]) == value:
+            return np.int32(j)
+    return np.int32(0)  # not reached: value is the row's maximum
+
+
+@kernel(fastmath=False)
+def sample_rows(
+    begin: Any,
+    end: Any,
+    x: Any,
+    from_logits: Any,
+    filter_kind: Any,
+    rows: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    seed: Any,
+    offset: Any,
+    word: Any,
+    out: Any,
+    valid: Any,
+) -> None:
     """out[i] = a token drawn from row rows[i] of x [n, vocab]; valid[i] = 0 and out[i] = 0 where the row cannot be sampled.
 
-    One value per output in rows (int64), top_k (int64), top_p, min_p (float32), seed and offset (uint64).
+    One value per output in rows, top_k, word (int64), top_p, min_p (float32), seed and offset (uint64).
     """
     vocab = x.shape[1]
     p = np.empty(vocab, np.float32)
@@ -259,7 +289,6 @@ def sample_rows(begin: Any, end: Any, x: Any, from_logits: Any, filter_kind: Any
     count = np.empty(2048, np.int64)
     mass = np.empty(2048, np.int64)
     loaded = np.int64(-1)
-    row_ok = False
     top_logit = _ZERO
     top = np.int64(0)
     for i in range(begin, end):
@@ -270,54 +299,42 @@ def sample_rows(begin: Any, end: Any, x: Any, from_logits: Any, filter_kind: Any
             continue
         if row != loaded:  # outputs that share a row (indices) load it once
             if from_logits:
-                row_ok, top_logit = _softmax_row(x[row], _ONE, p)
-            top = _load_row(p, p) if from_logits else _load_row(x[row], p)
-            row_ok = top > 0
+                _, top_logit = _softmax_row(x[row], _ONE, p)
+                top = _load_row(p, p)
+            else:
+                top = _load_row(x[row], p)
             loaded = row
-        if not row_ok:
+        if top <= 0:
             continue
         valid[i] = 1
         k = max(top_k[i], np.int64(1))
-        has_k = filter_kind == TOP_K or filter_kind == TOP_K_FIRST or filter_kind == TOP_K_TOP_P_JOINT
-        if from_logits and has_k and k == 1:  # the argmax of the logits themselves: softmax may round two of them to one probability
-            for j in range(vocab):
-                if to_f32(x[row, j]) == top_logit:
-                    out[i] = j
-                    break
+        if filter_kind >= JOINT and k == 1:
+            # The argmax of the input, lowest id first: of the logits themselves, for softmax may round two of them to one probability.
+            out[i] = _first_equal(x[row], top_logit) if from_logits else _first_equal(p, _as_float(np.int32(top)))
             continue
         s = _scale_exponent(top)
         scale = math.ldexp(1.0, s)
         lowest = np.int64(1)  # bits of the smallest kept value; zeros are never kept
         total = np.int64(-1)
-        if filter_kind == TOP_K or filter_kind == TOP_K_FIRST:
-            if k < vocab:
-                lowest, total, _ = _search(bits, 0, p, scale, True, k, UNLIMITED, lowest, count, mass)
-        elif filter_kind == TOP_K_TOP_P_JOINT:
-            limit = _top_p_units(top_p[i], s)
-            if k < vocab or limit != UNLIMITED:
-                lowest, total, _ = _search(bits, 0, p, scale, True, k, limit, lowest, count, mass)
-        elif filter_kind == TOP_P:
-            limit = _top_p_units(top_p[i], s)
-            if limit != UNLIMITED:
-                lowest, total, _ = _search(bits, 0, p, scale, True, UNLIMITED, limit, lowest, count, mass)
-        elif filter_kind == MIN_P:
+        if filter_kind == MIN_P:
             threshold = min_p[i] * _as_float(np.int32(top))
             if not threshold <= _as_float(np.int32(top)):  # NaN or above 1: the most probable tokens stay
                 threshold = _as_float(np.int32(top))
             lowest = max(lowest, np.int64(_as_bits(threshold + _ZERO)))
+        elif filter_kind >= JOINT:
+            limit = _top_p_units(top_p[i], s) if filter_kind == JOINT else UNLIMITED
+            if k < vocab or limit != UNLIMITED:
+                lowest, total, _ = _search(bits, 0, p, scale, True, k, limit, lowest, count, mass)
         if total < 0:
             total = np.int64(0)
             for j in range(vocab):
                 if bits[j] >= lowest:
                     total += _mass(p[j], scale)
-        if filter_kind == TOP_K_FIRST and k > 1:
+        if filter_kind == FIRST:
             limit = _top_p_share(top_p[i], total)
             if limit != UNLIMITED:
                 lowest, total, _ = _search(bits, 0, p, scale, True, UNLIMITED, limit, lowest, count, mass)
-        if has_k and k == 1:
-            target = np.int64(0)  # the first of the most probable tokens
-        else:
-            target = scale_bits(uniform_bits(seed[i], offset[i], 0), total)
+        target = scale_bits(uniform_bits(seed[i], offset[i], word[i]), total)
         out[i] = _pick(p, bits, lowest, scale, target)
 
 
@@ -342,7 +359,9 @@ def renorm_rows(begin: Any, end: Any, x: Any, top_k: Any, top_p: Any, out: Any) 
             continue
         s = _scale_exponent(top)
         scale = math.ldexp(1.0, s)
-        lowest, total, _ = _search(bits, 0, p, scale, True, max(top_k[i], np.int64(1)), _top_p_units(top_p[i], s), 1, count, mass)
+        lowest, total, _ = _search(
+            bits, 0, p, scale, True, max(top_k[i], np.int64(1)), _top_p_units(top_p[i], s), 1, count, mass
+        )
         divisor = _mass_to_f32(total, s)
         for j in range(p.shape[0]):
             p[j] = p[j] / divisor if bits[j] >= lowest else _ZERO

@@ -49,8 +49,12 @@ SAMPLE = ParamStruct(
     u64("seed"),
     u64("offset"),
 )
-SOFTMAX = ParamStruct("SoftmaxParams", *_INPUT, i32("vocab"), ptr("out", "float", "[rows, vocab]"), *_floats("temperature"))
-RENORM = ParamStruct("RenormParams", *_INPUT, i32("vocab"), ptr("out", "float", "[rows, vocab]"), *_ints("top_k"), *_floats("top_p"))
+SOFTMAX = ParamStruct(
+    "SoftmaxParams", *_INPUT, i32("vocab"), ptr("out", "float", "[rows, vocab]"), *_floats("temperature")
+)
+RENORM = ParamStruct(
+    "RenormParams", *_INPUT, i32("vocab"), ptr("out", "float", "[rows, vocab]"), *_ints("top_k"), *_floats("top_p")
+)
 MASK = ParamStruct("MaskLogitsParams", *_INPUT, i32("vocab"), ptr("out", "float", "[rows, vocab]"), *_ints("top_k"))
 
 
@@ -58,7 +62,9 @@ MASK = ParamStruct("MaskLogitsParams", *_INPUT, i32("vocab"), ptr("out", "float"
 def gen_sample(dtype: str, source: str = "probs", filter: str = "all") -> JitSpec:
     """A sampler over rows of `source` ("probs", "logits") of `dtype` under `filter` (one of FILTERS)."""
     if source not in SOURCES or filter not in FILTERS:
-        raise ValueError(f"gen_sample: no such kernel: got source={source!r}, filter={filter!r}, wanted one of {SOURCES} and one of {FILTERS}.")
+        raise ValueError(
+            f"gen_sample: no such kernel: got source={source!r}, filter={filter!r}, wanted one of {SOURCES} and one of {FILTERS}."
+        )
     t = canonical_dtype(dtype)
     constants = (("scalar_t", t.ctype), ("source", source), ("filter", filter))
     return JitSpec(f"sample_{source}_{filter}_{t.short}", "sampling/sample.cu.jinja", SAMPLE, constants, BLOCK)
