@@ -47,7 +47,7 @@ def flat(view: TensorView) -> np.ndarray:
     return np.asarray(_Memory(view))
 
 
-def config(max_packed_rows: int, num_kv_heads: int, total_rows: int, group: int) -> tuple[int, int, int]:
+def config(max_packed_rows: int, total_packed_rows: int, num_kv_heads: int) -> tuple[int, int, int]:
     """(tile_q, tile_kv, threads) for plans that run on the CPU.
 
     Few rows: one tile holds them. Many: 256 rows share a converted block of keys, fewer where there would be too few tiles for the threads.
@@ -56,7 +56,7 @@ def config(max_packed_rows: int, num_kv_heads: int, total_rows: int, group: int)
     if max_packed_rows <= decode.MAX_ROWS:
         return max(int(max_packed_rows), 1), TILE_KV, n
     tile_q = 256
-    while tile_q > 64 and -(-total_rows * group // tile_q) * num_kv_heads < 8 * n:
+    while tile_q > 64 and -(-total_packed_rows // tile_q) * num_kv_heads < 8 * n:
         tile_q //= 2
     return tile_q, TILE_KV, n
 

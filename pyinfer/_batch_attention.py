@@ -1,0 +1,310 @@
+"""The base of the batch attention wrappers: one plan, where it lies, CUDA graph capacity, and the checked run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pyinfer import _attention as common
+from pyinfer.core.dtypes import FLOAT32, INT32, DType
+from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, check_ndim, check_shape, device_name, fail, fail_type
+from pyinfer.core.tensor import CPU, TensorView, as_numpy, current_stream, empty, host_ints, view
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pyinfer.schedulers.plan import AttentionPlan
+
+
+def copy_to_buffer(buffer: TensorView, values: Any) -> None:
+    """Copy int32 values (a host array, or the view of a device tensor) to the front of a caller's buffer, on the caller's stream."""
+    if buffer.device < 0:
+        as_numpy(buffer)[: len(values)] = values
+        return
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    stream = current_stream(buffer)
+    with cupy.cuda.Device(buffer.device):
+        if isinstance(values, TensorView):
+            if values.ptr != buffer.ptr:
+                runtime.memcpyAsync(buffer.ptr, values.ptr, 4 * values.size, runtime.memcpyDeviceToDevice, stream)
+        elif len(values):  # pageable memory: staged by the driver before the call returns
+            runtime.memcpyAsync(buffer.ptr, values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice, stream)
+
+
+def host_metadata(op: str, **arrays: Any) -> list[np.ndarray]:
+    """Several integer arrays on the host as int32; those on one device come over in a single copy."""
+    import numpy as np
+
+    on_device = {arg: v for arg, x in arrays.items() if not isinstance(x, np.ndarray | list | tuple) and (v := view(x, op, arg)).device >= 0}
+    fetched: dict[str, np.ndarray] = {}
+    if len(on_device) > 1 and all(v.ndim == 1 and v.dtype is INT32 for v in on_device.values()) and len({v.framework for v in on_device.values()}) == 1:
+        first = next(iter(on_device.values()))
+        if first.framework in ("torch", "cupy"):
+            if first.framework == "torch":
+                import torch
+
+                joined: Any = torch.cat([v.obj for v in on_device.values()])
+            else:
+                import cupy
+
+                joined = cupy.concatenate([v.obj for v in on_device.values()])
+            flat = host_ints(joined, op, ", ".join(on_device))
+            ends = np.cumsum([v.shape[0] for v in on_device.values()])
+            fetched = dict(zip(on_device, np.split(flat, ends[:-1]), strict=True))
+    return [fetched[arg] if arg in fetched else host_ints(x, op, arg) for arg, x in arrays.items()]
+
+
+class BatchAttention:
+    """What the batch wrappers share: one plan, where it lies, and the checked run.
+
+    A wrapper belongs to the device of its workspace or, without one, to that of the first tensor it sees; a plan made from host metadata alone is moved to
+    the device of `run`'s q when that comes.
+    """
+
+    _op = "attention"
+    _paged = True
+
+    def __init__(self, float_workspace_buffer: Any, kv_layout: str, use_cuda_graph: bool, backend: str, jit_args: Any, fixed_buffers: dict[str, Any]) -> None:
+        self._kv_layout = common.check_layout(self._op, kv_layout)
+        common.check_options(self._op, backend=backend, jit_args=jit_args)
+        self._use_cuda_graph = bool(use_cuda_graph)
+        self._ref: TensorView | None = None  # some tensor of the wrapper's device and framework
+        self._workspace: TensorView | None = None
+        self._own_workspace: Any = None
+        self._plan: AttentionPlan | None = None
+        self._make_plan: Callable[[int, int, bool], AttentionPlan] | None = None
+        self._planned_device = CPU
+        self._graph_state: dict[str, Any] = {}
+        self._plan_buffer: Any = None
+        self._plan_ptr = self._indices_ptr = self._workspace_ptr = 0
+        self._pdl_default = False
+        self._dims = (0, 0)  # head_dim_qk, head_dim_vo of the plan in the making
+        self._sm_scale, self._soft_cap = 1.0, 0.0
+        self._indices: TensorView | None = None  # page indices that lie on the device
+        if float_workspace_buffer is not None:
+            self.reset_workspace_buffer(float_workspace_buffer)
+        self._buffers = {}
+        for arg, buffer in fixed_buffers.items():
+            if not self._use_cuda_graph:
+                break
+            if buffer is None:
+                fail(self._op, arg, "is missing", "None", "an int32 tensor", "CUDA graph mode needs buffers that stay where they are.")
+            v = view(buffer, self._op, arg)
+            check_ndim(self._op, arg, v, 1)
+            check_dtype(self._op, arg, v, (INT32,))
+            check_last_dim_contiguous(self._op, arg, v)
+            if self._ref is not None and v.device != self._ref.device:
+                fail(self._op, arg, "is on another device", device_name(v.device), f"{device_name(self._ref.device)} (where the workspace is)")
+            self._ref = self._ref or v
+            self._buffers[arg] = v
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        """Whether the wrapper was made for CUDA graphs."""
+        return self._use_cuda_graph
+
+    @property
+    def plan_info(self) -> AttentionPlan | None:
+        """The current plan (immutable), None before plan()."""
+        return self._plan
+
+    def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
+        """Use another workspace. It is used when large enough; otherwise the library allocates its own."""
+        v = view(float_workspace_buffer, self._op, "float_workspace_buffer")
+        if not v.is_contiguous():
+            fail(self._op, "float_workspace_buffer", "is not contiguous", f"strides {tuple(v.strides)}", "a contiguous tensor")
+        if self._ref is not None and v.device != self._ref.device:
+            fail(self._op, "float_workspace_buffer", "is on another device", device_name(v.device), device_name(self._ref.device))
+        self._workspace = self._ref = v
+
+    # ---- plan
+    def _set_plan(self, make: Callable[[int, int, bool], AttentionPlan], dtype: DType, window_left: int, causal: bool, indices: Any, buffers: dict[str, Any]) -> None:
+        """Schedule, for the wrapper's device if that is known (else for the CPU until run() shows q), and send the plan there.
+
+        Nothing of the wrapper changes if `make(device, window_left, causal)` raises. `buffers` are the values of the caller's buffers, in CUDA graph mode.
+        """
+        ref = self._ref or (indices if isinstance(indices, TensorView) else None)
+        if isinstance(indices, TensorView) and ref is not None and indices.device != ref.device:
+            fail(self._op, "paged_kv_indices", "is on another device", device_name(indices.device), device_name(ref.device))
+        device = CPU if ref is None else ref.device
+        common.check_kernel(self._op, device, dtype, self._dims[0], self._dims[1])
+        self._dtype = dtype
+        plan = make(device, window_left, causal)
+        if self._use_cuda_graph:
+            for arg, values in buffers.items():
+                copy_to_buffer(self._buffers[arg], values)
+            if device >= 0 and self._paged:
+                indices = self._buffers["paged_kv_indices_buffer"]
+        self._ref, self._make_plan, self._plan, self._planned_device = ref, make, plan, device
+        self._indices = indices if isinstance(indices, TensorView) else None
+        if device >= 0:
+            self._upload()
+
+    def _override(self, pos_encoding_mode: str, window_left: int, logits_soft_cap: float | None, sm_scale: float | None, causal: bool = False) -> None:
+        """What the deprecated forward() replaces in the plan."""
+        plan = self._plan
+        if plan is None:
+            return  # run() says so
+        common.check_options(self._op, pos_encoding_mode=pos_encoding_mode)
+        window = common.check_window(self._op, window_left)
+        self._soft_cap = common.check_soft_cap(self._op, logits_soft_cap)
+        self._sm_scale = common.softmax_scale(self._op, sm_scale, plan.head_dim_qk)
+        if window != plan.window_left or causal != plan.causal:
+            assert self._make_plan is not None
+            self._plan = self._make_plan(self._planned_device, window, causal)
+            if self._planned_device >= 0:
+                self._upload()
+
+    def _upload(self) -> None:
+        from pyinfer.core.workspace import DeviceBuffer, PlanBuffer
+
+        ref, plan = self._ref, self._plan
+        assert ref is not None and plan is not None
+        if self._plan_buffer is None:
+            self._plan_buffer = PlanBuffer(ref.device, ref.framework)
+        self._plan_ptr = self._plan_buffer.upload(plan.pack(), current_stream(ref))
+        if self._indices is not None:
+            self._indices_ptr = self._indices.ptr
+        else:
+            self._indices_ptr = self._plan_ptr + 4 * plan.offsets.kv_indices if plan.offsets.kv_indices >= 0 else 0
+        need = plan.workspace_bytes
+        given = self._workspace
+        if given is not None and given.size * given.dtype.itemsize >= need and given.ptr % 16 == 0:
+            self._workspace_ptr = given.ptr
+        else:
+            if self._own_workspace is None:
+                self._own_workspace = DeviceBuffer(ref.device, ref.framework)
+            self._workspace_ptr = self._own_workspace.reserve(need)
+        self._pdl_default = common.use_pdl(ref.device, None)
+
+    def _move_plan(self, q: TensorView) -> None:
+        """The first q after a plan from host metadata shows the device."""
+        if self._ref is not None:
+            fail(self._op, "q", "is on another device", device_name(q.device), f"{device_name(self._ref.device)} (where the wrapper's buffers are)")
+        plan = self._plan
+        assert self._make_plan is not None and plan is not None
+        self._ref = q
+        common.check_kernel(self._op, q.device, self._dtype, plan.head_dim_qk, plan.head_dim_vo)
+        self._plan = self._make_plan(q.device, plan.window_left, plan.causal)
+        self._planned_device = q.device
+        if q.device >= 0:
+            self._upload()
+
+    def _page_indices(self, op: str, indices: Any, indptr: np.ndarray) -> np.ndarray | TensorView:
+        """Page indices as a host array, or the view of those that lie on a device (they are used where they are, and only their number is checked)."""
+        import numpy as np
+
+        if isinstance(indices, np.ndarray | list | tuple):
+            return host_ints(indices, op, "paged_kv_indices")
+        v = view(indices, op, "paged_kv_indices")
+        if v.device < 0:
+            return host_ints(indices, op, "paged_kv_indices")
+        check_ndim(op, "paged_kv_indices", v, 1)
+        check_dtype(op, "paged_kv_indices", v, (INT32,))
+        check_last_dim_contiguous(op, "paged_kv_indices", v)
+        if len(indptr) and v.shape[0] < indptr[-1]:
+            fail(op, "paged_kv_indices", "is too short", v.shape[0], f"at least {int(indptr[-1])} (paged_kv_indptr[-1])")
+        return v
+
+    def _check_buffer(self, arg: str, need: int, exact: bool = True) -> None:
+        """ValueError unless a caller's buffer has `need` entries (or, not exact, at least so many)."""
+        have = self._buffers[arg].shape[0]
+        if exact and need != have:
+            fail(self._op, arg, "does not fit the plan", f"{have} entries", f"{need} for this plan", "The buffers fix the batch size in CUDA graph mode.")
+        if need > have:
+            fail(self._op, arg, "is too small", f"{have} entries", f"{need} for this plan", "Make a wrapper with a larger buffer.")
+
+    def _fixed(self, device: int, key: tuple[Any, ...], choose: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """In CUDA graph mode the tile configuration and the capacity are those of the first plan, and its shapes must stay."""
+        state = self._graph_state
+        if state.get("device") != device:
+            config, capacity = choose()
+            self._graph_state = state = {"device": device, "key": key, "config": config, "capacity": capacity}
+        if state["key"] != key:
+            names = ("num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim_vo", "page_size", "q_data_type", "fixed_split_size", "disable_split_kv")
+            for name, had, got in zip(names, state["key"], key, strict=True):
+                if had != got:
+                    fail(self._op, name, "differs from the first plan", got, had, "In CUDA graph mode the first plan fixes it; make a new wrapper.")
+        return state["config"], state["capacity"]
+
+    # ---- run
+    def _check_run(self, q: Any, window_left: int | None, args: tuple[Any, ...]) -> TensorView:
+        plan = self._plan
+        if plan is None:
+            fail(self._op, "plan()", "was not called", "run() first", "plan() before run()")
+        if args:
+            fail_type(self._op, "*args", "are not supported yet", f"{len(args)} extra arguments", "none (they belong to jit_args)")
+        v = common.q_view(self._op, q)
+        if v.dtype is not self._dtype:
+            fail_type(self._op, "q", "differs from the planned dtype", v.dtype.name, self._dtype.name, "Pass q_data_type to plan().")
+        rows, heads, dim = v.shape
+        if heads != plan.num_qo_heads or dim != plan.head_dim_qk or (rows != plan.total_rows and (rows < plan.total_rows or not self._use_cuda_graph)):
+            check_shape(self._op, "q", v, (plan.total_rows, plan.num_qo_heads, plan.head_dim_qk))
+        if v.device != self._planned_device:
+            self._move_plan(v)
+        if window_left is not None and int(window_left) != plan.window_left:
+            fail(self._op, "window_left", "differs from the plan", window_left, plan.window_left, "It is an argument of plan().")
+        return v
+
+    def _check_kv(self, q: TensorView, k: TensorView, v: TensorView, k_name: str, v_name: str) -> None:
+        plan = self._plan
+        assert plan is not None
+        hnd = self._kv_layout == "HND"
+        for x, name, dim in ((k, k_name, plan.head_dim_qk), (v, v_name, plan.head_dim_vo)):
+            if x.dtype is not self._dtype:
+                fix = "fp8 KV caches are not supported yet." if x.dtype.itemsize == 1 else "Pass kv_data_type to plan()."
+                fail_type(self._op, name, "differs from the planned dtype", x.dtype.name, self._dtype.name, fix)
+            if x.device != q.device:
+                fail(self._op, name, "is on another device", device_name(x.device), f"{device_name(q.device)} (where q is)")
+            shape = x.shape
+            if plan.page_size:
+                page_axis, head_axis = (2, 1) if hnd else (1, 2)
+                if shape[page_axis] != plan.page_size or shape[head_axis] != plan.num_kv_heads or shape[3] != dim:
+                    wanted = [None, None, None, dim]
+                    wanted[page_axis], wanted[head_axis] = plan.page_size, plan.num_kv_heads
+                    check_shape(self._op, name, x, tuple(wanted))
+                if shape[0] <= plan.max_page:
+                    fail(self._op, "paged_kv_indices", "names a page outside the cache", plan.max_page, f"0..{shape[0] - 1} ({name} has {shape[0]} pages)")
+            else:
+                check_ndim(self._op, name, x, 3)
+                token_axis, head_axis = (1, 0) if hnd else (0, 1)
+                if shape[head_axis] != plan.num_kv_heads or shape[2] != dim:
+                    wanted = [None, None, dim]
+                    wanted[head_axis] = plan.num_kv_heads
+                    check_shape(self._op, name, x, tuple(wanted))
+                if shape[token_axis] < int(plan.kv_indptr[-1]):
+                    fail(self._op, name, "is shorter than the plan", f"{shape[token_axis]} tokens", f"at least {int(plan.kv_indptr[-1])} (kv_indptr[-1])")
+            if x.strides[-1] != 1:
+                check_last_dim_contiguous(self._op, name, x)
+
+    def _execute(
+        self, q: TensorView, k: TensorView, v: TensorView, out: Any, lse: Any, return_lse: bool, sm_scale: float, soft_cap: float, v_scale: float, enable_pdl: bool | None
+    ) -> Any:
+        plan = self._plan
+        assert plan is not None
+        shape = (q.shape[0], plan.num_qo_heads, plan.head_dim_vo)
+        if out is None:
+            out = empty(q, shape)
+            out_view = view(out)
+        else:
+            out_view = common.check_out(self._op, "out", out, q, shape, q.dtype)
+        lse_view = None
+        if return_lse:
+            if lse is None:
+                lse = empty(q, shape[:2], FLOAT32)
+                lse_view = view(lse)
+            else:
+                lse_view = common.check_out(self._op, "lse", lse, q, shape[:2], FLOAT32)
+        if q.device >= 0:
+            pdl = self._pdl_default if enable_pdl is None else common.use_pdl(q.device, enable_pdl)
+            common.launchers()[0](
+                q.device, current_stream(q), self._plan_ptr, plan, q, k, v, self._indices_ptr, self._kv_layout, out_view, lse_view, self._workspace_ptr,
+                sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl,
+            )  # fmt: skip
+        else:
+            from pyinfer.cpu.attention import run_plan
+
+            run_plan(plan, q, k, v, self._kv_layout, out_view, lse_view, sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale)
+        return (out, lse) if return_lse else out

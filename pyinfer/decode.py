@@ -1,0 +1,363 @@
+"""Decode attention: one query token a request against its KV cache."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyinfer import _attention as common
+from pyinfer._batch_attention import BatchAttention, host_metadata
+from pyinfer.core.dtypes import FLOAT32
+from pyinfer.core.errors import fail
+from pyinfer.core.tensor import TensorView, empty, view
+
+if TYPE_CHECKING:
+    from pyinfer.schedulers.plan import AttentionPlan
+
+__all__ = ["BatchDecodeWithPagedKVCacheWrapper", "CUDAGraphBatchDecodeWithPagedKVCacheWrapper", "single_decode_with_kv_cache"]
+
+
+def _three_axes(v: TensorView) -> TensorView:
+    """[heads, dim] seen as [1, heads, dim]."""
+    return TensorView(v.obj, v.ptr, (1, *v.shape), (0, *v.strides), v.dtype, v.device, v.framework)
+
+
+def single_decode_with_kv_cache(
+    q: Any,
+    k: Any,
+    v: Any,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_tensor_cores: bool = False,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    sm_scale: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Decode attention of one request: out = softmax(q k^T * sm_scale) v, with grouped query heads.
+
+    Parameters
+    ----------
+    q
+        [num_qo_heads, head_dim]; float16 or bfloat16, on the CPU float32 as well.
+    k, v
+        [kv_len, num_kv_heads, head_dim] (NHD) or [num_kv_heads, kv_len, head_dim] (HND), q's dtype and device; any strides but a last one of 1.
+        Query head h reads kv head h // (num_qo_heads / num_kv_heads).
+    use_tensor_cores
+        Accepted; the kernel is chosen from the shape.
+    q_scale, k_scale, v_scale
+        q_scale and k_scale multiply sm_scale, v_scale the output.
+    window_left
+        Only the last window_left + 1 keys are seen; -1 all.
+    logits_soft_cap
+        Scores become cap * tanh(score * sm_scale / cap); None or 0 off.
+    sm_scale
+        1 / sqrt(head_dim) by default.
+    return_lse
+        Also return the base-2 log-sum-exp of the scaled scores.
+
+    Returns
+    -------
+    out
+        [num_qo_heads, head_dim] in q's dtype and framework. No key: zeros.
+    lse
+        With return_lse: float32 [num_qo_heads]. No key: -inf.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Before any launch, naming the argument. pos_encoding_mode other than "NONE" is not supported yet.
+    """
+    op = "single_decode_with_kv_cache"
+    common.check_layout(op, kv_layout)
+    common.check_options(op, pos_encoding_mode=pos_encoding_mode)
+    qv = common.q_view(op, q, 2)
+    kv, vv = common.dense_views(op, qv, k, v, kv_layout)
+    scale = common.softmax_scale(op, sm_scale, qv.shape[1])
+    if q_scale is not None:
+        scale *= common.scale(op, "q_scale", q_scale)
+    if k_scale is not None:
+        scale *= common.scale(op, "k_scale", k_scale)
+    out = empty(qv, (qv.shape[0], vv.shape[2]))
+    lse = empty(qv, (qv.shape[0],), FLOAT32) if return_lse else None
+    common.run_single(
+        op, _three_axes(qv), kv, vv, kv_layout, _three_axes(view(out)), None if lse is None else _three_axes(view(lse)), causal=False,
+        window_left=common.check_window(op, window_left), sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap),
+        v_scale=common.scale(op, "v_scale", v_scale),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
+    """Decode attention of a batch over a paged KV cache: plan() once per step, run() once per layer.
+
+    Parameters
+    ----------
+    float_workspace_buffer
+        A tensor of any dtype for split-KV partial results, used when large enough (`plan_info.workspace_bytes`); None: the library allocates what it needs.
+        With a workspace the wrapper belongs to its device, otherwise to that of the tensors it is given.
+    kv_layout
+        "NHD": pages [page_size, num_kv_heads, head_dim]; "HND": [num_kv_heads, page_size, head_dim].
+    use_cuda_graph
+        Keep every buffer and the grid fixed, so that run() may be captured and later plans are seen by replays. Needs the three buffers.
+    use_tensor_cores
+        Accepted; the kernel is chosen from the shape.
+    paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer
+        int32 [batch + 1], [most pages ever], [batch]: plan() copies the page table there. They fix the batch size.
+    backend
+        "auto" or "fa2".
+    """
+
+    _op = "BatchDecodeWithPagedKVCacheWrapper"
+
+    def __init__(
+        self,
+        float_workspace_buffer: Any = None,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        use_tensor_cores: bool = False,
+        paged_kv_indptr_buffer: Any = None,
+        paged_kv_indices_buffer: Any = None,
+        paged_kv_last_page_len_buffer: Any = None,
+        backend: str = "auto",
+        jit_args: Any = None,
+    ) -> None:
+        buffers = {
+            "paged_kv_indptr_buffer": paged_kv_indptr_buffer,
+            "paged_kv_indices_buffer": paged_kv_indices_buffer,
+            "paged_kv_last_page_len_buffer": paged_kv_last_page_len_buffer,
+        }
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, buffers)
+        self._use_tensor_cores = bool(use_tensor_cores)
+        if self._use_cuda_graph:
+            batch = self._buffers["paged_kv_last_page_len_buffer"].shape[0]
+            rows = self._buffers["paged_kv_indptr_buffer"].shape[0]
+            if rows != batch + 1:
+                fail(self._op, "paged_kv_indptr_buffer", "has the wrong length", rows, f"{batch + 1} (paged_kv_last_page_len_buffer has {batch})")
+
+    @property
+    def use_tensor_cores(self) -> bool:
+        """As given to the constructor."""
+        return self._use_tensor_cores
+
+    def plan(
+        self,
+        indptr: Any,
+        indices: Any,
+        last_page_len: Any,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        pos_encoding_mode: str = "NONE",
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        q_data_type: Any = "float16",
+        kv_data_type: Any = None,
+        data_type: Any = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        non_blocking: bool = True,
+        block_tables: Any = None,
+        seq_lens: Any = None,
+        *,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+    ) -> None:
+        """Schedule a batch.
+
+        Parameters
+        ----------
+        indptr, indices, last_page_len
+            The page table: int32 [batch + 1], [at least indptr[-1]], [batch]. Lists, NumPy arrays and CPU tensors never synchronise and are checked; those on
+            a GPU cost one copy, but for indices, which are used where they are, unchecked. A request without pages gives zeros.
+        num_qo_heads, num_kv_heads, head_dim, page_size
+            Shapes; num_qo_heads is a multiple of num_kv_heads.
+        window_left
+            Only the last window_left + 1 keys are seen; -1 all.
+        logits_soft_cap, sm_scale
+            As in `single_decode_with_kv_cache`.
+        q_data_type, kv_data_type
+            One dtype for both. `data_type` is the older name of both.
+        non_blocking
+            Accepted; copies never block.
+        fixed_split_size
+            Split every request's keys into pieces of this many pages, so that its result does not depend on the rest of the batch, to the bit.
+        disable_split_kv
+            Never split (the same guarantee).
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, what it got and what is wanted.
+        """
+        op = self._op
+        common.check_options(op, pos_encoding_mode=pos_encoding_mode, block_tables=block_tables, seq_lens=seq_lens)
+        common.check_head_counts(op, num_qo_heads, num_kv_heads)
+        dtype = common.plan_dtype(op, q_data_type, kv_data_type, data_type)
+        window = common.check_window(op, window_left)
+        soft_cap = common.check_soft_cap(op, logits_soft_cap)
+        scale = common.softmax_scale(op, sm_scale, head_dim)
+        if fixed_split_size is not None and fixed_split_size < 1:
+            fail(op, "fixed_split_size", "is no number of pages", fixed_split_size, "1 or more")
+        host_indptr, host_last = host_metadata(op, indptr=indptr, last_page_len=last_page_len)
+        page_indices = self._page_indices(op, indices, host_indptr)
+        buffers = {}
+        if self._use_cuda_graph:
+            self._check_buffer("paged_kv_indptr_buffer", len(host_indptr))
+            self._check_buffer("paged_kv_last_page_len_buffer", len(host_last))
+            self._check_buffer("paged_kv_indices_buffer", max(int(host_indptr[-1]), 0), exact=False)
+            buffers = {
+                "paged_kv_indptr_buffer": host_indptr,
+                "paged_kv_indices_buffer": page_indices[: max(int(host_indptr[-1]), 0)] if isinstance(page_indices, np.ndarray) else page_indices,
+                "paged_kv_last_page_len_buffer": host_last,
+            }
+        key = (num_qo_heads, num_kv_heads, head_dim, head_dim, page_size, dtype, fixed_split_size, disable_split_kv)
+        host_indices = page_indices if isinstance(page_indices, np.ndarray) else None
+        self._dims = (head_dim, head_dim)
+        self._set_plan(functools.partial(self._schedule, host_indptr, host_indices, host_last, key), dtype, window, False, page_indices, buffers)
+        self._soft_cap, self._sm_scale = soft_cap, scale
+
+    def begin_forward(self, *args: Any, **kwargs: Any) -> None:
+        """Deprecated: `plan`."""
+        common.deprecated(f"{self._op}.begin_forward", "plan")
+        self.plan(*args, **kwargs)
+
+    def _schedule(
+        self, indptr: np.ndarray, indices: np.ndarray | None, last: np.ndarray, key: tuple[Any, ...], device: int, window_left: int, causal: bool
+    ) -> AttentionPlan:
+        from pyinfer.schedulers.decode import decode_capacity, decode_plan
+
+        num_qo_heads, num_kv_heads, head_dim, _, page_size, dtype, fixed_split_size, disable_split_kv = key
+        batch, group = len(last), num_qo_heads // num_kv_heads
+        tiles = common.batch_tiles(device, dtype, head_dim, head_dim, group, batch * group, num_kv_heads)
+        capacity = None
+        if self._use_cuda_graph:
+            max_pages = self._buffers["paged_kv_indices_buffer"].shape[0]
+
+            def choose() -> tuple[Any, Any]:
+                bound = decode_capacity(
+                    batch, max_pages, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, page_size=page_size, tile_q=tiles[0], num_sms=tiles[2],
+                    ctas_per_sm=tiles[3], fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv,
+                )  # fmt: skip
+                return tiles, bound._replace(max_indices=max_pages if device < 0 else 0)
+
+            tiles, capacity = self._fixed(device, key, choose)
+        tile_q, tile_kv, num_sms, ctas_per_sm = tiles
+        return decode_plan(
+            indptr, indices, last, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim, page_size=page_size, tile_q=tile_q,
+            tile_kv=tile_kv, num_sms=num_sms, ctas_per_sm=ctas_per_sm, window_left=window_left, fixed_split_size=fixed_split_size,
+            disable_split_kv=disable_split_kv, capacity=capacity, op=self._op,
+        )  # fmt: skip
+
+    def run(
+        self,
+        q: Any,
+        paged_kv_cache: Any,
+        *args: Any,
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        out: Any = None,
+        lse: Any = None,
+        return_lse: bool = False,
+        enable_pdl: bool | None = None,
+        window_left: int | None = None,
+        sinks: Any = None,
+    ) -> Any:
+        """Attention of the planned batch.
+
+        Parameters
+        ----------
+        q
+            [batch, num_qo_heads, head_dim] in the planned dtype; any strides but a last one of 1.
+        paged_kv_cache
+            A tuple of two caches [pages, page_size, num_kv_heads, head_dim] (NHD) or [pages, num_kv_heads, page_size, head_dim] (HND), or one tensor with
+            K and V in an axis of size 2 after the pages. Any strides but a last one of 1. With page_size 1 the page axis may be missing.
+        q_scale, k_scale, v_scale
+            q_scale and k_scale multiply sm_scale, v_scale the output.
+        out, lse
+            Where to write, instead of new tensors: q's shape and dtype; float32 [batch, num_qo_heads].
+        return_lse
+            Also return the base-2 log-sum-exp.
+        enable_pdl
+            Programmatic dependent launch; None wherever it works (compute capability 9.0 or newer).
+        window_left
+            If given, must repeat the plan's.
+
+        Returns
+        -------
+        out, or (out, lse)
+            A request without keys: zeros and -inf.
+        """
+        qv = self._check_run(q, window_left, args)
+        if sinks is not None:
+            common.check_options(self._op, sinks=sinks)
+        assert self._plan is not None
+        k, v = common.paged_views(self._op, paged_kv_cache, self._kv_layout, self._plan.page_size)
+        self._check_kv(qv, k, v, "paged_kv_cache (K)", "paged_kv_cache (V)")
+        sm_scale = self._sm_scale
+        if q_scale is not None:
+            sm_scale *= common.scale(self._op, "q_scale", q_scale)
+        if k_scale is not None:
+            sm_scale *= common.scale(self._op, "k_scale", k_scale)
+        return self._execute(qv, k, v, out, lse, return_lse, sm_scale, self._soft_cap, common.scale(self._op, "v_scale", v_scale), enable_pdl)
+
+    def run_return_lse(self, q: Any, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:
+        """`run` with return_lse=True."""
+        return self.run(q, paged_kv_cache, *args, return_lse=True, **kwargs)
+
+    def forward(
+        self,
+        q: Any,
+        paged_kv_cache: Any,
+        pos_encoding_mode: str = "NONE",
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> Any:
+        """Deprecated: `run`, with the plan's window, soft cap and scale replaced by those given here."""
+        common.deprecated(f"{self._op}.forward", "run")
+        self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
+        return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
+
+    def forward_return_lse(self, q: Any, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:
+        """Deprecated: `run_return_lse`, with `forward`'s arguments."""
+        return self.forward(q, paged_kv_cache, *args, return_lse=True, **kwargs)
+
+    def end_forward(self) -> None:
+        """Deprecated: does nothing."""
+        common.deprecated(f"{self._op}.end_forward", "nothing: it does nothing")
+
+
+class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
+    """`BatchDecodeWithPagedKVCacheWrapper` with use_cuda_graph=True."""
+
+    _op = "CUDAGraphBatchDecodeWithPagedKVCacheWrapper"
+
+    def __init__(
+        self,
+        workspace_buffer: Any,
+        indptr_buffer: Any,
+        indices_buffer: Any,
+        last_page_len_buffer: Any,
+        kv_layout: str = "NHD",
+        use_tensor_cores: bool = False,
+    ) -> None:
+        super().__init__(workspace_buffer, kv_layout, True, use_tensor_cores, indptr_buffer, indices_buffer, last_page_len_buffer)
+

@@ -1,0 +1,532 @@
+"""Prefill and append attention: many query tokens a request, against dense, paged or ragged keys."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyinfer import _attention as common
+from pyinfer._batch_attention import BatchAttention, host_metadata
+from pyinfer.core.dtypes import FLOAT32, DType, canonical_dtype
+from pyinfer.core.errors import fail, fail_type
+from pyinfer.core.tensor import empty, view
+
+if TYPE_CHECKING:
+    from pyinfer.schedulers.plan import AttentionPlan
+
+__all__ = [
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "single_prefill_with_kv_cache",
+    "single_prefill_with_kv_cache_return_lse",
+]
+
+
+def single_prefill_with_kv_cache(
+    q: Any,
+    k: Any,
+    v: Any,
+    scale_q: Any = None,
+    scale_k: Any = None,
+    scale_v: Any = None,
+    o_dtype: Any = None,
+    custom_mask: Any = None,
+    packed_custom_mask: Any = None,
+    causal: bool = False,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_fp16_qk_reduction: bool = False,
+    sm_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Any:
+    """Attention of one request: out = softmax(mask(q k^T * sm_scale)) v, with grouped query heads.
+
+    Parameters
+    ----------
+    q
+        [qo_len, num_qo_heads, head_dim_qk]; float16 or bfloat16, on the CPU float32 as well.
+    k
+        [kv_len, num_kv_heads, head_dim_qk] (NHD) or [num_kv_heads, kv_len, head_dim_qk] (HND), q's dtype and device.
+    v
+        As k, with head_dim_vo. Any strides but a last one of 1.
+    scale_q, scale_k, scale_v
+        Numbers here (per-head tensors belong to fp8): scale_q and scale_k multiply sm_scale, scale_v the output.
+    o_dtype
+        None or q's dtype.
+    causal
+        Query i sees key j iff j <= kv_len - qo_len + i (aligned at the ends).
+    window_left
+        Query i further sees only j >= kv_len - qo_len + i - window_left; -1 all.
+    logits_soft_cap
+        Scores become cap * tanh(score * sm_scale / cap); None or 0 off.
+    sm_scale
+        1 / sqrt(head_dim_qk) by default.
+    return_lse
+        Also return the base-2 log-sum-exp of the scaled scores.
+
+    Returns
+    -------
+    out
+        [qo_len, num_qo_heads, head_dim_vo] in q's dtype and framework. A row that sees no key: zeros.
+    lse
+        With return_lse: float32 [qo_len, num_qo_heads]. A row that sees no key: -inf.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Before any launch, naming the argument. custom_mask, packed_custom_mask, pos_encoding_mode and use_fp16_qk_reduction are not supported yet.
+    """
+    op = "single_prefill_with_kv_cache"
+    common.check_layout(op, kv_layout)
+    common.check_options(
+        op, pos_encoding_mode=pos_encoding_mode, backend=backend, custom_mask=custom_mask, packed_custom_mask=packed_custom_mask,
+        use_fp16_qk_reduction=use_fp16_qk_reduction,
+    )  # fmt: skip
+    qv = common.q_view(op, q)
+    kv, vv = common.dense_views(op, qv, k, v, kv_layout)
+    if o_dtype is not None and canonical_dtype(o_dtype, op, "o_dtype") is not qv.dtype:
+        fail_type(op, "o_dtype", "is not supported yet", canonical_dtype(o_dtype).name, f"None or {qv.dtype.name} (q's)")
+    scale = common.softmax_scale(op, sm_scale, qv.shape[2]) * common.scale(op, "scale_q", scale_q) * common.scale(op, "scale_k", scale_k)
+    out = empty(qv, (qv.shape[0], qv.shape[1], vv.shape[2]))
+    lse = empty(qv, (qv.shape[0], qv.shape[1]), FLOAT32) if return_lse else None
+    common.run_single(
+        op, qv, kv, vv, kv_layout, view(out), None if lse is None else view(lse), causal=bool(causal), window_left=common.check_window(op, window_left),
+        sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap), v_scale=common.scale(op, "scale_v", scale_v),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+single_prefill_with_kv_cache_return_lse = functools.partial(single_prefill_with_kv_cache, return_lse=True)
+
+
+class _BatchPrefill(BatchAttention):
+    """What the paged and the ragged wrapper share."""
+
+    def _check_plan_options(self, op: str, pos_encoding_mode: str, **absent: Any) -> None:
+        if absent.pop("token_pos_in_items_len", 0):
+            fail(op, "token_pos_in_items_len", "is not supported yet", "multi-item scoring", 0, common.SUPPORTED)
+        common.check_options(op, pos_encoding_mode=pos_encoding_mode, **absent)
+
+    def _plan_batch(
+        self,
+        host: tuple[np.ndarray, np.ndarray, np.ndarray | None],
+        page_indices: Any,
+        key: tuple[Any, ...],
+        dtype: DType,
+        causal: bool,
+        window_left: int,
+        logits_soft_cap: float | None,
+        sm_scale: float | None,
+    ) -> None:
+        op = self._op
+        qo_indptr, kv_indptr, last_page_len = host
+        common.check_head_counts(op, key[0], key[1])
+        window = common.check_window(op, window_left)
+        soft_cap = common.check_soft_cap(op, logits_soft_cap)
+        scale = common.softmax_scale(op, sm_scale, key[2])
+        if key[6] is not None and key[6] < 1:
+            fail(op, "fixed_split_size", "is no number of pages", key[6], "1 or more")
+        buffers: dict[str, Any] = {}
+        if self._use_cuda_graph:
+            buffers = {"qo_indptr_buf": qo_indptr, "paged_kv_indptr_buf" if self._paged else "kv_indptr_buf": kv_indptr}
+            if self._paged:
+                buffers["paged_kv_last_page_len_buf"] = last_page_len
+            for arg, values in buffers.items():
+                self._check_buffer(arg, len(values))
+            if self._paged:
+                pages = max(int(kv_indptr[-1]), 0)
+                self._check_buffer("paged_kv_indices_buffer", pages, exact=False)
+                buffers["paged_kv_indices_buffer"] = page_indices[:pages] if isinstance(page_indices, np.ndarray) else page_indices
+        host_indices = page_indices if isinstance(page_indices, np.ndarray) else None
+        self._dims = (key[2], key[3])
+        make = functools.partial(self._schedule, qo_indptr, kv_indptr, host_indices, last_page_len, key)
+        self._set_plan(make, dtype, window, bool(causal), page_indices, buffers)
+        self._soft_cap, self._sm_scale = soft_cap, scale
+
+    def _schedule(
+        self, qo_indptr: np.ndarray, kv_indptr: np.ndarray, indices: Any, last: Any, key: tuple[Any, ...], device: int, window_left: int, causal: bool
+    ) -> AttentionPlan:
+        from pyinfer.schedulers.prefill import prefill_capacity, prefill_plan
+
+        num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, dtype, fixed_split_size, disable_split_kv = key
+        group = num_qo_heads // num_kv_heads
+        batch = len(qo_indptr) - 1
+        total = int(qo_indptr[-1]) if batch >= 0 else 0
+        longest = int((qo_indptr[1:] - qo_indptr[:-1]).max()) if batch > 0 else 0
+
+        def tiles() -> tuple[int, int, int, int]:
+            return common.batch_tiles(device, dtype, head_dim_qk, head_dim_vo, max(longest, 1) * group, max(total, 1) * group, num_kv_heads)
+
+        capacity = None
+        if self._use_cuda_graph:
+
+            def choose() -> tuple[Any, Any]:
+                chosen = tiles()
+                max_kv = self._buffers["paged_kv_indices_buffer"].shape[0] if self._paged else int(kv_indptr[-1])
+                bound = prefill_capacity(
+                    batch, total, max_kv, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, page_size=page_size, tile_q=chosen[0], num_sms=chosen[2],
+                    ctas_per_sm=chosen[3], fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv,
+                )  # fmt: skip
+                self._max_rows = total
+                return chosen, bound._replace(max_indices=max_kv if self._paged and device < 0 else 0)
+
+            chosen, capacity = self._fixed(device, key, choose)
+            if total > self._max_rows:
+                fail(
+                    self._op, "qo_indptr", "has more query rows than the first plan", total, f"at most {self._max_rows}",
+                    "In CUDA graph mode the first plan fixes the most; plan the largest batch first.",
+                )  # fmt: skip
+        else:
+            chosen = tiles()
+        return prefill_plan(
+            qo_indptr, kv_indptr, indices, last, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo,
+            page_size=page_size, tile_q=chosen[0], tile_kv=chosen[1], num_sms=chosen[2], ctas_per_sm=chosen[3], causal=causal, window_left=window_left,
+            fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv, capacity=capacity, op=self._op,
+        )  # fmt: skip
+
+    def begin_forward(self, *args: Any, **kwargs: Any) -> None:
+        """Deprecated: `plan`."""
+        common.deprecated(f"{self._op}.begin_forward", "plan")
+        self.plan(*args, **kwargs)  # type: ignore[attr-defined]
+
+    def run_return_lse(self, *args: Any, **kwargs: Any) -> Any:
+        """`run` with return_lse=True."""
+        return self.run(*args, return_lse=True, **kwargs)  # type: ignore[attr-defined]
+
+    def forward_return_lse(self, *args: Any, **kwargs: Any) -> Any:
+        """Deprecated: `run_return_lse`, with `forward`'s arguments."""
+        return self.forward(*args, return_lse=True, **kwargs)  # type: ignore[attr-defined]
+
+    def end_forward(self) -> None:
+        """Deprecated: does nothing."""
+        common.deprecated(f"{self._op}.end_forward", "nothing: it does nothing")
+
+
+class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
+    """Prefill or append attention of a batch over a paged KV cache: plan() once per step, run() once per layer.
+
+    Parameters
+    ----------
+    float_workspace_buffer, kv_layout, use_cuda_graph, backend
+        As in `BatchDecodeWithPagedKVCacheWrapper`.
+    qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf
+        CUDA graph mode: int32 [batch + 1], [batch + 1], [most pages ever], [batch]. The first plan fixes the most query rows.
+    custom_mask_buf, mask_indptr_buf
+        Not supported yet.
+    """
+
+    _op = "BatchPrefillWithPagedKVCacheWrapper"
+
+    def __init__(
+        self,
+        float_workspace_buffer: Any = None,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: Any = None,
+        paged_kv_indptr_buf: Any = None,
+        paged_kv_indices_buf: Any = None,
+        paged_kv_last_page_len_buf: Any = None,
+        custom_mask_buf: Any = None,
+        mask_indptr_buf: Any = None,
+        backend: str = "auto",
+        jit_args: Any = None,
+    ) -> None:
+        common.check_options(self._op, custom_mask_buf=custom_mask_buf, mask_indptr_buf=mask_indptr_buf)
+        buffers = {
+            "qo_indptr_buf": qo_indptr_buf,
+            "paged_kv_indptr_buf": paged_kv_indptr_buf,
+            "paged_kv_indices_buffer": paged_kv_indices_buf,
+            "paged_kv_last_page_len_buf": paged_kv_last_page_len_buf,
+        }
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, buffers)
+
+    def plan(
+        self,
+        qo_indptr: Any,
+        paged_kv_indptr: Any,
+        paged_kv_indices: Any,
+        paged_kv_last_page_len: Any,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        head_dim_vo: int | None = None,
+        custom_mask: Any = None,
+        packed_custom_mask: Any = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        q_data_type: Any = "float16",
+        kv_data_type: Any = None,
+        non_blocking: bool = True,
+        prefix_len_ptr: Any = None,
+        token_pos_in_items_ptr: Any = None,
+        token_pos_in_items_len: int = 0,
+        max_item_len_ptr: Any = None,
+        seq_lens: Any = None,
+        block_tables: Any = None,
+        *,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+    ) -> None:
+        """Schedule a batch.
+
+        Parameters
+        ----------
+        qo_indptr
+            int32 [batch + 1]: request b's query tokens are rows qo_indptr[b] .. qo_indptr[b + 1] - 1 of q.
+        paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
+            The page table, as in `BatchDecodeWithPagedKVCacheWrapper.plan`.
+        num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size
+            Shapes; num_qo_heads is a multiple of num_kv_heads, head_dim_vo is head_dim_qk by default.
+        causal, sm_scale, window_left, logits_soft_cap
+            As in `single_prefill_with_kv_cache`.
+        q_data_type, kv_data_type
+            One dtype for both.
+        non_blocking
+            Accepted; copies never block.
+        fixed_split_size
+            Split every tile's keys into pieces of this many pages, so that a request's result does not depend on the rest of the batch, to the bit.
+        disable_split_kv
+            Never split (the same guarantee).
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, what it got and what is wanted. custom_mask, packed_custom_mask, pos_encoding_mode, use_fp16_qk_reduction, multi-item
+            scoring, seq_lens and block_tables are not supported yet.
+        """
+        op = self._op
+        self._check_plan_options(
+            op, pos_encoding_mode, custom_mask=custom_mask, packed_custom_mask=packed_custom_mask, use_fp16_qk_reduction=use_fp16_qk_reduction,
+            prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr, token_pos_in_items_len=token_pos_in_items_len,
+            max_item_len_ptr=max_item_len_ptr, seq_lens=seq_lens, block_tables=block_tables,
+        )  # fmt: skip
+        dtype = common.plan_dtype(op, q_data_type, kv_data_type)
+        host = host_metadata(op, qo_indptr=qo_indptr, paged_kv_indptr=paged_kv_indptr, paged_kv_last_page_len=paged_kv_last_page_len)
+        page_indices = self._page_indices(op, paged_kv_indices, host[1])
+        key = (num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, page_size, dtype, fixed_split_size, disable_split_kv)
+        self._plan_batch((host[0], host[1], host[2]), page_indices, key, dtype, causal, window_left, logits_soft_cap, sm_scale)
+
+    def run(
+        self,
+        q: Any,
+        paged_kv_cache: Any,
+        *args: Any,
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        out: Any = None,
+        lse: Any = None,
+        return_lse: bool = False,
+        enable_pdl: bool | None = None,
+        window_left: int | None = None,
+        sinks: Any = None,
+    ) -> Any:
+        """Attention of the planned batch.
+
+        Parameters
+        ----------
+        q
+            [qo_indptr[-1], num_qo_heads, head_dim_qk] in the planned dtype; in CUDA graph mode it may have more rows, which are left alone.
+        paged_kv_cache, q_scale, k_scale, v_scale, enable_pdl, window_left
+            As in `BatchDecodeWithPagedKVCacheWrapper.run`.
+        out, lse
+            Where to write: [rows, num_qo_heads, head_dim_vo] in q's dtype, float32 [rows, num_qo_heads].
+        return_lse
+            Also return the base-2 log-sum-exp.
+
+        Returns
+        -------
+        out, or (out, lse)
+            A row that sees no key: zeros and -inf.
+        """
+        qv = self._check_run(q, window_left, args)
+        if sinks is not None:
+            common.check_options(self._op, sinks=sinks)
+        assert self._plan is not None
+        k, v = common.paged_views(self._op, paged_kv_cache, self._kv_layout, self._plan.page_size)
+        self._check_kv(qv, k, v, "paged_kv_cache (K)", "paged_kv_cache (V)")
+        sm_scale = self._sm_scale
+        if q_scale is not None:
+            sm_scale *= common.scale(self._op, "q_scale", q_scale)
+        if k_scale is not None:
+            sm_scale *= common.scale(self._op, "k_scale", k_scale)
+        return self._execute(qv, k, v, out, lse, return_lse, sm_scale, self._soft_cap, common.scale(self._op, "v_scale", v_scale), enable_pdl)
+
+    def forward(
+        self,
+        q: Any,
+        paged_kv_cache: Any,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> Any:
+        """Deprecated: `run`, with the plan's mask, window, soft cap and scale replaced by those given here."""
+        common.deprecated(f"{self._op}.forward", "run")
+        common.check_options(self._op, use_fp16_qk_reduction=use_fp16_qk_reduction)
+        self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, bool(causal))
+        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
+
+
+class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
+    """Prefill attention of a batch whose keys lie one request after another (ragged).
+
+    Parameters
+    ----------
+    float_workspace_buffer, kv_layout, use_cuda_graph, backend
+        As in `BatchDecodeWithPagedKVCacheWrapper`; kv_layout says whether k and v are [tokens, heads, dim] (NHD) or [heads, tokens, dim] (HND).
+    qo_indptr_buf, kv_indptr_buf
+        CUDA graph mode: int32 [batch + 1] both. The first plan fixes the most query rows.
+    custom_mask_buf, mask_indptr_buf
+        Not supported yet.
+    """
+
+    _op = "BatchPrefillWithRaggedKVCacheWrapper"
+    _paged = False
+
+    def __init__(
+        self,
+        float_workspace_buffer: Any = None,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: Any = None,
+        kv_indptr_buf: Any = None,
+        custom_mask_buf: Any = None,
+        mask_indptr_buf: Any = None,
+        backend: str = "auto",
+        jit_args: Any = None,
+    ) -> None:
+        common.check_options(self._op, custom_mask_buf=custom_mask_buf, mask_indptr_buf=mask_indptr_buf)
+        buffers = {"qo_indptr_buf": qo_indptr_buf, "kv_indptr_buf": kv_indptr_buf}
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, buffers)
+
+    def plan(
+        self,
+        qo_indptr: Any,
+        kv_indptr: Any,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        head_dim_vo: int | None = None,
+        custom_mask: Any = None,
+        packed_custom_mask: Any = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        q_data_type: Any = "float16",
+        kv_data_type: Any = None,
+        non_blocking: bool = True,
+        prefix_len_ptr: Any = None,
+        token_pos_in_items_ptr: Any = None,
+        token_pos_in_items_len: int = 0,
+        max_item_len_ptr: Any = None,
+        *,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+    ) -> None:
+        """Schedule a batch.
+
+        Parameters
+        ----------
+        qo_indptr, kv_indptr
+            int32 [batch + 1] both: rows of q, and of k and v.
+        fixed_split_size
+            In kv tokens.
+
+        Other parameters and errors as `BatchPrefillWithPagedKVCacheWrapper.plan`.
+        """
+        op = self._op
+        self._check_plan_options(
+            op, pos_encoding_mode, custom_mask=custom_mask, packed_custom_mask=packed_custom_mask, use_fp16_qk_reduction=use_fp16_qk_reduction,
+            prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr, token_pos_in_items_len=token_pos_in_items_len,
+            max_item_len_ptr=max_item_len_ptr,
+        )  # fmt: skip
+        dtype = common.plan_dtype(op, q_data_type, kv_data_type)
+        host = host_metadata(op, qo_indptr=qo_indptr, kv_indptr=kv_indptr)
+        key = (num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, 0, dtype, fixed_split_size, disable_split_kv)
+        self._plan_batch((host[0], host[1], None), None, key, dtype, causal, window_left, logits_soft_cap, sm_scale)
+
+    def run(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        *args: Any,
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        out: Any = None,
+        lse: Any = None,
+        return_lse: bool = False,
+        enable_pdl: bool | None = None,
+        window_left: int | None = None,
+    ) -> Any:
+        """Attention of the planned batch.
+
+        Parameters
+        ----------
+        q
+            [qo_indptr[-1], num_qo_heads, head_dim_qk] in the planned dtype; in CUDA graph mode it may have more rows, which are left alone.
+        k, v
+            [kv_indptr[-1], num_kv_heads, dim] (NHD) or [num_kv_heads, kv_indptr[-1], dim] (HND); more tokens are allowed. Any strides but a last one of 1.
+
+        Other parameters and returns as `BatchPrefillWithPagedKVCacheWrapper.run`.
+        """
+        qv = self._check_run(q, window_left, args)
+        kv, vv = view(k, self._op, "k"), view(v, self._op, "v")
+        self._check_kv(qv, kv, vv, "k", "v")
+        sm_scale = self._sm_scale
+        if q_scale is not None:
+            sm_scale *= common.scale(self._op, "q_scale", q_scale)
+        if k_scale is not None:
+            sm_scale *= common.scale(self._op, "k_scale", k_scale)
+        return self._execute(qv, kv, vv, out, lse, return_lse, sm_scale, self._soft_cap, common.scale(self._op, "v_scale", v_scale), enable_pdl)
+
+    def forward(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> Any:
+        """Deprecated: `run`, with the plan's mask, window, soft cap and scale replaced by those given here."""
+        common.deprecated(f"{self._op}.forward", "run")
+        common.check_options(self._op, use_fp16_qk_reduction=use_fp16_qk_reduction)
+        self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, bool(causal))
+        return self.run(q, k, v, return_lse=return_lse)
