@@ -22,3 +22,22 @@ PYINFER_DEVICE float rcp_approx(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
+
+// 1 / sqrt(x) to 2^-22.9 relative; 0 gives infinity.
+PYINFER_DEVICE float rsqrt_approx(float x) {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+// sin(x) and cos(x), x in radians: absolute error 2^-20.5 for |x| <= pi, growing beyond; reduce the angle first.
+PYINFER_DEVICE float sin_approx(float x) {
+    float r;
+    asm("sin.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+PYINFER_DEVICE float cos_approx(float x) {
+    float r;
+    asm("cos.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
