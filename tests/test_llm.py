@@ -284,16 +284,16 @@ def test_stop_token_ends_a_request(model, prompts, greedy):
     assert request.finish_reason == "stop" and request.generated == greedy[0][0][: greedy[0][0].index(stop) + 1]
 
 
-def test_sampling_options_mix_in_one_batch(model, prompts, greedy):
+def test_sampling_options_mix_in_one_batch(model, prompts, greedy, device):
     options = (
         SamplingParams(8, temperature=0.8, top_k=20, top_p=0.9),
         SamplingParams(8),
-        SamplingParams(8, temperature=1.0, min_p=0.1),
+        SamplingParams(8, temperature=1.0, min_p=0.1, top_k=30, top_p=0.99),
         SamplingParams(8, temperature=1e-4),  # so cold that it must be greedy too
     )
 
-    def run(seed: int) -> list[list[int]]:
-        engine = make_engine(model, seed=seed)
+    def run(seed: int, max_batch: int = 8) -> list[list[int]]:
+        engine = make_engine(model, seed=seed, max_batch=max_batch)
         requests = [engine.submit(p, o) for p, o in zip(prompts, options, strict=True)]
         for _ in engine.run():
             pass
@@ -301,9 +301,14 @@ def test_sampling_options_mix_in_one_batch(model, prompts, greedy):
 
     once = run(seed=1)
     assert once == run(seed=1)
+    if (
+        device == "cpu"
+    ):  # a bfloat16 matrix product may round differently in a smaller batch, and a sample has no toss-up rule
+        assert once == run(seed=1, max_batch=1), "a request's sample depends on its neighbours"
     assert once[1] == greedy[0][1][:8] and once[3] == greedy[0][3][:8]
     others = [run(seed=s) for s in (2, 3)]
-    assert any(o[0] != once[0] or o[2] != once[2] for o in others), "three seeds, one and the same sample"
+    assert any(o[0] != once[0] for o in others), "three seeds, one and the same top-k top-p sample"
+    assert any(o[2] != once[2] for o in others), "three seeds, one and the same min-p sample"
 
 
 @pytest.mark.parametrize(
@@ -331,7 +336,6 @@ def test_impossible_request_is_refused(model, prompt, new, message):
         {"top_k": -1},
         {"top_p": 0},
         {"min_p": 2},
-        {"min_p": 0.1, "top_k": 4},
     ],
 )
 def test_bad_sampling_options_are_refused(options):

@@ -27,20 +27,12 @@ class NumpyBackend:
         return np.empty(shape, np.float32)
 
     def upload(self, *arrays: np.ndarray) -> list[Array]:
-        """Copy host int32 arrays to the device, together."""
+        """Copy host arrays to the device, together."""
         return list(arrays)
-
-    def upload_float(self, array: np.ndarray) -> Array:
-        """Copy one host float32 array to the device."""
-        return array
 
     def download(self, array: Array) -> np.ndarray:
         """Copy to the host (waits for the device)."""
         return np.asarray(array)
-
-    def generator(self, seed: int) -> Any:
-        """Source of randomness for pyinfer's samplers."""
-        return np.random.default_rng(seed)
 
     def take(self, table: Array, rows: Array) -> Array:
         """Rows of a 2-D array, in the compute dtype."""
@@ -80,28 +72,21 @@ class TorchBackend:
         return self.torch.empty(shape, dtype=self.torch.bfloat16, device=self.device)
 
     def upload(self, *arrays: np.ndarray) -> list[Array]:
-        """Copy host int32 arrays to the device in one transfer; each starts on a 16-byte boundary."""
-        padded = [-(-a.size // 4) * 4 for a in arrays]
-        host = self.torch.zeros(sum(padded), dtype=self.torch.int32, pin_memory=True)
-        ends = np.cumsum(padded)
-        for array, end, room in zip(arrays, ends, padded, strict=True):
-            host[end - room : end - room + array.size] = self.torch.from_numpy(np.ascontiguousarray(array, np.int32))
-        flat = host.to(self.device, non_blocking=True)  # torch keeps the pinned block alive until the copy is done
+        """Copy host arrays to the device in one transfer; each starts on a 16-byte boundary."""
+        sizes = [-(-a.nbytes // 16) * 16 for a in arrays]
+        begins = np.cumsum([0, *sizes])
+        host = self.torch.empty(int(begins[-1]), dtype=self.torch.uint8, pin_memory=True)
+        for array, begin in zip(arrays, begins[:-1], strict=True):
+            host.numpy()[begin : begin + array.nbytes] = np.ascontiguousarray(array).view(np.uint8)
+        flat = host.to(self.device, non_blocking=True)  # torch keeps the pinned block until the copy is done
         return [
-            flat[end - room : end - room + array.size] for array, end, room in zip(arrays, ends, padded, strict=True)
+            flat[begin : begin + array.nbytes].view(getattr(self.torch, array.dtype.name))
+            for array, begin in zip(arrays, begins[:-1], strict=True)
         ]
-
-    def upload_float(self, array: np.ndarray) -> Array:
-        """Copy one host float32 array to the device."""
-        return self.torch.from_numpy(array).to(self.device)
 
     def download(self, array: Array) -> np.ndarray:
         """Copy to the host (waits for the device)."""
         return array.cpu().numpy()
-
-    def generator(self, seed: int) -> Any:
-        """Source of randomness for pyinfer's samplers."""
-        return self.torch.Generator(self.device).manual_seed(seed)
 
     def take(self, table: Array, rows: Array) -> Array:
         """Rows of a 2-D array, in the compute dtype."""

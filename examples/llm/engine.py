@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from .backend import Array
 from .kv_cache import PagedKVCache, PageTable
 from .model import Batch, Llama
 from .sampling import Sampler, SamplingParams
@@ -22,6 +23,7 @@ class Request:
     number: int
     prompt: list[int]
     params: SamplingParams
+    seed: int
     generated: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None  # "stop": the model ended its answer; "length": max_new_tokens
     submitted_at: float = 0.0
@@ -56,7 +58,7 @@ class Engine:
     max_batch : int
         Most requests that run at a time.
     seed : int
-        For sampled requests.
+        For sampled requests; each derives its own from this and its number.
     stop_ids : iterable of int
         Tokens that end an answer.
     prefill_chunk : int
@@ -75,9 +77,11 @@ class Engine:
     ) -> None:
         if max_batch < 1 or prefill_chunk < 1:
             raise ValueError(f"max_batch and prefill_chunk must be 1 or more, got {max_batch} and {prefill_chunk}")
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed}")
         self.model, self.cache, self.stats = model, cache, Stats()
         self._max_batch, self._prefill_chunk, self._stop_ids = max_batch, prefill_chunk, frozenset(stop_ids)
-        self._sampler = Sampler(model.backend, seed)
+        self._sampler, self._seed = Sampler(model.backend), seed
         self._numbers = itertools.count(1)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -105,7 +109,10 @@ class Engine:
                 f"the request can never fit the KV cache: {len(prompt)} prompt + {params.max_new_tokens} new tokens need {pages} pages of "
                 f"{self.cache.page_size}, the pool has {self.cache.num_pages}. Raise num_pages or lower max_new_tokens"
             )
-        request = Request(next(self._numbers), list(prompt), params, submitted_at=time.perf_counter())
+        number = next(self._numbers)
+        # Every request has its own stream of random numbers, so that its answer does not depend on who else is running.
+        seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        request = Request(number, list(prompt), params, seed, submitted_at=time.perf_counter())
         self.waiting.append(request)
         return request
 
@@ -128,7 +135,7 @@ class Engine:
             return []
         batch, samplers = self._pack(work)
         logits = self.model.forward(batch, self.cache)
-        tokens = self._sampler(logits, [r.params for r in samplers]) if samplers else []
+        tokens = self._sample(logits, samplers) if samplers else []
 
         now = time.perf_counter()
         self._count(batch, len(tokens), now - started)
@@ -182,6 +189,11 @@ class Engine:
             num_decode=sum(bool(r.generated) for r, _ in work),
         )
         return batch, samplers
+
+    def _sample(self, logits: Array, requests: list[Request]) -> list[int]:
+        return self._sampler(
+            logits, [r.params for r in requests], [r.seed for r in requests], [len(r.generated) for r in requests]
+        )
 
     def _count(self, batch: Batch, new_tokens: int, seconds: float) -> None:
         prompt_tokens = batch.tokens.size - batch.num_decode

@@ -27,7 +27,7 @@ class SamplingParams:
     top_p : float
         Then keep the smallest set of tokens whose probability reaches p; 1 keeps all.
     min_p : float
-        Keep tokens at least min_p times as probable as the best; 0 is off. Used instead of top_k and top_p, not with them.
+        Then keep tokens at least min_p times as probable as the best one; 0 is off.
     """
 
     max_new_tokens: int = 64
@@ -47,8 +47,6 @@ class SamplingParams:
         for name, good, wanted in checks:
             if not good:
                 raise ValueError(f"{name} is out of range: got {getattr(self, name)}, wanted {wanted}")
-        if self.min_p and (self.top_k or self.top_p < 1):
-            raise ValueError("min_p is used instead of top_k and top_p: give one or the other")
 
     @property
     def greedy(self) -> bool:
@@ -57,32 +55,51 @@ class SamplingParams:
 
 
 class Sampler:
-    """Draws one token a row; equal seeds and equal batches give equal tokens."""
+    """Draws one token a row.
 
-    def __init__(self, backend: NumpyBackend | TorchBackend, seed: int) -> None:
+    A token depends on its row's logits and options, the request's seed and its place in the answer, never on the batch around it.
+    """
+
+    def __init__(self, backend: NumpyBackend | TorchBackend) -> None:
         self._backend = backend
-        self._generator = backend.generator(seed)
 
-    def __call__(self, logits: Array, params: Sequence[SamplingParams]) -> list[int]:
-        """Sample from float32 logits [rows, vocab], one `SamplingParams` a row."""
-        put = self._backend.upload_float
-        temperature = put(np.array([1.0 if p.greedy else p.temperature for p in params], np.float32))
-        probs = pyinfer.softmax(logits, temperature)
-        tokens = np.empty(len(params), np.int64)
-        by_min_p = np.array([p.min_p > 0 and not p.greedy for p in params])
-        for rows in (np.flatnonzero(~by_min_p), np.flatnonzero(by_min_p)):
-            if not rows.size:
+    def __call__(
+        self, logits: Array, params: Sequence[SamplingParams], seeds: Sequence[int], places: Sequence[int]
+    ) -> list[int]:
+        """Sample from float32 logits [rows, vocab].
+
+        Parameters
+        ----------
+        params
+            One a row.
+        seeds, places
+            Per row the request's seed and how many tokens its answer has so far: Philox key and position.
+        """
+        rows, vocab = len(params), logits.shape[1]
+        options = np.array([(p.temperature, p.top_k or vocab, p.top_p, p.min_p) for p in params], np.float64)
+        greedy = options[:, 0] == 0
+        options[greedy] = (1.0, 1, 1.0, 0.0)  # greedy is top-k with k = 1
+        temperature, top_k, top_p, min_p = options.T
+        seeds, places = np.array(seeds, np.int64), np.array(places, np.int64)
+
+        (device_temperature,) = self._backend.upload(temperature.astype(np.float32))
+        probs = pyinfer.softmax(logits, device_temperature)
+        tokens = np.empty(rows, np.int64)
+        for chosen in (np.flatnonzero(min_p == 0), np.flatnonzero(min_p > 0)):  # usually all rows are of one kind
+            if not chosen.size:
                 continue
-            chosen, picked = [params[i] for i in rows], probs if rows.size == len(params) else probs[rows]
-            if by_min_p[rows[0]]:
-                min_p = put(np.array([p.min_p for p in chosen], np.float32))
-                ids = pyinfer.min_p_sampling_from_probs(picked, min_p, generator=self._generator)
-            else:  # greedy rows are top-k with k = 1
-                vocab = logits.shape[1]
-                (top_k,) = self._backend.upload(
-                    np.array([1 if p.greedy else p.top_k or vocab for p in chosen], np.int32)
-                )
-                top_p = put(np.array([1.0 if p.greedy else p.top_p for p in chosen], np.float32))
-                ids = pyinfer.top_k_top_p_sampling_from_probs(picked, top_k, top_p, generator=self._generator)
-            tokens[rows] = self._backend.download(ids)
+            k, p, m, seed, offset = self._backend.upload(
+                top_k[chosen].astype(np.int32),
+                top_p[chosen].astype(np.float32),
+                min_p[chosen].astype(np.float32),
+                seeds[chosen],
+                places[chosen],
+            )
+            some = probs if chosen.size == rows else probs[chosen]
+            if min_p[chosen[0]]:
+                some = pyinfer.top_p_renorm_probs(pyinfer.top_k_renorm_probs(some, k), p)
+                ids = pyinfer.min_p_sampling_from_probs(some, m, seed=seed, offset=offset)
+            else:
+                ids = pyinfer.top_k_top_p_sampling_from_probs(some, k, p, seed=seed, offset=offset)
+            tokens[chosen] = self._backend.download(ids)
         return tokens.tolist()
