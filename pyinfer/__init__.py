@@ -16,7 +16,11 @@ __version__ = "0.1.0"
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "activation": ("gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"),
     "cascade": ("merge_state", "merge_state_in_place", "merge_states"),
-    "decode": ("BatchDecodeWithPagedKVCacheWrapper", "single_decode_with_kv_cache"),
+    "decode": (
+        "BatchDecodeWithPagedKVCacheWrapper",
+        "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+        "single_decode_with_kv_cache",
+    ),
     "norm": ("fused_add_rmsnorm", "gemma_fused_add_rmsnorm", "gemma_rmsnorm", "rmsnorm"),
     "page": (
         "append_paged_kv_cache",
@@ -28,6 +32,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "BatchPrefillWithPagedKVCacheWrapper",
         "BatchPrefillWithRaggedKVCacheWrapper",
         "single_prefill_with_kv_cache",
+        "single_prefill_with_kv_cache_return_lse",
     ),
     "rope": (
         "apply_llama31_rope",
@@ -68,7 +73,52 @@ if not os.path.isdir(os.path.join(__path__[0], "schedulers")):
     __path__.append(os.path.dirname(__path__[0]))
 
 if TYPE_CHECKING:
-    pass
+    from pyinfer.activation import gelu_and_mul as gelu_and_mul
+    from pyinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
+    from pyinfer.activation import silu_and_mul as silu_and_mul
+    from pyinfer.cascade import merge_state as merge_state
+    from pyinfer.cascade import merge_state_in_place as merge_state_in_place
+    from pyinfer.cascade import merge_states as merge_states
+    from pyinfer.decode import BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper
+    from pyinfer.decode import (
+        CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+    )
+    from pyinfer.decode import single_decode_with_kv_cache as single_decode_with_kv_cache
+    from pyinfer.norm import fused_add_rmsnorm as fused_add_rmsnorm
+    from pyinfer.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
+    from pyinfer.norm import gemma_rmsnorm as gemma_rmsnorm
+    from pyinfer.norm import rmsnorm as rmsnorm
+    from pyinfer.page import append_paged_kv_cache as append_paged_kv_cache
+    from pyinfer.page import append_paged_mla_kv_cache as append_paged_mla_kv_cache
+    from pyinfer.page import get_batch_indices_positions as get_batch_indices_positions
+    from pyinfer.page import get_seq_lens as get_seq_lens
+    from pyinfer.prefill import BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper
+    from pyinfer.prefill import BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper
+    from pyinfer.prefill import single_prefill_with_kv_cache as single_prefill_with_kv_cache
+    from pyinfer.prefill import single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse
+    from pyinfer.rope import apply_llama31_rope as apply_llama31_rope
+    from pyinfer.rope import apply_llama31_rope_inplace as apply_llama31_rope_inplace
+    from pyinfer.rope import apply_llama31_rope_pos_ids as apply_llama31_rope_pos_ids
+    from pyinfer.rope import apply_llama31_rope_pos_ids_inplace as apply_llama31_rope_pos_ids_inplace
+    from pyinfer.rope import apply_rope as apply_rope
+    from pyinfer.rope import apply_rope_inplace as apply_rope_inplace
+    from pyinfer.rope import apply_rope_pos_ids as apply_rope_pos_ids
+    from pyinfer.rope import apply_rope_pos_ids_inplace as apply_rope_pos_ids_inplace
+    from pyinfer.rope import apply_rope_with_cos_sin_cache as apply_rope_with_cos_sin_cache
+    from pyinfer.rope import apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace
+    from pyinfer.sampling import min_p_sampling_from_probs as min_p_sampling_from_probs
+    from pyinfer.sampling import sampling_from_logits as sampling_from_logits
+    from pyinfer.sampling import sampling_from_probs as sampling_from_probs
+    from pyinfer.sampling import softmax as softmax
+    from pyinfer.sampling import top_k_mask_logits as top_k_mask_logits
+    from pyinfer.sampling import top_k_renorm_prob as top_k_renorm_prob
+    from pyinfer.sampling import top_k_renorm_probs as top_k_renorm_probs
+    from pyinfer.sampling import top_k_sampling_from_probs as top_k_sampling_from_probs
+    from pyinfer.sampling import top_k_top_p_sampling_from_logits as top_k_top_p_sampling_from_logits
+    from pyinfer.sampling import top_k_top_p_sampling_from_probs as top_k_top_p_sampling_from_probs
+    from pyinfer.sampling import top_p_renorm_prob as top_p_renorm_prob
+    from pyinfer.sampling import top_p_renorm_probs as top_p_renorm_probs
+    from pyinfer.sampling import top_p_sampling_from_probs as top_p_sampling_from_probs
 
 
 def __getattr__(name: str) -> Any:
