@@ -12,7 +12,8 @@ struct AttentionWork {
     int kv_end;
     int split;
     int num_splits;
-    int slot;        // of split 0 in the partial buffers; also the semaphore's index
+    int slot;        // of split 0 in the partial buffers
+    int semaphore;   // row of the semaphore array
     int qo_begin;    // the request's first query token in q, out and lse
     int kv_base;     // its first page table entry, or (ragged) its first token in k and v
     int diagonal;    // kv_len - qo_len
@@ -31,7 +32,7 @@ PYINFER_DEVICE AttentionWork planned_work(const Params& p) {
     const int4 head = reinterpret_cast<const int4*>(p.work)[2 * item];
     const int4 tail = reinterpret_cast<const int4*>(p.work)[2 * item + 1];
     w.request = head.x, w.row_begin = head.y, w.row_count = head.z, w.kv_begin = head.w;
-    w.kv_end = tail.x, w.split = tail.y, w.num_splits = tail.z, w.slot = tail.w;
+    w.kv_end = tail.x, w.split = tail.y, w.num_splits = tail.z, w.slot = w.semaphore = tail.w;
     w.qo_begin = p.qo_indptr[w.request];
     w.kv_base = p.kv_indptr[w.request];
     w.diagonal = p.kv_len[w.request] - (p.qo_indptr[w.request + 1] - w.qo_begin);
@@ -60,6 +61,7 @@ PYINFER_DEVICE AttentionWork single_work(const Params& p) {
     const int end = max_of(begin, p.causal ? min_of(p.kv_len, w.diagonal + last_token + 1) : p.kv_len);
     w.num_splits = p.num_splits == 1 ? 1 : max_of(1, ceil_div(end - begin, p.kv_chunk));
     w.slot = tile * p.num_splits;
+    w.semaphore = tile;
     if (w.split >= w.num_splits) {
         w.row_count = 0;
         return w;

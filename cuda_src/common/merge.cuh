@@ -37,7 +37,7 @@ PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        int32_t* semaphore = p.semaphore + static_cast<int64_t>(w.slot) * p.num_kv_heads + w.kv_head;
+        int32_t* semaphore = p.semaphore + static_cast<int64_t>(w.semaphore) * p.num_kv_heads + w.kv_head;
         last = atomicAdd(semaphore, 1) == w.num_splits - 1;
         if (last) {
             *semaphore = 0;

@@ -10,11 +10,13 @@
 // Why not the exact maximum: 4 * VO_BLOCKS multiplications a tile and row block, for the same digits.
 //
 // NOTE: the exponent is fma(score, scale, -reference), one instruction. For |reference| above 2^24 its rounding is worth whole
-// powers of two (2^75 for logits of 1e30); such rows are scaled first, in a branch that ordinary inputs never take.
+// powers of two (2^75 for logits of 1e30); such rows are scaled first, in a branch that ordinary inputs never take. There a logit of
+// +inf becomes the largest float, so that inf - inf never arises.
 template <int M_BLOCKS>
 struct OnlineSoftmax {
     static constexpr float RESCALE_THRESHOLD = 8.0f;
     static constexpr float EXACT_LIMIT = 16777216.0f;
+    static constexpr float LARGEST = 3.402823466e38f;
     static constexpr uint32_t ALL_LANES = 0xffffffffu;
 
     float reference[M_BLOCKS][2];
@@ -47,7 +49,7 @@ struct OnlineSoftmax {
                 // The four lanes of a quad share a row.
                 x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
                 x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-                highest[m][h] = __fmul_rn(x, scale);
+                highest[m][h] = fminf(__fmul_rn(x, scale), LARGEST);
                 grown |= highest[m][h] > reference[m][h] + RESCALE_THRESHOLD;
             }
         }
@@ -79,7 +81,7 @@ struct OnlineSoftmax {
                 for (int n = 0; n < KV_BLOCKS; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        score[m][n][i] = __fmul_rn(score[m][n][i], scale);
+                        score[m][n][i] = fminf(__fmul_rn(score[m][n][i], scale), LARGEST);
                     }
                 }
             }

@@ -176,7 +176,7 @@ _RUN_FIELDS = (
     ptr("kv_indices", "const int32_t", "page ids; null: ragged"),
     ptr("partial_o", "float", "[max_partials, num_kv_heads, TILE_Q, head_dim_vo]"),
     ptr("partial_lse", "float", "[max_partials, num_kv_heads, TILE_Q], base 2"),
-    ptr("semaphore", "int32_t", "[max_partials, num_kv_heads], zero between launches"),
+    ptr("semaphore", "int32_t", "[max_partials or (single) tiles, num_kv_heads], zero between launches"),
     i64("q_stride_token", "strides in elements"),
     i64("q_stride_head"),
     i64("out_stride_token"),
