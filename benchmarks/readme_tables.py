@@ -1,12 +1,14 @@
 """README's benchmark tables from benchmarks/results/*.json.
 
-Between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` in README.md stands what `TABLES[NAME]` makes of the newest full result that holds its suite.
-`python -m benchmarks.readme_tables` rewrites the blocks, `--check` only says (exit status 1) whether one is out of date.
+Between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` in README.md stands what `TABLES[NAME]` makes of the newest full result that holds its suite: the rows of
+SHOWN, to keep README short. `python -m benchmarks.readme_tables` rewrites the blocks, `--check` only says (exit status 1) whether one is out of date, `--all` prints
+every table with every row.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import re
 import sys
@@ -19,6 +21,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[a-z_0-9]+) -->\n)(?P<body>.*?)(<!-- /bench:(?P=name) -->)", re.DOTALL)
 NOT_MEASURED = "*Not measured yet.*\n"
+# suite → patterns of the 'op spec' that README shows; a suite that is not here shows everything
+SHOWN: dict[str, tuple[str, ...]] = {
+    "decode": ("decode 32/8 *",),
+    "memory_bound": ("*norm* 1×4096*", "*norm* 4096×4096*", "silu* 1×4096*", "silu* 4096×4096*", "silu* 16384×*", "rmsnorm 16384×*", "apply_rope_* 4096 *", "append_* 4096 *"),
+    "sampling": ("* b1 *", "* b64 *"),
+    "host_cost": ("host plan decode*", "host plan prefill*", "host run decode b64*", "host run prefill*", "host rmsnorm", "host silu_and_mul", "host top_p*", "host append*"),
+    "cold_start": ("cold import", "cold rmsnorm*", "cold *Wrapper*", "cold top_p*", "cold silu*"),
+}
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -41,6 +51,12 @@ def newest(documents: list[dict[str, Any]], suite: str, device: str) -> dict[str
     return None
 
 
+def cases_of(document: dict[str, Any], suite: str) -> list[dict[str, Any]]:
+    """The cases with a result of ours that the table shows."""
+    patterns = ("*",) if document.get("all") else SHOWN.get(suite, ("*",))
+    return [c for c in document["suites"][suite]["cases"] if _ours(c) and any(fnmatch.fnmatchcase(f"{c['op']} {c['spec']}", p) for p in patterns)]
+
+
 def _ours(case: dict[str, Any]) -> dict[str, Any] | None:
     return next((r for r in case["results"] if r["name"] == "pyinfer" and r["status"] == "ok"), None)
 
@@ -60,6 +76,10 @@ def _us(us: float) -> str:
     return f"{us:.1f}" if us < 1000 else f"{us:,.0f}"
 
 
+def _seconds(us: float) -> str:
+    return f"{us / 1e6:.2f} s" if us >= 1e6 else f"{us / 1e3:.0f} ms"
+
+
 def source(document: dict[str, Any], suite: str) -> str:
     """The line under a table: machine, date, limits of that run, file."""
     machine, limits, versions = document["machine"], document["suites"][suite]["limits"], document["versions"]
@@ -72,7 +92,7 @@ def source(document: dict[str, Any], suite: str) -> str:
 
 def _attention(document: dict[str, Any], suite: str, unit: str, digits: int, peers: list[tuple[str, str]]) -> str:
     """pyinfer's and the peers' rates, and ours over each peer's."""
-    cases = [case for case in document["suites"][suite]["cases"] if _ours(case)]
+    cases = cases_of(document, suite)
     present = [(peer, title) for peer, title in peers if any(_best(case, peer) for case in cases)]
     key = {"TB/s": "tb_s", "TFLOP/s": "tflop_s"}[unit]
     rows = []
@@ -99,7 +119,7 @@ def prefill(document: dict[str, Any]) -> str:
 
 def _by_operator(document: dict[str, Any], suite: str) -> str:
     """µs per size, ours over FlashInfer and torch."""
-    cases = [case for case in document["suites"][suite]["cases"] if _ours(case)]
+    cases = cases_of(document, suite)
     peers = [p for p in (("flashinfer", "FlashInfer"), ("torch", "torch"), ("torch-compile", "torch.compile"), ("triton", "Triton")) if any(_best(c, p[0]) for c in cases)]
     rows = []
     for case in cases:
@@ -114,25 +134,32 @@ def _by_operator(document: dict[str, Any], suite: str) -> str:
 def cold_start(document: dict[str, Any]) -> str:
     """First calls: empty cache, disk cache, FlashInfer's build."""
     found: dict[str, dict[str, str]] = {}
+    slowest = {"empty cache": 0.0, "disk cache": 0.0}
     for case in document["suites"]["cold_start"]["cases"]:
+        ours, cache = _ours(case), case["spec"].rpartition(", ")[2]
+        if ours and cache in slowest:
+            slowest[cache] = max(slowest[cache], ours["us"])
+    for case in cases_of(document, "cold_start"):
         name, _, cache = case["spec"].partition(", ")
         row = found.setdefault(name, {})
         for r in case["results"]:
             if r["status"] == "ok":
-                row[f"{r['name']} {cache}".strip()] = f"{r['us'] / 1e6:.2f} s" if r["us"] >= 1e6 else f"{r['us'] / 1e3:.0f} ms"
+                row[f"{r['name']} {cache}".strip()] = _seconds(r["us"])
     with_peer = any(key.startswith("flashinfer") for row in found.values() for key in row)
     rows = []
     for name, row in found.items():
         first, disk = (row.get("pyinfer", "–"), "") if name == "import" else (row.get("pyinfer empty cache", "–"), row.get("pyinfer disk cache", "–"))
         theirs = [row.get("flashinfer empty cache", row.get("flashinfer", "–"))] if with_peer else []
         rows.append([f"`{name}`", first, disk, *theirs])
+    operators = sum(c["spec"].endswith(", empty cache") for c in document["suites"]["cold_start"]["cases"])
+    rows.append([f"the slowest of {operators} operators", _seconds(slowest["empty cache"]), _seconds(slowest["disk cache"]), *(["–"] if with_peer else [])])
     return _table(["first call of", "empty cache", "from the disk cache", *(["FlashInfer, empty cache"] if with_peer else [])], rows) + source(document, "cold_start")
 
 
 def host_cost(document: dict[str, Any]) -> str:
     """CPU time per call."""
     rows = []
-    for case in document["suites"]["host_cost"]["cases"]:
+    for case in cases_of(document, "host_cost"):
         ours, theirs = _ours(case), _best(case, "flashinfer")
         if ours:
             rows.append([case["spec"], _us(ours["us"]), _us(theirs["us"]) if theirs else "–", f"{ours['us'] / theirs['us']:.2f}" if theirs else "–"])
@@ -151,7 +178,7 @@ def cpu_attention(document: dict[str, Any]) -> str:
 
 def llm(document: dict[str, Any]) -> str:
     """Tokens per second of the example."""
-    cases = [case for case in document["suites"]["llm"]["cases"] if _ours(case)]
+    cases = cases_of(document, "llm")
     rows = [[case["spec"], f"{case['info']['prefill_tokens_s']:,.0f}", f"{case['info']['decode_tokens_s']:,.0f}"] for case in cases]
     return _table(["examples/llm", "prefill, tokens/s", "decode, tokens/s"], rows) + source(document, "llm")
 
@@ -196,9 +223,16 @@ def main(argv: list[str] | None = None) -> int:
     """Rewrite README, or check it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_tables", description="README's benchmark tables from benchmarks/results.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if README is out of date")
+    parser.add_argument("--all", action="store_true", help="print every table with every row, change nothing")
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
+    if arguments.all:
+        documents = [{**d, "all": True} for d in load(arguments.results)]
+        for name, (suite, device, make) in TABLES.items():
+            document = newest(documents, suite, device)
+            print(f"## {name}\n\n{make(document) if document else NOT_MEASURED}")
+        return 0
     before = arguments.readme.read_text(encoding="utf-8")
     after = render(before, load(arguments.results))
     if before == after:
