@@ -1,6 +1,6 @@
 """Decode and prefill attention kernels of the sm80 family: configurations, parameter structs and specs.
 
-One kernel per phase; the launch functions are in `jit/attention_launch.py`, FlashInfer's factory names in `jit/decode.py` and `jit/prefill.py`.
+One kernel per phase. The launch functions are in `jit/attention_launch.py`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyinfer.core.dtypes import BFLOAT16, FLOAT16, DType, canonical_dtype
+from pyinfer.core.dtypes import BFLOAT16, FLOAT16, INT32, DType, canonical_dtype
 from pyinfer.core.errors import fail, fail_type
 from pyinfer.core.params import ParamStruct, f32, i32, i64, ptr, u32
-from pyinfer.jit.spec import JitSpec
+from pyinfer.jit import env
+from pyinfer.jit.spec import JitModule, JitSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,10 +22,18 @@ HEAD_DIMS = (64, 128, 256)
 DTYPES = (FLOAT16, BFLOAT16)
 DECODE_ROWS = 16
 """Packed rows of a decode tile: one mma row block."""
+ROW_CLASSES = (DECODE_ROWS, 64, 128)
+"""Values of max_packed_rows that stand for all: each has its own configuration."""
 
 # Shared memory that one block may have, and that all blocks of a multiprocessor share (bytes; each block costs 1 KiB more there). CUDA programming guide,
 # "Technical specifications per compute capability". Not listed: the smallest.
-_SMEM = {80: (163 << 10, 164 << 10), 87: (163 << 10, 164 << 10), 90: (227 << 10, 228 << 10), 100: (227 << 10, 228 << 10), 103: (227 << 10, 228 << 10)}
+_SMEM = {
+    80: (163 << 10, 164 << 10),
+    87: (163 << 10, 164 << 10),
+    90: (227 << 10, 228 << 10),
+    100: (227 << 10, 228 << 10),
+    103: (227 << 10, 228 << 10),
+}
 _SMEM_SMALL = (99 << 10, 100 << 10)
 
 
@@ -74,27 +83,43 @@ class AttentionConfig:
     @property
     def tag(self) -> str:
         """Short form for kernel names."""
-        return f"q{self.tile_q}_kv{self.tile_kv}_w{self.num_warps}_c{self.ctas_per_sm}_s{self.stages}" + ("_qreg" if self.q_in_registers else "")
+        return f"q{self.tile_q}_kv{self.tile_kv}_w{self.num_warps}_c{self.ctas_per_sm}_s{self.stages}" + (
+            "_qreg" if self.q_in_registers else ""
+        )
 
 
-def decode_config(head_dim_qk: int, head_dim_vo: int, *, tile_kv: int, num_warps: int, ctas_per_sm: int, stages: int) -> AttentionConfig:
+def decode_config(
+    head_dim_qk: int, head_dim_vo: int, *, tile_kv: int, num_warps: int, ctas_per_sm: int, stages: int
+) -> AttentionConfig:
     """A decode configuration with its shared memory: rings of K and V (and, at head_dim 256, each warp's queries), which the merge of the warps overlays."""
     q_in_registers = head_dim_qk <= 128  # at 256 the queries would take 64 registers beside the output's 128
-    ring = stages * tile_kv * (head_dim_qk + head_dim_vo) * 2 + (0 if q_in_registers else num_warps * DECODE_ROWS * head_dim_qk * 2)
+    ring = stages * tile_kv * (head_dim_qk + head_dim_vo) * 2 + (
+        0 if q_in_registers else num_warps * DECODE_ROWS * head_dim_qk * 2
+    )
     merge = 4 * (num_warps * DECODE_ROWS * (head_dim_vo + 8 + 2) + DECODE_ROWS)
     smem = -(-max(ring, merge) // 128) * 128
     return AttentionConfig("decode", DECODE_ROWS, tile_kv, num_warps, ctas_per_sm, stages, smem, q_in_registers)
 
 
 def prefill_config(
-    head_dim_qk: int, head_dim_vo: int, *, tile_q: int, tile_kv: int, num_warps: int, ctas_per_sm: int, stages: int = 2, q_in_registers: bool = False
+    head_dim_qk: int,
+    head_dim_vo: int,
+    *,
+    tile_q: int,
+    tile_kv: int,
+    num_warps: int,
+    ctas_per_sm: int,
+    stages: int = 2,
+    q_in_registers: bool = False,
 ) -> AttentionConfig:
     """A prefill configuration with its shared memory: the queries, and rings of K and V."""
     smem = tile_q * head_dim_qk * 2 + stages * tile_kv * (head_dim_qk + head_dim_vo) * 2
     return AttentionConfig("prefill", tile_q, tile_kv, num_warps, ctas_per_sm, stages, smem, q_in_registers)
 
 
-def candidate_configs(arch: int, head_dim_qk: int, head_dim_vo: int, max_packed_rows: int) -> tuple[AttentionConfig, ...]:
+def candidate_configs(
+    arch: int, head_dim_qk: int, head_dim_vo: int, max_packed_rows: int
+) -> tuple[AttentionConfig, ...]:
     """The configurations worth timing for a case, the preferred one first; all of them fit the architecture.
 
     Parameters
@@ -111,32 +136,59 @@ def candidate_configs(arch: int, head_dim_qk: int, head_dim_vo: int, max_packed_
     if max_packed_rows <= DECODE_ROWS:
         # (tile_kv, warps, blocks per SM, stages). A slab of a warp is tile_kv / warps keys: 8 KiB of K and V at head_dim 64 and 128, 16 KiB at 256.
         rows = {64: 32, 128: 16}.get(wide, 16)
-        shapes = [(4 * rows, 4, 2, 3), (4 * rows, 4, 1, 4), (4 * rows, 4, 3, 2), (8 * rows, 8, 1, 3), (2 * rows, 2, 4, 3)]
+        shapes = [
+            (4 * rows, 4, 2, 3),
+            (4 * rows, 4, 1, 4),
+            (4 * rows, 4, 3, 2),
+            (8 * rows, 8, 1, 3),
+            (2 * rows, 2, 4, 3),
+        ]
         if wide > 128:
             shapes = [(4 * rows, 4, 1, 3), (2 * rows, 2, 2, 3), (2 * rows, 2, 1, 3), (2 * rows, 2, 1, 2)]
         found = [decode_config(*dims, tile_kv=kv, num_warps=w, ctas_per_sm=c, stages=s) for kv, w, c, s in shapes]
-        found += [decode_config(*dims, tile_kv=kv, num_warps=w, ctas_per_sm=1, stages=s) for kv, w, c, s in shapes if c > 1]
+        found += [
+            decode_config(*dims, tile_kv=kv, num_warps=w, ctas_per_sm=1, stages=s) for kv, w, c, s in shapes if c > 1
+        ]
     else:
         # (tile_q, tile_kv, warps, blocks per SM, stages, queries in registers)
         if max_packed_rows <= 64 and wide <= 128:
             shapes = [(64, 64, 4, 2, 2, True), (64, 64, 4, 3, 2, False), (64, 32, 4, 2, 3, True)]
         elif wide <= 64:
-            shapes = [(128, 64, 4, 2, 2, True), (128, 64, 4, 2, 3, True), (128, 64, 4, 3, 2, False), (128, 32, 4, 3, 3, False)]
+            shapes = [
+                (128, 64, 4, 2, 2, True),
+                (128, 64, 4, 2, 3, True),
+                (128, 64, 4, 3, 2, False),
+                (128, 32, 4, 3, 3, False),
+            ]
         elif wide <= 128:
-            shapes = [(128, 64, 4, 2, 2, False), (128, 32, 4, 2, 3, False), (128, 32, 4, 2, 2, False), (128, 64, 8, 1, 2, True)]
+            shapes = [
+                (128, 64, 4, 2, 2, False),
+                (128, 32, 4, 2, 3, False),
+                (128, 32, 4, 2, 2, False),
+                (128, 64, 8, 1, 2, True),
+            ]
         elif max_packed_rows <= 64:
             shapes = [(64, 32, 4, 2, 2, False), (64, 32, 4, 1, 2, False)]
         else:
             shapes = [(128, 64, 8, 1, 2, False), (64, 32, 4, 2, 2, False), (64, 32, 4, 1, 2, False)]
-        found = [prefill_config(*dims, tile_q=q, tile_kv=kv, num_warps=w, ctas_per_sm=c, stages=s, q_in_registers=r) for q, kv, w, c, s, r in shapes]
-        found += [prefill_config(*dims, tile_q=q, tile_kv=kv, num_warps=w, ctas_per_sm=1, stages=s, q_in_registers=r) for q, kv, w, c, s, r in shapes if c > 1]
+        found = [
+            prefill_config(*dims, tile_q=q, tile_kv=kv, num_warps=w, ctas_per_sm=c, stages=s, q_in_registers=r)
+            for q, kv, w, c, s, r in shapes
+        ]
+        found += [
+            prefill_config(*dims, tile_q=q, tile_kv=kv, num_warps=w, ctas_per_sm=1, stages=s, q_in_registers=r)
+            for q, kv, w, c, s, r in shapes
+            if c > 1
+        ]
     per_block, per_sm = smem_limits(arch)
     fitting = [c for c in found if c.smem <= per_block and c.ctas_per_sm * (c.smem + 1024) <= per_sm]
     return tuple(dict.fromkeys(fitting))
 
 
 @functools.cache
-def attention_config(arch: int, dtype: DType | str, head_dim_qk: int, head_dim_vo: int, max_packed_rows: int) -> AttentionConfig:
+def attention_config(
+    arch: int, dtype: DType | str, head_dim_qk: int, head_dim_vo: int, max_packed_rows: int
+) -> AttentionConfig:
     """The configuration for a case.
 
     Parameters
@@ -161,7 +213,13 @@ def attention_config(arch: int, dtype: DType | str, head_dim_qk: int, head_dim_v
     if dt not in DTYPES:
         fail_type("attention", "dtype", "has no CUDA kernel", dt, "float16 or bfloat16", "Cast q, k and v.")
     if head_dim_qk != head_dim_vo or head_dim_qk not in HEAD_DIMS:
-        fail("attention", "head_dim", "has no CUDA kernel", f"qk {head_dim_qk}, vo {head_dim_vo}", "qk = vo, one of 64, 128, 256")
+        fail(
+            "attention",
+            "head_dim",
+            "has no CUDA kernel",
+            f"qk {head_dim_qk}, vo {head_dim_vo}",
+            "qk = vo, one of 64, 128, 256",
+        )
     return candidate_configs(arch, head_dim_qk, head_dim_vo, max_packed_rows)[0]
 
 
@@ -212,13 +270,28 @@ PLAN_PARAMS = ParamStruct(
     ptr("kv_indptr", "const int32_t", "[batch + 1], pages or (ragged) tokens"),
     ptr("kv_len", "const int32_t", "[batch], tokens"),
 )
-SINGLE_PARAMS = ParamStruct("SingleAttentionParams", *_RUN_FIELDS, *_SHAPE_FIELDS, i32("qo_len"), i32("kv_len"), i32("kv_chunk", "keys per split"), i32("num_splits"))
+SINGLE_PARAMS = ParamStruct(
+    "SingleAttentionParams",
+    *_RUN_FIELDS,
+    *_SHAPE_FIELDS,
+    i32("qo_len"),
+    i32("kv_len"),
+    i32("kv_chunk", "keys per split"),
+    i32("num_splits"),
+)
 SOURCES = {"plan": PLAN_PARAMS, "single": SINGLE_PARAMS}
 VARIANTS = {"plain": "PlainVariant", "softcap": "SoftCapVariant"}
 
 
 @functools.cache
-def gen_attention(config: AttentionConfig, dtype: DType | str, head_dim_qk: int, head_dim_vo: int, source: str = "plan", variant: str = "plain") -> JitSpec:
+def gen_attention(
+    config: AttentionConfig,
+    dtype: DType | str,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    source: str = "plan",
+    variant: str = "plain",
+) -> JitSpec:
     """The spec of one attention kernel.
 
     Parameters
@@ -265,9 +338,118 @@ def all_specs(archs: Iterable[int] = (80, 89, 90)) -> list[JitSpec]:
     for arch in archs:
         for dim in HEAD_DIMS:
             for dtype in DTYPES:
-                for rows in (DECODE_ROWS, 64, 128):
+                for rows in ROW_CLASSES:
                     config = attention_config(arch, dtype, dim, dim, rows)
                     for source in SOURCES:
                         for variant in VARIANTS:
                             found[gen_attention(config, dtype, dim, dim, source, variant)] = None
     return list(found)
+
+
+# ---- FlashInfer's factory names (API.md section 19), with its argument order -----------------------------------------------------
+def _module(
+    op: str, source: str, row_classes: tuple[int, ...], dtype_q: DType | str, dtype_kv: DType | str, dtype_o: DType | str, head_dim_qk: int, head_dim_vo: int,
+    pos_encoding_mode: int, use_sliding_window: bool, use_logits_soft_cap: bool,
+) -> JitModule:  # fmt: skip
+    dtype = canonical_dtype(dtype_q, op, "dtype_q")
+    for arg, other in (("dtype_kv", dtype_kv), ("dtype_o", dtype_o)):
+        if canonical_dtype(other, op, arg) is not dtype:
+            fail_type(op, arg, "differs from dtype_q", other, dtype, "q, k, v and the output have one dtype.")
+    if pos_encoding_mode:
+        fail(op, "pos_encoding_mode", "is not supported yet", pos_encoding_mode, "0 (NONE)")
+    variant = "softcap" if use_logits_soft_cap else "plain"
+    specs: dict[JitSpec, None] = {}
+    for arch in env.default_archs():
+        for rows in row_classes:
+            config = attention_config(env.arch_number(arch), dtype, head_dim_qk, head_dim_vo, rows)
+            specs[gen_attention(config, dtype, head_dim_qk, head_dim_vo, source, variant)] = None
+    phase = op.removeprefix("gen_").removesuffix("_module")
+    return JitModule(f"{phase}_{dtype.short}_d{head_dim_qk}x{head_dim_vo}_{variant}", tuple(specs))
+
+
+def gen_single_decode_module(
+    dtype_q: DType | str, dtype_kv: DType | str, dtype_o: DType | str, head_dim_qk: int, head_dim_vo: int, pos_encoding_mode: int = 0,
+    use_sliding_window: bool = False, use_logits_soft_cap: bool = False,
+) -> JitModule:  # fmt: skip
+    """The kernels of `single_decode_with_kv_cache` (at most 16 query heads a kv head). The window is a run-time value: the kernel is the same."""
+    args = (
+        dtype_q,
+        dtype_kv,
+        dtype_o,
+        head_dim_qk,
+        head_dim_vo,
+        pos_encoding_mode,
+        use_sliding_window,
+        use_logits_soft_cap,
+    )
+    return _module("gen_single_decode_module", "single", (DECODE_ROWS,), *args)
+
+
+def gen_batch_decode_module(
+    dtype_q: DType | str, dtype_kv: DType | str, dtype_o: DType | str, dtype_idx: DType | str, head_dim_qk: int, head_dim_vo: int, pos_encoding_mode: int = 0,
+    use_sliding_window: bool = False, use_logits_soft_cap: bool = False,
+) -> JitModule:  # fmt: skip
+    """The kernels of `BatchDecodeWithPagedKVCacheWrapper` (at most 16 query heads a kv head). `dtype_idx`: int32."""
+    _check_index("gen_batch_decode_module", dtype_idx)
+    args = (
+        dtype_q,
+        dtype_kv,
+        dtype_o,
+        head_dim_qk,
+        head_dim_vo,
+        pos_encoding_mode,
+        use_sliding_window,
+        use_logits_soft_cap,
+    )
+    return _module("gen_batch_decode_module", "plan", (DECODE_ROWS,), *args)
+
+
+def gen_single_prefill_module(
+    backend: str, dtype_q: DType | str, dtype_kv: DType | str, dtype_o: DType | str, head_dim_qk: int, head_dim_vo: int, pos_encoding_mode: int = 0,
+    use_sliding_window: bool = False, use_logits_soft_cap: bool = False, use_fp16_qk_reduction: bool = False,
+) -> JitModule:  # fmt: skip
+    """The kernels of `single_prefill_with_kv_cache`, one for each tile height."""
+    _check_backend("gen_single_prefill_module", backend, use_fp16_qk_reduction)
+    args = (
+        dtype_q,
+        dtype_kv,
+        dtype_o,
+        head_dim_qk,
+        head_dim_vo,
+        pos_encoding_mode,
+        use_sliding_window,
+        use_logits_soft_cap,
+    )
+    return _module("gen_single_prefill_module", "single", ROW_CLASSES, *args)
+
+
+def gen_batch_prefill_module(
+    backend: str, dtype_q: DType | str, dtype_kv: DType | str, dtype_o: DType | str, dtype_idx: DType | str, head_dim_qk: int, head_dim_vo: int,
+    pos_encoding_mode: int = 0, use_sliding_window: bool = False, use_logits_soft_cap: bool = False, use_fp16_qk_reduction: bool = False,
+) -> JitModule:  # fmt: skip
+    """The kernels of the batch prefill wrappers (paged and ragged are the same), one for each tile height. `dtype_idx`: int32."""
+    _check_backend("gen_batch_prefill_module", backend, use_fp16_qk_reduction)
+    _check_index("gen_batch_prefill_module", dtype_idx)
+    args = (
+        dtype_q,
+        dtype_kv,
+        dtype_o,
+        head_dim_qk,
+        head_dim_vo,
+        pos_encoding_mode,
+        use_sliding_window,
+        use_logits_soft_cap,
+    )
+    return _module("gen_batch_prefill_module", "plan", ROW_CLASSES, *args)
+
+
+def _check_backend(op: str, backend: str, use_fp16_qk_reduction: bool) -> None:
+    if backend not in ("auto", "fa2"):
+        fail(op, "backend", "is not available", repr(backend), "'auto' or 'fa2'")
+    if use_fp16_qk_reduction:
+        fail(op, "use_fp16_qk_reduction", "is not supported", True, "False", "Scores are accumulated in float32.")
+
+
+def _check_index(op: str, dtype_idx: DType | str) -> None:
+    if canonical_dtype(dtype_idx, op, "dtype_idx") is not INT32:
+        fail_type(op, "dtype_idx", "is not supported", dtype_idx, "int32")

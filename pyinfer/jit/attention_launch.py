@@ -22,24 +22,39 @@ _UNSEEN = 1 << 30  # a window no key lies outside of; larger ones could overflow
 def divisor(d: int) -> tuple[int, int]:
     """(magic, shift) with n // d == (n * magic) >> shift for 0 <= n < 2^31: the kernels' `fast_divide`.
 
-    With l = ceil(log2 d) and magic = ceil(2^(31 + l) / d) the error n * (magic * d - 2^(31 + l)) / (d * 2^(31 + l)) is below 1 / d (Granlund and Montgomery, 1994).
+    With l = ceil(log2 d) and magic = ceil(2^(31 + l) / d) the error n * (magic * d - 2^(31 + l)) / (d * 2^(31 + l)) is below 1 / d
+    (Granlund and Montgomery, 1994).
     """
     bits = (d - 1).bit_length()
     return -(-(1 << (31 + bits)) // d), 31 + bits
 
 
-def _shape_values(num_qo_heads: int, num_kv_heads: int, causal: bool, window_left: int, page_size: int) -> tuple[int, ...]:
+def _shape_values(
+    num_qo_heads: int, num_kv_heads: int, causal: bool, window_left: int, page_size: int
+) -> tuple[int, ...]:
     group = num_qo_heads // num_kv_heads
-    return (num_kv_heads, group, *divisor(group), int(causal), min(window_left, _UNSEEN), page_size, *divisor(max(page_size, 1)))
+    return (
+        num_kv_heads,
+        group,
+        *divisor(group),
+        int(causal),
+        min(window_left, _UNSEEN),
+        page_size,
+        *divisor(max(page_size, 1)),
+    )
 
 
 @functools.cache
-def _kernel(device: int, config: AttentionConfig, dtype: DType, head_dim_qk: int, head_dim_vo: int, source: str, variant: str) -> Kernel:
+def _kernel(
+    device: int, config: AttentionConfig, dtype: DType, head_dim_qk: int, head_dim_vo: int, source: str, variant: str
+) -> Kernel:
     return gen_attention(config, dtype, head_dim_qk, head_dim_vo, source, variant).build_and_load(device)
 
 
 @functools.cache
-def device_config(device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int, max_packed_rows: int) -> AttentionConfig:
+def device_config(
+    device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int, max_packed_rows: int
+) -> AttentionConfig:
     """`attention_config` for the architecture that is built for a CUDA device."""
     from pyinfer.core.device import arch_number_of
 
@@ -57,7 +72,14 @@ class PreparedAttention(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def prepare_attention(device: int, plan: AttentionPlan, plan_buffer_ptr: int, dtype: DType, soft_cap: bool, config: AttentionConfig | None = None) -> PreparedAttention:
+def prepare_attention(
+    device: int,
+    plan: AttentionPlan,
+    plan_buffer_ptr: int,
+    dtype: DType,
+    soft_cap: bool,
+    config: AttentionConfig | None = None,
+) -> PreparedAttention:
     """Fetch (or compile) a plan's kernel and fill in what stays the same from run to run.
 
     Parameters
@@ -76,11 +98,24 @@ def prepare_attention(device: int, plan: AttentionPlan, plan_buffer_ptr: int, dt
     config = config or device_config(device, dtype, plan.head_dim_qk, plan.head_dim_vo, plan.tile_q)
     if config.tile_q != plan.tile_q:
         fail("attention", "plan", "was made for another tile", plan.tile_q, f"tile_q {config.tile_q} of {config.tag}")
-    kernel = _kernel(device, config, dtype, plan.head_dim_qk, plan.head_dim_vo, "plan", "softcap" if soft_cap else "plain")
+    kernel = _kernel(
+        device, config, dtype, plan.head_dim_qk, plan.head_dim_vo, "plan", "softcap" if soft_cap else "plain"
+    )
     at = plan.offsets
-    pointers = (plan_buffer_ptr, *(plan_buffer_ptr + 4 * offset for offset in (at.work, at.qo_indptr, at.kv_indptr, at.kv_len)))
-    constants = _shape_values(plan.num_qo_heads, plan.num_kv_heads, plan.causal, plan.window_left, plan.page_size) + pointers
-    return PreparedAttention(kernel, plan.max_work * plan.num_kv_heads, constants, plan.partial_lse_offset, plan_buffer_ptr + 4 * at.semaphore)
+    pointers = (
+        plan_buffer_ptr,
+        *(plan_buffer_ptr + 4 * offset for offset in (at.work, at.qo_indptr, at.kv_indptr, at.kv_len)),
+    )
+    constants = (
+        _shape_values(plan.num_qo_heads, plan.num_kv_heads, plan.causal, plan.window_left, plan.page_size) + pointers
+    )
+    return PreparedAttention(
+        kernel,
+        plan.max_work * plan.num_kv_heads,
+        constants,
+        plan.partial_lse_offset,
+        plan_buffer_ptr + 4 * at.semaphore,
+    )
 
 
 def launch_attention(
@@ -114,7 +149,8 @@ def launch_attention(
     q, out
         [tokens, num_qo_heads, head_dim]; any strides but a last one of 1.
     k, v
-        Paged [pages, page_size, num_kv_heads, head_dim] (NHD) or [pages, num_kv_heads, page_size, head_dim] (HND), or, with plan.page_size 0, ragged without the page axis.
+        Paged [pages, page_size, num_kv_heads, head_dim] (NHD) or [pages, num_kv_heads, page_size, head_dim] (HND), or, with
+        plan.page_size 0, ragged without the page axis.
     kv_indices_ptr
         Device address of the int32 page ids; not read if ragged.
     lse
@@ -133,7 +169,9 @@ def launch_attention(
     """
     ready = prepare_attention(device, plan, plan_buffer_ptr, q.dtype, logits_soft_cap > 0.0, config)
     kv_strides = _paged_strides if plan.page_size else _ragged_strides
-    values = _run_values(q, k, v, kv_strides(k, kv_layout), kv_strides(v, kv_layout), out, lse, sm_scale, logits_soft_cap, v_scale)
+    values = _run_values(
+        q, k, v, kv_strides(k, kv_layout), kv_strides(v, kv_layout), out, lse, sm_scale, logits_soft_cap, v_scale
+    )
     indices = kv_indices_ptr if plan.page_size else 0
     partials = (indices, workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
     ready.kernel(stream, ready.grid, values[:5] + partials + values[5:] + ready.constants, pdl)
@@ -184,9 +222,20 @@ def launch_single(
     tiles = -(-rows // config.tile_q)
     partial_o = workspace_ptr + SINGLE_SEMAPHORE_BYTES
     partial_lse = partial_o + partial_bytes(tiles * num_splits, num_kv_heads, config.tile_q, dim_vo)[0]
-    values = _run_values(q, k, v, _ragged_strides(k, kv_layout), _ragged_strides(v, kv_layout), out, lse, sm_scale, logits_soft_cap, v_scale)
+    values = _run_values(
+        q,
+        k,
+        v,
+        _ragged_strides(k, kv_layout),
+        _ragged_strides(v, kv_layout),
+        out,
+        lse,
+        sm_scale,
+        logits_soft_cap,
+        v_scale,
+    )
     shape = _shape_values(num_qo_heads, num_kv_heads, causal, window_left, 0)
-    constants = (0, partial_o, partial_lse, workspace_ptr) + values[5:] + shape + (qo_len, kv_len, kv_chunk, num_splits)
+    constants = (0, partial_o, partial_lse, workspace_ptr, *values[5:], *shape, qo_len, kv_len, kv_chunk, num_splits)
     kernel(stream, tiles * num_splits * num_kv_heads, values[:5] + constants, pdl)
 
 
@@ -228,8 +277,16 @@ def _check_alignment(**views: TensorView) -> None:
     for name, x in views.items():
         size = x.dtype.itemsize
         if x.ptr % ALIGNMENT and x.size:
-            fail("attention", name, "is not aligned", f"an address of {x.ptr % ALIGNMENT} modulo {ALIGNMENT}", f"a multiple of {ALIGNMENT} bytes", f"Pass {name}.clone().")
+            got = f"an address of {x.ptr % ALIGNMENT} modulo {ALIGNMENT}"
+            fail("attention", name, "is not aligned", got, f"a multiple of {ALIGNMENT} bytes", f"Pass {name}.clone().")
         for extent, stride in zip(x.shape[:-1], x.strides[:-1], strict=True):
             if extent > 1 and stride * size % ALIGNMENT:
                 wanted = f"strides (but the last) in multiples of {ALIGNMENT // size} elements"
-                fail("attention", name, "has rows that are not aligned", f"strides {tuple(x.strides)}", wanted, f"Pass {name}.contiguous().")
+                fail(
+                    "attention",
+                    name,
+                    "has rows that are not aligned",
+                    f"strides {tuple(x.strides)}",
+                    wanted,
+                    f"Pass {name}.contiguous().",
+                )
