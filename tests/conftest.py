@@ -80,3 +80,11 @@ def pytest_runtest_call(item: pytest.Item):
     error = outcome.excinfo
     if error is not None and item.config.getoption("--device") == "cuda" and type(error[1]).__name__ == "OutOfMemoryError":
         pytest.skip(f"out of GPU memory: {error[1]}")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """With PYINFER_REQUIRE_ALL=1, as in tox, no test may skip because a package is missing."""
+    report = (yield).get_result()
+    if report.skipped and os.environ.get("PYINFER_REQUIRE_ALL") == "1" and "could not import" in str(report.longrepr):
+        report.outcome = "failed"
