@@ -65,11 +65,11 @@ class TensorView:
         return self.device >= 0
 
     def is_contiguous(self) -> bool:
-        """Whether the elements are dense in C order. Strides of size-1 axes do not count."""
+        """Whether the elements are dense in C order. Strides of size-1 axes do not count, nor do any without elements."""
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if size != 1 and stride != expected:
-                return False
+                return 0 in self.shape
             expected *= size
         return True
 
