@@ -8,7 +8,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from numba import njit
@@ -81,7 +81,7 @@ def _enable_cache(dispatcher: Any) -> None:
         _log.debug("no disk cache for CPU kernels (%s)", error)
 
 
-def kernel(function: FunctionType | None = None, *, fastmath: Any = FASTMATH, inline: str = "never") -> Any:
+def kernel(function: Callable[..., Any] | None = None, *, fastmath: Any = FASTMATH, inline: str = "never") -> Any:
     """Compile a CPU kernel or a helper that kernels call.
 
     `njit(nogil=True, error_model="numpy")` with a disk cache as described at `_KernelCache`. Kernels handed to `threads.run` take
@@ -100,7 +100,7 @@ def kernel(function: FunctionType | None = None, *, fastmath: Any = FASTMATH, in
         The Numba dispatcher.
     """
 
-    def decorate(f: FunctionType) -> Callable[..., Any]:
+    def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
         dispatcher = njit(nogil=True, error_model="numpy", fastmath=set(fastmath) if isinstance(fastmath, frozenset) else fastmath, inline=inline)(f)
         if inline == "never" and hasattr(dispatcher, "py_func"):  # with NUMBA_DISABLE_JIT njit gives the function back
             _enable_cache(dispatcher)
