@@ -1,0 +1,98 @@
+"""Specs of the gated activations."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from pyinfer.core.dtypes import canonical_dtype
+from pyinfer.core.errors import fail
+from pyinfer.core.params import ParamStruct, i32, i64, ptr, u32
+from pyinfer.jit.spec import JitModule, JitSpec
+
+ACT_AND_MUL = ParamStruct(
+    "ActAndMulParams",
+    ptr("x", "const scalar_t", "[rows, 2 * width], row r at (r / inner) * x_outer + (r % inner) * x_inner: gate, then factor"),
+    ptr("out", "scalar_t", "[rows, width]"),
+    i64("x_outer", "strides in elements"),
+    i64("x_inner"),
+    i64("out_outer"),
+    i64("out_inner"),
+    u32("rows"),
+    u32("inner", ">= 1"),
+    u32("chunks", "blocks per row"),
+    i32("width", "a multiple of VEC"),
+)
+
+act_func_def_str: dict[str, str] = {
+    "silu": '#include "activation/silu.cuh"',
+    "gelu": '#include "activation/gelu.cuh"',
+    "gelu_tanh": '#include "activation/gelu_tanh.cuh"',
+}
+"""Name → CUDA text that defines `float activation(float x)`."""
+
+
+@dataclass(frozen=True)
+class ActConfig:
+    """Threads per row part, rows per block, vectors of each half per thread, row parts."""
+
+    lanes: int
+    rows: int
+    unroll: int
+    chunks: int
+
+
+def act_config(vectors: int) -> ActConfig:
+    """How a row of `vectors` accesses is spread: about 256 threads of two vectors a part, parts of equal size; rows that a warp holds share a block."""
+    if vectors <= 64:
+        lanes = min(32, 1 << max(0, vectors - 1).bit_length())
+        return ActConfig(lanes, 128 // lanes, -(-vectors // lanes), 1)
+    chunks = -(-vectors // 512)
+    return ActConfig(32 * -(-vectors // (64 * chunks)), 1, 2, chunks)
+
+
+@functools.cache
+def gen_act_and_mul(act: str, dtype: str, width: int, vec: int | None = None) -> JitSpec:
+    """The kernel for rows of `width` results (and others that share its configuration).
+
+    Parameters
+    ----------
+    act
+        A name in `act_func_def_str`.
+    dtype
+        "float16", "bfloat16" or "float32".
+    vec
+        Elements per access; default: what `width` allows if pointers and strides are multiples of 16 bytes.
+    """
+    if act not in act_func_def_str:
+        fail("gen_act_and_mul", "act", "is unknown", repr(act), "one of " + ", ".join(act_func_def_str))
+    d = canonical_dtype(dtype)
+    v = vec or min(16 // d.itemsize, width & -width)
+    config = act_config(width // v)
+    constants = (
+        ("scalar_t", d.ctype),
+        ("VEC", v),
+        ("LANES", config.lanes),
+        ("ROWS", config.rows),
+        ("UNROLL", config.unroll),
+        ("activation", act_func_def_str[act]),
+    )
+    name = f"{act}_and_mul_{d.short}_v{v}_{config.lanes}x{config.rows}_u{config.unroll}"
+    return JitSpec(name, "activation/act_and_mul.cu.jinja", ACT_AND_MUL, constants, block=(config.lanes, config.rows, 1))
+
+
+_WIDTHS = (1536, 8192, 14336)  # SmolLM2, Llama 3 1B, 8B
+
+
+@functools.cache
+def gen_act_and_mul_module(act_func_name: str) -> JitModule:
+    """The kernels of one activation for the usual widths in float16 and bfloat16."""
+    specs = [gen_act_and_mul(act_func_name, d, w) for d in ("float16", "bfloat16") for w in _WIDTHS]
+    return JitModule(f"{act_func_name}_and_mul", tuple(dict.fromkeys(specs)))
+
+
+def all_specs() -> list[JitSpec]:
+    """What is worth building ahead, and what is compiled for every architecture by the tests."""
+    specs = [spec for act in act_func_def_str for spec in gen_act_and_mul_module(act).specs]
+    specs += [gen_act_and_mul("silu", "float32", 1536), gen_act_and_mul("gelu", "bfloat16", 4), gen_act_and_mul("gelu_tanh", "float16", 4096, 1)]
+    return list(dict.fromkeys(specs))
