@@ -38,6 +38,11 @@ def matrix(op: str, arg: str, x: Any) -> TensorView:
     return v
 
 
+def _check_contiguous(op: str, arg: str, v: TensorView) -> None:
+    if v.size > 1 and not v.is_contiguous():
+        fail(op, arg, "is not contiguous", f"strides {tuple(v.strides)}", "stride 1", "Call .contiguous() on it.")
+
+
 class _Argument:
     """A threshold, seed or the like: a scalar, or one value per output or per row.
 
@@ -132,8 +137,7 @@ def _argument(
             f"{rows} (rows)" if rows == outputs else f"{outputs} (outputs) or {rows} (rows)",
         )
     check_same_device(op, {"input": like, arg: v})
-    if not v.is_contiguous():
-        fail(op, arg, "is not contiguous", f"strides {tuple(v.strides)}", "stride 1", "Call .contiguous() on it.")
+    _check_contiguous(op, arg, v)
     if v.device < 0 and size:
         values = as_numpy(v)
         worst = values[~((values >= low) & (values <= high))]
@@ -152,8 +156,7 @@ def _indices(op: str, x: Any, like: TensorView) -> TensorView | None:
     check_dtype(op, "indices", v, _INTS)
     check_ndim(op, "indices", v, 1)
     check_same_device(op, {"input": like, "indices": v})
-    if not v.is_contiguous():
-        fail(op, "indices", "is not contiguous", f"strides {tuple(v.strides)}", "stride 1", "Call .contiguous() on it.")
+    _check_contiguous(op, "indices", v)
     if v.device < 0 and v.size:
         values = as_numpy(v)
         if values.min() < 0 or values.max() >= like.shape[0]:
@@ -194,8 +197,7 @@ def _stream_number(op: str, arg: str, x: Any, like: TensorView, outputs: int) ->
             "Give one value per output, or an integer for all.",
         )
     check_same_device(op, {"input": like, arg: v})
-    if not v.is_contiguous():
-        fail(op, arg, "is not contiguous", f"strides {tuple(v.strides)}", "stride 1", "Call .contiguous() on it.")
+    _check_contiguous(op, arg, v)
     return _Argument(0, v, _PER_OUTPUT)
 
 
@@ -346,11 +348,18 @@ def _sample_cuda(c: _Call) -> None:
     )  # fmt: skip
 
 
+def _rows_of(v: TensorView) -> tuple[Any, int, int, int, int]:
+    """A matrix as the CPU kernels take it: flat memory, the first element's place there, row stride, rows, vocab."""
+    from pyinfer.cpu.storage import flat
+
+    memory, first = flat(v)
+    return memory, first, v.strides[0], v.shape[0], v.shape[1]
+
+
 def _sample_cpu(c: _Call) -> None:
     import numpy as np
 
     from pyinfer.cpu import sampling as kernels
-    from pyinfer.cpu.storage import storage
     from pyinfer.cpu.threads import run
 
     ids, flags = as_numpy(c.out), as_numpy(c.valid).view(np.uint8)
@@ -358,7 +367,7 @@ def _sample_cpu(c: _Call) -> None:
     rows = np.arange(outputs) if c.index is None else np.ascontiguousarray(as_numpy(c.index), np.int64)
     apart = c.seed.view is None and c.offset.view is None
     run(
-        kernels.sample_rows, outputs, storage(c.input), c.source == "logits", c.filter, rows,
+        kernels.sample_rows, outputs, *_rows_of(c.input), c.source == "logits", c.filter, rows,
         c.top_k.on_host(outputs, rows, np.int64), c.top_p.on_host(outputs, rows, np.float32), c.min_p.on_host(outputs, rows, np.float32),
         c.seed.on_host(outputs, rows, np.uint64), c.offset.on_host(outputs, rows, np.uint64),
         np.arange(outputs) if apart else np.zeros(outputs, np.int64), ids, flags, grain=_grain(c.input.shape[1]),
@@ -401,7 +410,6 @@ def map_rows(
     import numpy as np
 
     from pyinfer.cpu import sampling as kernels
-    from pyinfer.cpu.storage import storage
     from pyinfer.cpu.threads import run
 
     host = [
@@ -417,5 +425,5 @@ def map_rows(
         "gen_renorm": kernels.renorm_rows,
         "gen_mask_logits": kernels.mask_rows,
     }[factory]
-    run(kernel, rows, storage(v), *host, as_numpy(out), grain=_grain(vocab))
+    run(kernel, rows, *_rows_of(v), *host, as_numpy(out), grain=_grain(vocab))
     return out

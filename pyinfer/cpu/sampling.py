@@ -254,6 +254,12 @@ def _pick(p: Any, bits: Any, lowest: Any, scale: Any, target: Any) -> Any:
 
 
 @kernel(fastmath=False)
+def _row(memory: Any, first: Any, stride: Any, row: Any, vocab: Any) -> Any:
+    begin = first + row * stride
+    return memory[begin : begin + vocab]
+
+
+@kernel(fastmath=False)
 def _first_equal(x: Any, value: Any) -> Any:
     """The first index at which x holds `value`."""
     for j in range(x.shape[0]):
@@ -266,7 +272,11 @@ def _first_equal(x: Any, value: Any) -> Any:
 def sample_rows(
     begin: Any,
     end: Any,
-    x: Any,
+    memory: Any,
+    first: Any,
+    stride: Any,
+    num_rows: Any,
+    vocab: Any,
     from_logits: Any,
     filter_kind: Any,
     rows: Any,
@@ -279,11 +289,12 @@ def sample_rows(
     out: Any,
     valid: Any,
 ) -> None:
-    """out[i] = a token drawn from row rows[i] of x [n, vocab]; valid[i] = 0 and out[i] = 0 where the row cannot be sampled.
+    """out[i] = a token drawn from row rows[i]; valid[i] = 0 and out[i] = 0 where the row cannot be sampled.
+
+    Row r is memory[first + r * stride :][:vocab], r in 0..num_rows-1.
 
     One value per output in rows, top_k, word (int64), top_p, min_p (float32), seed and offset (uint64).
     """
-    vocab = x.shape[1]
     p = np.empty(vocab, np.float32)
     bits = p.view(np.int32)
     count = np.empty(2048, np.int64)
@@ -295,14 +306,15 @@ def sample_rows(
         row = rows[i]
         out[i] = 0
         valid[i] = 0
-        if row < 0 or row >= x.shape[0]:
+        if row < 0 or row >= num_rows:
             continue
+        x = _row(memory, first, stride, row, vocab)
         if row != loaded:  # outputs that share a row (indices) load it once
             if from_logits:
-                _, top_logit = _softmax_row(x[row], _ONE, p)
+                _, top_logit = _softmax_row(x, _ONE, p)
                 top = _load_row(p, p)
             else:
-                top = _load_row(x[row], p)
+                top = _load_row(x, p)
             loaded = row
         if top <= 0:
             continue
@@ -310,7 +322,7 @@ def sample_rows(
         k = max(top_k[i], np.int64(1))
         if filter_kind >= JOINT and k == 1:
             # The argmax of the input, lowest id first: of the logits themselves, for softmax may round two of them to one probability.
-            out[i] = _first_equal(x[row], top_logit) if from_logits else _first_equal(p, _as_float(np.int32(top)))
+            out[i] = _first_equal(x, top_logit) if from_logits else _first_equal(p, _as_float(np.int32(top)))
             continue
         s = _scale_exponent(top)
         scale = math.ldexp(1.0, s)
@@ -339,21 +351,42 @@ def sample_rows(
 
 
 @kernel(fastmath=False)
-def softmax_rows(begin: Any, end: Any, x: Any, inverse_temperature: Any, out: Any) -> None:
-    """out[i] = softmax(x[i] * inverse_temperature[i]), float32."""
+def softmax_rows(
+    begin: Any,
+    end: Any,
+    memory: Any,
+    first: Any,
+    stride: Any,
+    num_rows: Any,
+    vocab: Any,
+    inverse_temperature: Any,
+    out: Any,
+) -> None:
+    """out[i] = softmax(row i * inverse_temperature[i]), float32."""
     for i in range(begin, end):
-        _softmax_row(x[i], inverse_temperature[i], out[i])
+        _softmax_row(_row(memory, first, stride, i, vocab), inverse_temperature[i], out[i])
 
 
 @kernel(fastmath=False)
-def renorm_rows(begin: Any, end: Any, x: Any, top_k: Any, top_p: Any, out: Any) -> None:
-    """out[i] = the values of x[i] that the filter keeps, divided by their sum. top_k = 2^63-1 or top_p = 1 switch a filter off."""
+def renorm_rows(
+    begin: Any,
+    end: Any,
+    memory: Any,
+    first: Any,
+    stride: Any,
+    num_rows: Any,
+    vocab: Any,
+    top_k: Any,
+    top_p: Any,
+    out: Any,
+) -> None:
+    """out[i] = the values of row i that the filter keeps, divided by their sum. top_k = 2^63-1 or top_p = 1 switch a filter off."""
     count = np.empty(2048, np.int64)
     mass = np.empty(2048, np.int64)
     for i in range(begin, end):
         p = out[i]
         bits = p.view(np.int32)
-        top = _load_row(x[i], p)
+        top = _load_row(_row(memory, first, stride, i, vocab), p)
         if top <= 0:
             p[:] = np.float32(np.nan) if top < 0 else _ZERO
             continue
@@ -368,15 +401,17 @@ def renorm_rows(begin: Any, end: Any, x: Any, top_k: Any, top_p: Any, out: Any) 
 
 
 @kernel(fastmath=False)
-def mask_rows(begin: Any, end: Any, x: Any, top_k: Any, out: Any) -> None:
-    """out[i] = x[i] where at least as large as its k-th largest value, else -inf; NaN stays NaN and does not count."""
-    vocab = x.shape[1]
+def mask_rows(
+    begin: Any, end: Any, memory: Any, first: Any, stride: Any, num_rows: Any, vocab: Any, top_k: Any, out: Any
+) -> None:
+    """out[i] = row i where at least as large as its k-th largest value, else -inf; NaN stays NaN and does not count."""
     keys = np.empty(vocab, np.int32)
     count = np.empty(2048, np.int64)
     mass = np.empty(2048, np.int64)
     for i in range(begin, end):
+        x = _row(memory, first, stride, i, vocab)
         for j in range(vocab):
-            v = to_f32(x[i, j])
+            v = to_f32(x[j])
             out[i, j] = v
             b = _as_bits(v + _ZERO)
             # Negative floats descend as integers: flip them, so that keys ascend as values do. NaN gets the lowest key, which is left out.
