@@ -77,7 +77,7 @@ class Kernel:
         if spec.cluster:
             fixed.append(struct.pack("@II3I52x", _CLUSTER, 0, *spec.cluster))
         self._attributes, self._pdl_attributes = self._attribute_arrays(fixed)
-        if spec.smem > 48 * 1024:
+        if spec.smem:  # static shared memory counts towards the 48 KiB that need no opt-in, so 48 KiB of dynamic memory already may
             _check(_driver().cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SMEM, spec.smem), f"{spec.name}: {spec.smem} bytes of shared memory")
 
     def _attribute_arrays(self, fixed: list[bytes]) -> tuple[tuple[Any, int, int], tuple[Any, int, int]]:
