@@ -1,10 +1,12 @@
-"""The peers: FlashInfer, FlashAttention-3 (as vLLM ships it), torch SDPA, torch.compile, Triton. What is not there is reported, never skipped in silence.
+"""The peers: FlashInfer, FlashAttention-3 (as vLLM ships it), torch SDPA, torch.compile, Triton. What is not there is
+reported, never skipped in silence.
 
-`python -m benchmarks.peers warm MODULE` builds one FlashInfer module by making the very call that is timed later (tools/gpu/warm_flashinfer.sh starts one process
-each). `python -m benchmarks.peers list` prints the modules.
+`python -m benchmarks.peers warm MODULE` builds one FlashInfer module by making the very call that is timed later
+(tools/gpu/warm_flashinfer.sh starts one process each). `python -m benchmarks.peers list` prints the modules.
 
-Environment: PYINFER_BENCH_SITE, the folder that setup.sh unpacked the peers into; PYINFER_BENCH_BUILT, a folder of markers: with it set, a FlashInfer module that is not
-marked as built counts as missing, so that no measurement waits minutes for nvcc.
+Environment: PYINFER_BENCH_SITE, the folder that setup.sh unpacked the peers into; PYINFER_BENCH_BUILT, a folder of
+markers: with it set, a FlashInfer module that is not marked as built counts as missing, so that no measurement waits
+minutes for nvcc.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ NAMES = ("flashinfer", "fa3", "torch", "torch-compile", "triton")
 
 
 class Missing(Exception):
-    """This peer cannot be measured here; the message says why."""
+    """A peer that cannot be measured here; the message says why."""
 
 
 def _use_site() -> Path | None:
@@ -83,7 +85,10 @@ def fa3(a: inputs.Attention) -> calls.Run:
         "is_rotary_interleaved": True, "num_splits": 0, "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0, "out": torch.empty_like(a.q),
     }  # fmt: skip
     if a.page_size:
-        given |= {"seqused_k": torch.tensor(a.kv_lens, dtype=torch.int32, device=a.device), "page_table": a.block_table()}
+        given |= {
+            "seqused_k": torch.tensor(a.kv_lens, dtype=torch.int32, device=a.device),
+            "page_table": a.block_table(),
+        }
     else:
         given["cu_seqlens_k"] = a.kv_indptr.to(a.device)
     unknown = sorted(given.keys() - set(names))
@@ -114,7 +119,9 @@ def torch_sdpa(a: inputs.Attention, backend: str) -> tuple[calls.Run, calls.Run]
 
 
 # Small calls of exactly the kinds the suites make: dtype, head_dim, page table and options decide which module FlashInfer builds.
-def _attention(page_size: int, qo: int, kv: int, heads: tuple[int, int] = (32, 8), causal: bool = True) -> inputs.Attention:
+def _attention(
+    page_size: int, qo: int, kv: int, heads: tuple[int, int] = (32, 8), causal: bool = True
+) -> inputs.Attention:
     return inputs.Attention([qo] * 2, [kv] * 2, *heads, 128, page_size, causal, "bfloat16", "cuda")
 
 
@@ -141,7 +148,11 @@ def _warm_norm() -> None:
 def _warm_rope() -> None:
     import torch
 
-    q, k, positions = inputs.randn((4, 32, 128), "bfloat16", "cuda"), inputs.randn((4, 8, 128), "bfloat16", "cuda"), torch.arange(4, dtype=torch.int32, device="cuda")
+    q, k, positions = (
+        inputs.randn((4, 32, 128), "bfloat16", "cuda"),
+        inputs.randn((4, 8, 128), "bfloat16", "cuda"),
+        torch.arange(4, dtype=torch.int32, device="cuda"),
+    )
     calls.rope(_import_flashinfer(), q, k, positions)[0]()
     calls.rope_cached(_import_flashinfer(), q, k, positions, torch.rand((64, 128), device="cuda"))[0]()
 
@@ -151,8 +162,12 @@ def _warm_page() -> None:
 
     a = _attention(16, 4, 64)
     module = _import_flashinfer()
-    where = module.get_batch_indices_positions(a.qo_indptr.cuda(), torch.tensor(a.kv_lens, dtype=torch.int32, device="cuda"), 8)
-    calls.append(module, a, inputs.randn((8, 8, 128), "bfloat16", "cuda"), inputs.randn((8, 8, 128), "bfloat16", "cuda"), *where)[0]()
+    where = module.get_batch_indices_positions(
+        a.qo_indptr.cuda(), torch.tensor(a.kv_lens, dtype=torch.int32, device="cuda"), 8
+    )
+    calls.append(
+        module, a, inputs.randn((8, 8, 128), "bfloat16", "cuda"), inputs.randn((8, 8, 128), "bfloat16", "cuda"), *where
+    )[0]()
 
 
 def _warm_sampling() -> None:
@@ -167,7 +182,9 @@ MODULES: dict[str, Callable[[], None]] = {
     "prefill_fa2": lambda: _warm_prefill("fa2"),
     "prefill_fa3": lambda: _warm_prefill("fa3"),
     "norm": _warm_norm,
-    "activation": lambda: calls.silu_and_mul(_import_flashinfer(), inputs.randn((4, 8192), "bfloat16", "cuda"))() and None,
+    "activation": lambda: (
+        calls.silu_and_mul(_import_flashinfer(), inputs.randn((4, 8192), "bfloat16", "cuda"))() and None
+    ),
     "sampling": _warm_sampling,
     "rope": _warm_rope,
     "page": _warm_page,
@@ -188,7 +205,13 @@ def warm(module: str) -> float:
     folder = os.environ.get("PYINFER_BENCH_BUILT")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        record = {"module": module, "version": version, "seconds": round(seconds, 1), "import_seconds": round(imported - begin, 2), "max_jobs": os.environ.get("MAX_JOBS", "")}
+        record = {
+            "module": module,
+            "version": version,
+            "seconds": round(seconds, 1),
+            "import_seconds": round(imported - begin, 2),
+            "max_jobs": os.environ.get("MAX_JOBS", ""),
+        }
         (Path(folder) / f"{module}.json").write_text(json.dumps(record) + "\n")
     return seconds
 
@@ -213,7 +236,9 @@ def version(name: str) -> str:
             return str(triton.__version__)
         import torch
 
-        return f"torch {torch.__version__}" + (f", cuDNN {torch.backends.cudnn.version()}" if name == "torch" and torch.cuda.is_available() else "")
+        return f"torch {torch.__version__}" + (
+            f", cuDNN {torch.backends.cudnn.version()}" if name == "torch" and torch.cuda.is_available() else ""
+        )
     except (Missing, ImportError) as error:
         return f"missing: {error}"
 
