@@ -1,4 +1,7 @@
-"""What decode and prefill share: checks of options and tensors, views of KV caches, the call of one request. The batch wrappers' base is in _batch_attention.py."""
+"""What decode and prefill share: checks of options and tensors, views of KV caches, the call of one request.
+
+The batch wrappers' base is in _batch_attention.py.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,22 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType, canonical_dtype
-from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, check_ndim, check_shape, device_name, fail, fail_type
-from pyinfer.core.tensor import TensorView, as_numpy, current_stream, is_tensor, view
+from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT32, DType, canonical_dtype
+from pyinfer.core.errors import (
+    check_dtype,
+    check_last_dim_contiguous,
+    check_ndim,
+    check_shape,
+    device_name,
+    fail,
+    fail_type,
+)
+from pyinfer.core.tensor import TensorView, as_numpy, current_stream, host_ints, is_tensor, view
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SUPPORTED = "Supported so far: causal, window_left, sm_scale, logits_soft_cap, LSE, float q/k/v scales."
 CUDA_DTYPES = (FLOAT16, BFLOAT16)
@@ -31,8 +45,18 @@ def check_options(op: str, *, pos_encoding_mode: str = "NONE", backend: str = "a
     """ValueError for an option that is not supported yet: an argument is never accepted and then ignored. `absent` are those that must be None or False."""
     if pos_encoding_mode != "NONE":
         if pos_encoding_mode not in ("ROPE_LLAMA", "ALIBI"):
-            fail(op, "pos_encoding_mode", "is no positional encoding", repr(pos_encoding_mode), "'NONE', 'ROPE_LLAMA' or 'ALIBI'")
-        fix = "Rotate q and k beforehand with pyinfer.apply_rope_pos_ids." if pos_encoding_mode == "ROPE_LLAMA" else SUPPORTED
+            fail(
+                op,
+                "pos_encoding_mode",
+                "is no positional encoding",
+                repr(pos_encoding_mode),
+                "'NONE', 'ROPE_LLAMA' or 'ALIBI'",
+            )
+        fix = (
+            "Rotate q and k beforehand with pyinfer.apply_rope_pos_ids."
+            if pos_encoding_mode == "ROPE_LLAMA"
+            else SUPPORTED
+        )
         fail(op, "pos_encoding_mode", "is not supported yet", repr(pos_encoding_mode), "'NONE'", fix)
     if backend not in ("auto", "fa2"):
         fail(op, "backend", "is not available", repr(backend), "'auto' or 'fa2'")
@@ -68,7 +92,14 @@ def scale(op: str, arg: str, value: Any) -> float:
         if v.size != 1:
             fail(op, arg, "is not one number", f"shape {tuple(v.shape)}", "a float", SUPPORTED)
         if v.is_cuda:
-            fail_type(op, arg, "is on the GPU", device_name(v.device), "a Python float", f"Pass float({arg}) once, outside the serving loop.")
+            fail_type(
+                op,
+                arg,
+                "is on the GPU",
+                device_name(v.device),
+                "a Python float",
+                f"Pass float({arg}) once, outside the serving loop.",
+            )
         return float(as_numpy(v).reshape(()))
     try:
         return float(value)
@@ -78,16 +109,26 @@ def scale(op: str, arg: str, value: Any) -> float:
 
 def softmax_scale(op: str, sm_scale: float | None, head_dim_qk: int) -> float:
     """sm_scale, or 1 / sqrt(head_dim_qk)."""
+    if head_dim_qk < 1:
+        fail(op, "head_dim", "is no head dimension", head_dim_qk, "1 or more")
     return 1.0 / math.sqrt(head_dim_qk) if sm_scale is None else scale(op, "sm_scale", sm_scale)
 
 
 def check_head_counts(op: str, num_qo_heads: int, num_kv_heads: int, arg: str = "num_qo_heads") -> None:
     """ValueError unless the query heads are a multiple of the kv heads."""
     if num_kv_heads < 1 or num_qo_heads < 1 or num_qo_heads % num_kv_heads:
-        fail(op, arg, "does not divide among the kv heads", f"{num_qo_heads} query heads, {num_kv_heads} kv heads", "a multiple of num_kv_heads")
+        fail(
+            op,
+            arg,
+            "does not divide among the kv heads",
+            f"{num_qo_heads} query heads, {num_kv_heads} kv heads",
+            "a multiple of num_kv_heads",
+        )
 
 
-def check_kernel(op: str, device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int, dtype_arg: str = "q_data_type") -> None:
+def check_kernel(
+    op: str, device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int, dtype_arg: str = "q_data_type"
+) -> None:
     """TypeError or ValueError if a device has no kernel for the type or the head dimensions."""
     where = "CUDA" if device >= 0 else "CPU"
     allowed = CUDA_DTYPES if device >= 0 else CPU_DTYPES
@@ -96,7 +137,14 @@ def check_kernel(op: str, device: int, dtype: DType, head_dim_qk: int, head_dim_
         fail_type(op, dtype_arg, f"has no {where} kernel", dtype.name, names, f"Convert to {names.split(' or ')[0]}.")
     if device >= 0:
         if head_dim_qk != head_dim_vo or head_dim_qk not in CUDA_HEAD_DIMS:
-            fail(op, "head_dim", "has no CUDA kernel", f"{head_dim_qk} (qk), {head_dim_vo} (vo)", "equal dimensions of 64, 128 or 256", "Pad q, k and v with zeros and pass sm_scale.")
+            fail(
+                op,
+                "head_dim",
+                "has no CUDA kernel",
+                f"{head_dim_qk} (qk), {head_dim_vo} (vo)",
+                "equal dimensions of 64, 128 or 256",
+                "Pad q, k and v with zeros and pass sm_scale.",
+            )
     elif not (1 <= head_dim_qk <= CPU_MAX_HEAD_DIM and 1 <= head_dim_vo <= CPU_MAX_HEAD_DIM):
         fail(op, "head_dim", "has no CPU kernel", f"{head_dim_qk} (qk), {head_dim_vo} (vo)", f"1..{CPU_MAX_HEAD_DIM}")
 
@@ -119,13 +167,29 @@ def _without_axis(v: TensorView, axis: int, index: int) -> TensorView:
     """The view of v[..., index, ...]: shares the memory, no framework call."""
     shape, strides = tuple(v.shape), tuple(v.strides)
     ptr = v.ptr + index * strides[axis] * v.dtype.itemsize
-    return TensorView(v.obj, ptr, shape[:axis] + shape[axis + 1 :], strides[:axis] + strides[axis + 1 :], v.dtype, v.device, v.framework)
+    return TensorView(
+        v.obj,
+        ptr,
+        shape[:axis] + shape[axis + 1 :],
+        strides[:axis] + strides[axis + 1 :],
+        v.dtype,
+        v.device,
+        v.framework,
+    )
 
 
 def _with_page_axis(v: TensorView, axis: int) -> TensorView:
     """The view with an axis of size 1 (a page of one token) put in."""
     shape, strides = tuple(v.shape), tuple(v.strides)
-    return TensorView(v.obj, v.ptr, (*shape[:axis], 1, *shape[axis:]), (*strides[:axis], 0, *strides[axis:]), v.dtype, v.device, v.framework)
+    return TensorView(
+        v.obj,
+        v.ptr,
+        (*shape[:axis], 1, *shape[axis:]),
+        (*strides[:axis], 0, *strides[axis:]),
+        v.dtype,
+        v.device,
+        v.framework,
+    )
 
 
 def paged_views(op: str, cache: Any, kv_layout: str, page_size: int) -> tuple[TensorView, TensorView]:
@@ -145,7 +209,14 @@ def paged_views(op: str, cache: Any, kv_layout: str, page_size: int) -> tuple[Te
             check_ndim(op, "paged_kv_cache[1]", v, 4)
         return k, v
     if isinstance(cache, list):
-        fail_type(op, "paged_kv_cache", "is a list", "list", "a tuple (k_cache, v_cache) or one tensor", "Pass tuple(paged_kv_cache).")
+        fail_type(
+            op,
+            "paged_kv_cache",
+            "is a list",
+            "list",
+            "a tuple (k_cache, v_cache) or one tensor",
+            "Pass tuple(paged_kv_cache).",
+        )
     both = view(cache, op, "paged_kv_cache")
     n = len(both.shape)
     if n != 5 and not (n == 4 and page_size == 1):
@@ -166,11 +237,31 @@ def dense_views(op: str, q: TensorView, k: Any, v: Any, kv_layout: str) -> tuple
     kv, vv = view(k, op, "k"), view(v, op, "v")
     for arg, x in (("k", kv), ("v", vv)):
         if len(x.shape) != 3:
-            fail(op, arg, "has the wrong number of axes", f"{len(x.shape)} (shape {tuple(x.shape)})", f"3: {layout} ({kv_layout})")
+            fail(
+                op,
+                arg,
+                "has the wrong number of axes",
+                f"{len(x.shape)} (shape {tuple(x.shape)})",
+                f"3: {layout} ({kv_layout})",
+            )
         if x.dtype is not q.dtype:
-            fail_type(op, arg, "differs in dtype from q", x.dtype.name, q.dtype.name, "fp8 keys are not supported yet." if x.dtype.itemsize == 1 else "Convert one of them.")
+            fail_type(
+                op,
+                arg,
+                "differs in dtype from q",
+                x.dtype.name,
+                q.dtype.name,
+                "fp8 keys are not supported yet." if x.dtype.itemsize == 1 else "Convert one of them.",
+            )
         if x.device != q.device:
-            fail(op, arg, "is on another device", device_name(x.device), f"{device_name(q.device)} (where q is)", f"Move it, e.g. {arg}.to({device_name(q.device)!r}).")
+            fail(
+                op,
+                arg,
+                "is on another device",
+                device_name(x.device),
+                f"{device_name(q.device)} (where q is)",
+                f"Move it, e.g. {arg}.to({device_name(q.device)!r}).",
+            )
         check_last_dim_contiguous(op, arg, x)
     if kv.shape[2] != q.shape[-1]:
         fail(op, "k", "differs from q in head_dim", f"{kv.shape[2]} (shape {tuple(kv.shape)})", f"{q.shape[-1]} (q's)")
@@ -207,8 +298,64 @@ def plan_dtype(op: str, q_data_type: Any, kv_data_type: Any, data_type: Any = No
     if kv_dtype.itemsize == 1:
         fail_type(op, "kv_data_type", "is not supported yet", kv_dtype.name, "the dtype of q", SUPPORTED)
     if q_dtype is not kv_dtype:
-        fail_type(op, "kv_data_type", "differs from q_data_type", kv_dtype.name, q_dtype.name, "q and the KV cache have one dtype.")
+        fail_type(
+            op,
+            "kv_data_type",
+            "differs from q_data_type",
+            kv_dtype.name,
+            q_dtype.name,
+            "q and the KV cache have one dtype.",
+        )
     return q_dtype
+
+
+# ---- metadata -------------------------------------------------------------------------------------------------------------------
+def copy_to_buffer(buffer: TensorView, values: Any) -> None:
+    """Copy int32 values (a host array, or the view of a device tensor) to the front of a caller's buffer, on the caller's stream."""
+    if buffer.device < 0:
+        as_numpy(buffer)[: len(values)] = values
+        return
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    stream = current_stream(buffer)
+    with cupy.cuda.Device(buffer.device):
+        if isinstance(values, TensorView):
+            if values.ptr != buffer.ptr:
+                runtime.memcpyAsync(buffer.ptr, values.ptr, 4 * values.size, runtime.memcpyDeviceToDevice, stream)
+        elif len(values):  # pageable memory: staged by the driver before the call returns
+            runtime.memcpyAsync(buffer.ptr, values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice, stream)
+
+
+def host_metadata(op: str, **arrays: Any) -> list[np.ndarray]:
+    """Several integer arrays on the host as int32; those on one device come over in a single copy."""
+    import numpy as np
+
+    on_device = {
+        arg: v
+        for arg, x in arrays.items()
+        if not isinstance(x, np.ndarray | list | tuple) and (v := view(x, op, arg)).device >= 0
+    }
+    fetched: dict[str, np.ndarray] = {}
+    if (
+        len(on_device) > 1
+        and all(v.ndim == 1 and v.dtype is INT32 for v in on_device.values())
+        and len({v.framework for v in on_device.values()}) == 1
+    ):
+        first = next(iter(on_device.values()))
+        if first.framework in ("torch", "cupy"):
+            if first.framework == "torch":
+                import torch
+
+                joined: Any = torch.cat([v.obj for v in on_device.values()])
+            else:
+                import cupy
+
+                joined = cupy.concatenate([v.obj for v in on_device.values()])
+            flat = host_ints(joined, op, ", ".join(on_device))
+            ends = np.cumsum([v.shape[0] for v in on_device.values()])
+            fetched = dict(zip(on_device, np.split(flat, ends[:-1]), strict=True))
+    return [fetched[arg] if arg in fetched else host_ints(x, op, arg) for arg, x in arrays.items()]
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------------------
@@ -229,7 +376,13 @@ def tile_config(device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int, m
 
 
 def batch_tiles(
-    device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int, max_packed_rows: int, total_packed_rows: int, num_kv_heads: int
+    device: int,
+    dtype: DType,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    max_packed_rows: int,
+    total_packed_rows: int,
+    num_kv_heads: int,
 ) -> tuple[int, int, int, int]:
     """(tile_q, tile_kv, num_sms, ctas_per_sm) for the scheduler: the device's kernel, or the CPU's."""
     if device < 0:
@@ -287,7 +440,9 @@ def run_single(
             num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=dk, head_dim_vo=dv, page_size=0, tile_q=tile_q, tile_kv=tile_kv,
             num_sms=threads, causal=causal, window_left=window_left, op=op,
         )  # fmt: skip
-        cpu.run_plan(plan, q, k, v, kv_layout, out, lse, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale)
+        cpu.run_plan(
+            plan, q, k, v, kv_layout, out, lse, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale
+        )
         return
     from pyinfer.core.device import num_sms
     from pyinfer.core.workspace import shared_workspace
@@ -300,7 +455,9 @@ def run_single(
     )  # fmt: skip
     workspace = 0
     if schedule.workspace_bytes:
-        workspace = shared_workspace(q.device, q.framework, "single attention").reserve(schedule.workspace_bytes, zero=True)
+        workspace = shared_workspace(q.device, q.framework, "single attention").reserve(
+            schedule.workspace_bytes, zero=True
+        )
     launchers()[1](
         q.device, current_stream(q), q, k, v, kv_layout, out, lse, workspace, causal=causal, window_left=window_left, sm_scale=sm_scale,
         logits_soft_cap=logits_soft_cap, v_scale=v_scale, kv_chunk=schedule.kv_chunk, num_splits=schedule.num_splits,

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from pyinfer import _attention as common
 from pyinfer.core.dtypes import FLOAT32, INT32, DType
-from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, check_ndim, check_shape, device_name, fail, fail_type
-from pyinfer.core.tensor import CPU, TensorView, as_numpy, current_stream, empty, host_ints, view
+from pyinfer.core.errors import (
+    check_dtype,
+    check_last_dim_contiguous,
+    check_ndim,
+    check_shape,
+    device_name,
+    fail,
+    fail_type,
+)
+from pyinfer.core.tensor import CPU, TensorView, current_stream, empty, host_ints, view
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,44 +24,9 @@ if TYPE_CHECKING:
     from pyinfer.schedulers.plan import AttentionPlan
 
 
-def copy_to_buffer(buffer: TensorView, values: Any) -> None:
-    """Copy int32 values (a host array, or the view of a device tensor) to the front of a caller's buffer, on the caller's stream."""
-    if buffer.device < 0:
-        as_numpy(buffer)[: len(values)] = values
-        return
-    import cupy
-
-    runtime = cupy.cuda.runtime
-    stream = current_stream(buffer)
-    with cupy.cuda.Device(buffer.device):
-        if isinstance(values, TensorView):
-            if values.ptr != buffer.ptr:
-                runtime.memcpyAsync(buffer.ptr, values.ptr, 4 * values.size, runtime.memcpyDeviceToDevice, stream)
-        elif len(values):  # pageable memory: staged by the driver before the call returns
-            runtime.memcpyAsync(buffer.ptr, values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice, stream)
-
-
-def host_metadata(op: str, **arrays: Any) -> list[np.ndarray]:
-    """Several integer arrays on the host as int32; those on one device come over in a single copy."""
-    import numpy as np
-
-    on_device = {arg: v for arg, x in arrays.items() if not isinstance(x, np.ndarray | list | tuple) and (v := view(x, op, arg)).device >= 0}
-    fetched: dict[str, np.ndarray] = {}
-    if len(on_device) > 1 and all(v.ndim == 1 and v.dtype is INT32 for v in on_device.values()) and len({v.framework for v in on_device.values()}) == 1:
-        first = next(iter(on_device.values()))
-        if first.framework in ("torch", "cupy"):
-            if first.framework == "torch":
-                import torch
-
-                joined: Any = torch.cat([v.obj for v in on_device.values()])
-            else:
-                import cupy
-
-                joined = cupy.concatenate([v.obj for v in on_device.values()])
-            flat = host_ints(joined, op, ", ".join(on_device))
-            ends = np.cumsum([v.shape[0] for v in on_device.values()])
-            fetched = dict(zip(on_device, np.split(flat, ends[:-1]), strict=True))
-    return [fetched[arg] if arg in fetched else host_ints(x, op, arg) for arg, x in arrays.items()]
+def _home(v: TensorView) -> TensorView:
+    """A view that stands for a tensor's device and framework and keeps no memory alive."""
+    return TensorView(None, 0, (), (), v.dtype, v.device, v.framework)
 
 
 class BatchAttention:
@@ -65,23 +38,35 @@ class BatchAttention:
 
     _op = "attention"
     _paged = True
+    _indices_arg = "paged_kv_indices_buffer"  # the name of the caller's buffer of page indices
 
-    def __init__(self, float_workspace_buffer: Any, kv_layout: str, use_cuda_graph: bool, backend: str, jit_args: Any, fixed_buffers: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        float_workspace_buffer: Any,
+        kv_layout: str,
+        use_cuda_graph: bool,
+        backend: str,
+        jit_args: Any,
+        fixed_buffers: dict[str, Any],
+    ) -> None:
         self._kv_layout = common.check_layout(self._op, kv_layout)
         common.check_options(self._op, backend=backend, jit_args=jit_args)
         self._use_cuda_graph = bool(use_cuda_graph)
-        self._ref: TensorView | None = None  # some tensor of the wrapper's device and framework
+        self._ref: TensorView | None = None  # stands for the wrapper's device and framework; owns nothing
         self._workspace: TensorView | None = None
         self._own_workspace: Any = None
         self._plan: AttentionPlan | None = None
         self._make_plan: Callable[[int, int, bool], AttentionPlan] | None = None
         self._planned_device = CPU
-        self._graph_state: dict[str, Any] = {}
+        self._graph_state: dict[str, Any] | None = None  # what the first plan fixed, in CUDA graph mode
+        self._graph_proposal: dict[str, Any] | None = None
         self._plan_buffer: Any = None
         self._plan_ptr = self._indices_ptr = self._workspace_ptr = 0
         self._pdl_default = False
         self._dims = (0, 0)  # head_dim_qk, head_dim_vo of the plan in the making
         self._sm_scale, self._soft_cap = 1.0, 0.0
+        self._q_shape = (0, 0, 0)
+        self._kv_tokens = 0
         self._indices: TensorView | None = None  # page indices that lie on the device
         if float_workspace_buffer is not None:
             self.reset_workspace_buffer(float_workspace_buffer)
@@ -90,14 +75,27 @@ class BatchAttention:
             if not self._use_cuda_graph:
                 break
             if buffer is None:
-                fail(self._op, arg, "is missing", "None", "an int32 tensor", "CUDA graph mode needs buffers that stay where they are.")
+                fail(
+                    self._op,
+                    arg,
+                    "is missing",
+                    "None",
+                    "an int32 tensor",
+                    "CUDA graph mode needs buffers that stay where they are.",
+                )
             v = view(buffer, self._op, arg)
             check_ndim(self._op, arg, v, 1)
             check_dtype(self._op, arg, v, (INT32,))
             check_last_dim_contiguous(self._op, arg, v)
             if self._ref is not None and v.device != self._ref.device:
-                fail(self._op, arg, "is on another device", device_name(v.device), f"{device_name(self._ref.device)} (where the workspace is)")
-            self._ref = self._ref or v
+                fail(
+                    self._op,
+                    arg,
+                    "is on another device",
+                    device_name(v.device),
+                    f"{device_name(self._ref.device)} (where the workspace is)",
+                )
+            self._ref = self._ref or _home(v)
             self._buffers[arg] = v
 
     @property
@@ -114,35 +112,81 @@ class BatchAttention:
         """Use another workspace. It is used when large enough; otherwise the library allocates its own."""
         v = view(float_workspace_buffer, self._op, "float_workspace_buffer")
         if not v.is_contiguous():
-            fail(self._op, "float_workspace_buffer", "is not contiguous", f"strides {tuple(v.strides)}", "a contiguous tensor")
+            fail(
+                self._op,
+                "float_workspace_buffer",
+                "is not contiguous",
+                f"strides {tuple(v.strides)}",
+                "a contiguous tensor",
+            )
         if self._ref is not None and v.device != self._ref.device:
-            fail(self._op, "float_workspace_buffer", "is on another device", device_name(v.device), device_name(self._ref.device))
-        self._workspace = self._ref = v
+            fail(
+                self._op,
+                "float_workspace_buffer",
+                "is on another device",
+                device_name(v.device),
+                device_name(self._ref.device),
+            )
+        self._workspace, self._ref = v, _home(v)
 
     # ---- plan
-    def _set_plan(self, make: Callable[[int, int, bool], AttentionPlan], dtype: DType, window_left: int, causal: bool, indices: Any, buffers: dict[str, Any]) -> None:
+    def _set_plan(
+        self,
+        make: Callable[[int, int, bool], AttentionPlan],
+        dtype: DType,
+        window_left: int,
+        causal: bool,
+        soft_cap: float,
+        sm_scale: float,
+        indices: Any,
+        buffers: dict[str, Any],
+    ) -> None:
         """Schedule, for the wrapper's device if that is known (else for the CPU until run() shows q), and send the plan there.
 
         Nothing of the wrapper changes if `make(device, window_left, causal)` raises. `buffers` are the values of the caller's buffers, in CUDA graph mode.
         """
-        ref = self._ref or (indices if isinstance(indices, TensorView) else None)
-        if isinstance(indices, TensorView) and ref is not None and indices.device != ref.device:
-            fail(self._op, "paged_kv_indices", "is on another device", device_name(indices.device), device_name(ref.device))
+        on_device = indices if isinstance(indices, TensorView) else None
+        ref = self._ref
+        if on_device is not None:
+            ref = ref or _home(on_device)
+            if on_device.device != ref.device:
+                fail(
+                    self._op,
+                    "paged_kv_indices",
+                    "is on another device",
+                    device_name(on_device.device),
+                    device_name(ref.device),
+                )
         device = CPU if ref is None else ref.device
-        common.check_kernel(self._op, device, dtype, self._dims[0], self._dims[1])
-        self._dtype = dtype
+        common.check_kernel(self._op, device, dtype, *self._dims)
+        self._graph_proposal = None
         plan = make(device, window_left, causal)
         if self._use_cuda_graph:
+            self._graph_state = self._graph_proposal or self._graph_state
             for arg, values in buffers.items():
-                copy_to_buffer(self._buffers[arg], values)
+                common.copy_to_buffer(self._buffers[arg], values)
             if device >= 0 and self._paged:
-                indices = self._buffers["paged_kv_indices_buffer"]
-        self._ref, self._make_plan, self._plan, self._planned_device = ref, make, plan, device
-        self._indices = indices if isinstance(indices, TensorView) else None
-        if device >= 0:
-            self._upload()
+                on_device = self._buffers[self._indices_arg]
+        self._ref, self._make_plan, self._dtype, self._indices = ref, make, dtype, on_device
+        self._soft_cap, self._sm_scale = soft_cap, sm_scale
+        self._adopt(plan, device)
 
-    def _override(self, pos_encoding_mode: str, window_left: int, logits_soft_cap: float | None, sm_scale: float | None, causal: bool = False) -> None:
+    def _adopt(self, plan: AttentionPlan, device: int) -> None:
+        """Make `plan` the current one: what run() compares with, and on a GPU everything it needs."""
+        self._plan, self._planned_device = plan, device
+        self._q_shape = (plan.total_rows, plan.num_qo_heads, plan.head_dim_qk)
+        self._kv_tokens = int(plan.kv_indptr[-1])
+        if device >= 0:
+            self._upload(plan)
+
+    def _override(
+        self,
+        pos_encoding_mode: str,
+        window_left: int,
+        logits_soft_cap: float | None,
+        sm_scale: float | None,
+        causal: bool = False,
+    ) -> None:
         """What the deprecated forward() replaces in the plan."""
         plan = self._plan
         if plan is None:
@@ -153,15 +197,15 @@ class BatchAttention:
         self._sm_scale = common.softmax_scale(self._op, sm_scale, plan.head_dim_qk)
         if window != plan.window_left or causal != plan.causal:
             assert self._make_plan is not None
-            self._plan = self._make_plan(self._planned_device, window, causal)
-            if self._planned_device >= 0:
-                self._upload()
+            self._adopt(self._make_plan(self._planned_device, window, causal), self._planned_device)
 
-    def _upload(self) -> None:
+    def _upload(self, plan: AttentionPlan) -> None:
+        """Send a plan to the GPU, find its workspace and its kernel (compiling it if need be): run() then only launches."""
         from pyinfer.core.workspace import DeviceBuffer, PlanBuffer
+        from pyinfer.jit.attention_launch import prepare_attention
 
-        ref, plan = self._ref, self._plan
-        assert ref is not None and plan is not None
+        ref = self._ref
+        assert ref is not None
         if self._plan_buffer is None:
             self._plan_buffer = PlanBuffer(ref.device, ref.framework)
         self._plan_ptr = self._plan_buffer.upload(plan.pack(), current_stream(ref))
@@ -178,19 +222,24 @@ class BatchAttention:
                 self._own_workspace = DeviceBuffer(ref.device, ref.framework)
             self._workspace_ptr = self._own_workspace.reserve(need)
         self._pdl_default = common.use_pdl(ref.device, None)
+        prepare_attention(ref.device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0)
 
     def _move_plan(self, q: TensorView) -> None:
         """The first q after a plan from host metadata shows the device."""
         if self._ref is not None:
-            fail(self._op, "q", "is on another device", device_name(q.device), f"{device_name(self._ref.device)} (where the wrapper's buffers are)")
+            fail(
+                self._op,
+                "q",
+                "is on another device",
+                device_name(q.device),
+                f"{device_name(self._ref.device)} (where the wrapper's buffers are)",
+            )
         plan = self._plan
         assert self._make_plan is not None and plan is not None
-        self._ref = q
         common.check_kernel(self._op, q.device, self._dtype, plan.head_dim_qk, plan.head_dim_vo)
-        self._plan = self._make_plan(q.device, plan.window_left, plan.causal)
-        self._planned_device = q.device
-        if q.device >= 0:
-            self._upload()
+        moved = self._make_plan(q.device, plan.window_left, plan.causal)
+        self._ref = _home(q)
+        self._adopt(moved, q.device)
 
     def _page_indices(self, op: str, indices: Any, indptr: np.ndarray) -> np.ndarray | TensorView:
         """Page indices as a host array, or the view of those that lie on a device (they are used where they are, and only their number is checked)."""
@@ -205,29 +254,60 @@ class BatchAttention:
         check_dtype(op, "paged_kv_indices", v, (INT32,))
         check_last_dim_contiguous(op, "paged_kv_indices", v)
         if len(indptr) and v.shape[0] < indptr[-1]:
-            fail(op, "paged_kv_indices", "is too short", v.shape[0], f"at least {int(indptr[-1])} (paged_kv_indptr[-1])")
+            fail(
+                op, "paged_kv_indices", "is too short", v.shape[0], f"at least {int(indptr[-1])} (paged_kv_indptr[-1])"
+            )
         return v
 
     def _check_buffer(self, arg: str, need: int, exact: bool = True) -> None:
         """ValueError unless a caller's buffer has `need` entries (or, not exact, at least so many)."""
         have = self._buffers[arg].shape[0]
         if exact and need != have:
-            fail(self._op, arg, "does not fit the plan", f"{have} entries", f"{need} for this plan", "The buffers fix the batch size in CUDA graph mode.")
+            fail(
+                self._op,
+                arg,
+                "does not fit the plan",
+                f"{have} entries",
+                f"{need} for this plan",
+                "The buffers fix the batch size in CUDA graph mode.",
+            )
         if need > have:
-            fail(self._op, arg, "is too small", f"{have} entries", f"{need} for this plan", "Make a wrapper with a larger buffer.")
+            fail(
+                self._op,
+                arg,
+                "is too small",
+                f"{have} entries",
+                f"{need} for this plan",
+                "Make a wrapper with a larger buffer.",
+            )
 
-    def _fixed(self, device: int, key: tuple[Any, ...], choose: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """In CUDA graph mode the tile configuration and the capacity are those of the first plan, and its shapes must stay."""
+    def _fixed(self, device: int, key: tuple[Any, ...], choose: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What the first plan fixed in CUDA graph mode (or, for the first plan, what `choose()` proposes); the shapes in `key` must stay."""
         state = self._graph_state
-        if state.get("device") != device:
-            config, capacity = choose()
-            self._graph_state = state = {"device": device, "key": key, "config": config, "capacity": capacity}
+        if state is None:
+            state = self._graph_proposal = {"key": key, "fixed": choose()}
         if state["key"] != key:
-            names = ("num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim_vo", "page_size", "q_data_type", "fixed_split_size", "disable_split_kv")
+            names = (
+                "num_qo_heads",
+                "num_kv_heads",
+                "head_dim_qk",
+                "head_dim_vo",
+                "page_size",
+                "q_data_type",
+                "fixed_split_size",
+                "disable_split_kv",
+            )
             for name, had, got in zip(names, state["key"], key, strict=True):
                 if had != got:
-                    fail(self._op, name, "differs from the first plan", got, had, "In CUDA graph mode the first plan fixes it; make a new wrapper.")
-        return state["config"], state["capacity"]
+                    fail(
+                        self._op,
+                        name,
+                        "differs from the first plan",
+                        got,
+                        had,
+                        "In CUDA graph mode the first plan fixes it; make a new wrapper.",
+                    )
+        return state["fixed"]
 
     # ---- run
     def _check_run(self, q: Any, window_left: int | None, args: tuple[Any, ...]) -> TensorView:
@@ -235,17 +315,38 @@ class BatchAttention:
         if plan is None:
             fail(self._op, "plan()", "was not called", "run() first", "plan() before run()")
         if args:
-            fail_type(self._op, "*args", "are not supported yet", f"{len(args)} extra arguments", "none (they belong to jit_args)")
+            fail_type(
+                self._op,
+                "*args",
+                "are not supported yet",
+                f"{len(args)} extra arguments",
+                "none (they belong to jit_args)",
+            )
         v = common.q_view(self._op, q)
         if v.dtype is not self._dtype:
-            fail_type(self._op, "q", "differs from the planned dtype", v.dtype.name, self._dtype.name, "Pass q_data_type to plan().")
-        rows, heads, dim = v.shape
-        if heads != plan.num_qo_heads or dim != plan.head_dim_qk or (rows != plan.total_rows and (rows < plan.total_rows or not self._use_cuda_graph)):
-            check_shape(self._op, "q", v, (plan.total_rows, plan.num_qo_heads, plan.head_dim_qk))
+            fail_type(
+                self._op,
+                "q",
+                "differs from the planned dtype",
+                v.dtype.name,
+                self._dtype.name,
+                "Pass q_data_type to plan().",
+            )
+        if v.shape != self._q_shape:
+            rows, heads, dim = self._q_shape  # a captured graph's q may have room for more rows than the plan has
+            if not (self._use_cuda_graph and v.shape[0] >= rows and v.shape[1] == heads and v.shape[2] == dim):
+                check_shape(self._op, "q", v, self._q_shape)
         if v.device != self._planned_device:
             self._move_plan(v)
         if window_left is not None and int(window_left) != plan.window_left:
-            fail(self._op, "window_left", "differs from the plan", window_left, plan.window_left, "It is an argument of plan().")
+            fail(
+                self._op,
+                "window_left",
+                "differs from the plan",
+                window_left,
+                plan.window_left,
+                "It is an argument of plan().",
+            )
         return v
 
     def _check_kv(self, q: TensorView, k: TensorView, v: TensorView, k_name: str, v_name: str) -> None:
@@ -254,10 +355,18 @@ class BatchAttention:
         hnd = self._kv_layout == "HND"
         for x, name, dim in ((k, k_name, plan.head_dim_qk), (v, v_name, plan.head_dim_vo)):
             if x.dtype is not self._dtype:
-                fix = "fp8 KV caches are not supported yet." if x.dtype.itemsize == 1 else "Pass kv_data_type to plan()."
+                fix = (
+                    "fp8 KV caches are not supported yet." if x.dtype.itemsize == 1 else "Pass kv_data_type to plan()."
+                )
                 fail_type(self._op, name, "differs from the planned dtype", x.dtype.name, self._dtype.name, fix)
             if x.device != q.device:
-                fail(self._op, name, "is on another device", device_name(x.device), f"{device_name(q.device)} (where q is)")
+                fail(
+                    self._op,
+                    name,
+                    "is on another device",
+                    device_name(x.device),
+                    f"{device_name(q.device)} (where q is)",
+                )
             shape = x.shape
             if plan.page_size:
                 page_axis, head_axis = (2, 1) if hnd else (1, 2)
@@ -266,7 +375,13 @@ class BatchAttention:
                     wanted[page_axis], wanted[head_axis] = plan.page_size, plan.num_kv_heads
                     check_shape(self._op, name, x, tuple(wanted))
                 if shape[0] <= plan.max_page:
-                    fail(self._op, "paged_kv_indices", "names a page outside the cache", plan.max_page, f"0..{shape[0] - 1} ({name} has {shape[0]} pages)")
+                    fail(
+                        self._op,
+                        "paged_kv_indices",
+                        "names a page outside the cache",
+                        plan.max_page,
+                        f"0..{shape[0] - 1} ({name} has {shape[0]} pages)",
+                    )
             else:
                 check_ndim(self._op, name, x, 3)
                 token_axis, head_axis = (1, 0) if hnd else (0, 1)
@@ -274,13 +389,29 @@ class BatchAttention:
                     wanted = [None, None, dim]
                     wanted[head_axis] = plan.num_kv_heads
                     check_shape(self._op, name, x, tuple(wanted))
-                if shape[token_axis] < int(plan.kv_indptr[-1]):
-                    fail(self._op, name, "is shorter than the plan", f"{shape[token_axis]} tokens", f"at least {int(plan.kv_indptr[-1])} (kv_indptr[-1])")
+                if shape[token_axis] < self._kv_tokens:
+                    fail(
+                        self._op,
+                        name,
+                        "is shorter than the plan",
+                        f"{shape[token_axis]} tokens",
+                        f"at least {self._kv_tokens} (kv_indptr[-1])",
+                    )
             if x.strides[-1] != 1:
                 check_last_dim_contiguous(self._op, name, x)
 
     def _execute(
-        self, q: TensorView, k: TensorView, v: TensorView, out: Any, lse: Any, return_lse: bool, sm_scale: float, soft_cap: float, v_scale: float, enable_pdl: bool | None
+        self,
+        q: TensorView,
+        k: TensorView,
+        v: TensorView,
+        out: Any,
+        lse: Any,
+        return_lse: bool,
+        sm_scale: float,
+        soft_cap: float,
+        v_scale: float,
+        enable_pdl: bool | None,
     ) -> Any:
         plan = self._plan
         assert plan is not None
@@ -297,6 +428,14 @@ class BatchAttention:
                 lse_view = view(lse)
             else:
                 lse_view = common.check_out(self._op, "lse", lse, q, shape[:2], FLOAT32)
+                if not lse_view.is_contiguous():
+                    fail(
+                        self._op,
+                        "lse",
+                        "is not contiguous",
+                        f"strides {tuple(lse_view.strides)}",
+                        "a contiguous tensor",
+                    )
         if q.device >= 0:
             pdl = self._pdl_default if enable_pdl is None else common.use_pdl(q.device, enable_pdl)
             common.launchers()[0](
@@ -306,5 +445,16 @@ class BatchAttention:
         else:
             from pyinfer.cpu.attention import run_plan
 
-            run_plan(plan, q, k, v, self._kv_layout, out_view, lse_view, sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale)
+            run_plan(
+                plan,
+                q,
+                k,
+                v,
+                self._kv_layout,
+                out_view,
+                lse_view,
+                sm_scale=sm_scale,
+                logits_soft_cap=soft_cap,
+                v_scale=v_scale,
+            )
         return (out, lse) if return_lse else out

@@ -6,7 +6,14 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from pyinfer.core.dtypes import BFLOAT16, BOOL, FLOAT16, FLOAT32, UINT8, DType
-from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, check_ndim, check_same_device, check_same_dtype, check_shape
+from pyinfer.core.errors import (
+    check_dtype,
+    check_last_dim_contiguous,
+    check_ndim,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
 from pyinfer.core.rows import vector_length
 from pyinfer.core.tensor import TensorView, current_stream, empty, view
 
@@ -112,7 +119,20 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
     size = vv.dtype.itemsize
     vec = vector_length(size, vv.ptr | out.ptr | (dim | vv.strides[0] | vv.strides[1] | vv.strides[2]) * size)
     kernel, per_block, pdl = _merge_states_kernel(vv.device, vv.dtype, dim, vec)
-    values = (vv.ptr, sv.ptr, out.ptr, lse.ptr, *vv.strides[:3], *sv.strides, *out.strides[:2], *lse.strides, rows, heads, dim, states)
+    values = (
+        vv.ptr,
+        sv.ptr,
+        out.ptr,
+        lse.ptr,
+        *vv.strides[:3],
+        *sv.strides,
+        *out.strides[:2],
+        *lse.strides,
+        rows,
+        heads,
+        dim,
+        states,
+    )
     kernel(current_stream(vv), -(-rows // per_block), values, pdl)
     return v_out, s_out
 
@@ -157,7 +177,19 @@ def _merge(a: _State, b: _State, out: _State, mask: TensorView | None) -> None:
     vec = vector_length(size, v_a.ptr | b[0].ptr | out[0].ptr | bits * size)
     kernel, per_block, pdl = _merge_state_kernel(v_a.device, v_a.dtype, dim, vec)
     strides = [stride for x, s in (a, b, out) for stride in (*x.strides[:2], *s.strides)]
-    values = (v_a.ptr, a[1].ptr, b[0].ptr, b[1].ptr, out[0].ptr, out[1].ptr, mask.ptr if mask is not None else 0, *strides, rows, heads, dim)
+    values = (
+        v_a.ptr,
+        a[1].ptr,
+        b[0].ptr,
+        b[1].ptr,
+        out[0].ptr,
+        out[1].ptr,
+        mask.ptr if mask is not None else 0,
+        *strides,
+        rows,
+        heads,
+        dim,
+    )
     kernel(current_stream(v_a), -(-rows // per_block), values, pdl)
 
 
@@ -166,7 +198,11 @@ def _merge_state_kernel(device: int, dtype: DType, head_dim: int, vec: int) -> t
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.cascade import THREADS, gen_merge_state, row_lanes
 
-    return gen_merge_state(dtype, head_dim, vec).build_and_load(device), THREADS // row_lanes(head_dim, vec), pdl_supported(device)
+    return (
+        gen_merge_state(dtype, head_dim, vec).build_and_load(device),
+        THREADS // row_lanes(head_dim, vec),
+        pdl_supported(device),
+    )
 
 
 @functools.cache
@@ -174,4 +210,8 @@ def _merge_states_kernel(device: int, dtype: DType, head_dim: int, vec: int) -> 
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.cascade import THREADS, gen_merge_states, row_lanes
 
-    return gen_merge_states(dtype, head_dim, vec).build_and_load(device), THREADS // row_lanes(head_dim, vec), pdl_supported(device)
+    return (
+        gen_merge_states(dtype, head_dim, vec).build_and_load(device),
+        THREADS // row_lanes(head_dim, vec),
+        pdl_supported(device),
+    )

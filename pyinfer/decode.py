@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyinfer import _attention as common
-from pyinfer._batch_attention import BatchAttention, host_metadata
+from pyinfer._attention import host_metadata
+from pyinfer._batch_attention import BatchAttention
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import fail
 from pyinfer.core.tensor import TensorView, empty, view
@@ -16,7 +17,11 @@ from pyinfer.core.tensor import TensorView, empty, view
 if TYPE_CHECKING:
     from pyinfer.schedulers.plan import AttentionPlan
 
-__all__ = ["BatchDecodeWithPagedKVCacheWrapper", "CUDAGraphBatchDecodeWithPagedKVCacheWrapper", "single_decode_with_kv_cache"]
+__all__ = [
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "single_decode_with_kv_cache",
+]
 
 
 def _three_axes(v: TensorView) -> TensorView:
@@ -140,7 +145,13 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             batch = self._buffers["paged_kv_last_page_len_buffer"].shape[0]
             rows = self._buffers["paged_kv_indptr_buffer"].shape[0]
             if rows != batch + 1:
-                fail(self._op, "paged_kv_indptr_buffer", "has the wrong length", rows, f"{batch + 1} (paged_kv_last_page_len_buffer has {batch})")
+                fail(
+                    self._op,
+                    "paged_kv_indptr_buffer",
+                    "has the wrong length",
+                    rows,
+                    f"{batch + 1} (paged_kv_last_page_len_buffer has {batch})",
+                )
 
     @property
     def use_tensor_cores(self) -> bool:
@@ -217,14 +228,16 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             self._check_buffer("paged_kv_indices_buffer", max(int(host_indptr[-1]), 0), exact=False)
             buffers = {
                 "paged_kv_indptr_buffer": host_indptr,
-                "paged_kv_indices_buffer": page_indices[: max(int(host_indptr[-1]), 0)] if isinstance(page_indices, np.ndarray) else page_indices,
+                "paged_kv_indices_buffer": page_indices[: max(int(host_indptr[-1]), 0)]
+                if isinstance(page_indices, np.ndarray)
+                else page_indices,
                 "paged_kv_last_page_len_buffer": host_last,
             }
         key = (num_qo_heads, num_kv_heads, head_dim, head_dim, page_size, dtype, fixed_split_size, disable_split_kv)
         host_indices = page_indices if isinstance(page_indices, np.ndarray) else None
         self._dims = (head_dim, head_dim)
-        self._set_plan(functools.partial(self._schedule, host_indptr, host_indices, host_last, key), dtype, window, False, page_indices, buffers)
-        self._soft_cap, self._sm_scale = soft_cap, scale
+        make = functools.partial(self._schedule, host_indptr, host_indices, host_last, key)
+        self._set_plan(make, dtype, window, False, soft_cap, scale, page_indices, buffers)
 
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:
         """Deprecated: `plan`."""
@@ -232,7 +245,14 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
         self.plan(*args, **kwargs)
 
     def _schedule(
-        self, indptr: np.ndarray, indices: np.ndarray | None, last: np.ndarray, key: tuple[Any, ...], device: int, window_left: int, causal: bool
+        self,
+        indptr: np.ndarray,
+        indices: np.ndarray | None,
+        last: np.ndarray,
+        key: tuple[Any, ...],
+        device: int,
+        window_left: int,
+        causal: bool,
     ) -> AttentionPlan:
         from pyinfer.schedulers.decode import decode_capacity, decode_plan
 
@@ -309,7 +329,18 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             sm_scale *= common.scale(self._op, "q_scale", q_scale)
         if k_scale is not None:
             sm_scale *= common.scale(self._op, "k_scale", k_scale)
-        return self._execute(qv, k, v, out, lse, return_lse, sm_scale, self._soft_cap, common.scale(self._op, "v_scale", v_scale), enable_pdl)
+        return self._execute(
+            qv,
+            k,
+            v,
+            out,
+            lse,
+            return_lse,
+            sm_scale,
+            self._soft_cap,
+            common.scale(self._op, "v_scale", v_scale),
+            enable_pdl,
+        )
 
     def run_return_lse(self, q: Any, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:
         """`run` with return_lse=True."""
@@ -359,5 +390,6 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
         kv_layout: str = "NHD",
         use_tensor_cores: bool = False,
     ) -> None:
-        super().__init__(workspace_buffer, kv_layout, True, use_tensor_cores, indptr_buffer, indices_buffer, last_page_len_buffer)
-
+        super().__init__(
+            workspace_buffer, kv_layout, True, use_tensor_cores, indptr_buffer, indices_buffer, last_page_len_buffer
+        )

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from pyinfer import _attention as common
-from pyinfer._batch_attention import BatchAttention, host_metadata
-from pyinfer.core.dtypes import FLOAT32, DType, canonical_dtype
-from pyinfer.core.errors import fail, fail_type
+from pyinfer._attention import host_metadata
+from pyinfer._batch_prefill import BatchPrefill
+from pyinfer.core.dtypes import FLOAT32, canonical_dtype
+from pyinfer.core.errors import fail_type
 from pyinfer.core.tensor import empty, view
-
-if TYPE_CHECKING:
-    from pyinfer.schedulers.plan import AttentionPlan
 
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
@@ -92,8 +88,14 @@ def single_prefill_with_kv_cache(
     qv = common.q_view(op, q)
     kv, vv = common.dense_views(op, qv, k, v, kv_layout)
     if o_dtype is not None and canonical_dtype(o_dtype, op, "o_dtype") is not qv.dtype:
-        fail_type(op, "o_dtype", "is not supported yet", canonical_dtype(o_dtype).name, f"None or {qv.dtype.name} (q's)")
-    scale = common.softmax_scale(op, sm_scale, qv.shape[2]) * common.scale(op, "scale_q", scale_q) * common.scale(op, "scale_k", scale_k)
+        fail_type(
+            op, "o_dtype", "is not supported yet", canonical_dtype(o_dtype).name, f"None or {qv.dtype.name} (q's)"
+        )
+    scale = (
+        common.softmax_scale(op, sm_scale, qv.shape[2])
+        * common.scale(op, "scale_q", scale_q)
+        * common.scale(op, "scale_k", scale_k)
+    )
     out = empty(qv, (qv.shape[0], qv.shape[1], vv.shape[2]))
     lse = empty(qv, (qv.shape[0], qv.shape[1]), FLOAT32) if return_lse else None
     common.run_single(
@@ -106,110 +108,7 @@ def single_prefill_with_kv_cache(
 single_prefill_with_kv_cache_return_lse = functools.partial(single_prefill_with_kv_cache, return_lse=True)
 
 
-class _BatchPrefill(BatchAttention):
-    """What the paged and the ragged wrapper share."""
-
-    def _check_plan_options(self, op: str, pos_encoding_mode: str, **absent: Any) -> None:
-        if absent.pop("token_pos_in_items_len", 0):
-            fail(op, "token_pos_in_items_len", "is not supported yet", "multi-item scoring", 0, common.SUPPORTED)
-        common.check_options(op, pos_encoding_mode=pos_encoding_mode, **absent)
-
-    def _plan_batch(
-        self,
-        host: tuple[np.ndarray, np.ndarray, np.ndarray | None],
-        page_indices: Any,
-        key: tuple[Any, ...],
-        dtype: DType,
-        causal: bool,
-        window_left: int,
-        logits_soft_cap: float | None,
-        sm_scale: float | None,
-    ) -> None:
-        op = self._op
-        qo_indptr, kv_indptr, last_page_len = host
-        common.check_head_counts(op, key[0], key[1])
-        window = common.check_window(op, window_left)
-        soft_cap = common.check_soft_cap(op, logits_soft_cap)
-        scale = common.softmax_scale(op, sm_scale, key[2])
-        if key[6] is not None and key[6] < 1:
-            fail(op, "fixed_split_size", "is no number of pages", key[6], "1 or more")
-        buffers: dict[str, Any] = {}
-        if self._use_cuda_graph:
-            buffers = {"qo_indptr_buf": qo_indptr, "paged_kv_indptr_buf" if self._paged else "kv_indptr_buf": kv_indptr}
-            if self._paged:
-                buffers["paged_kv_last_page_len_buf"] = last_page_len
-            for arg, values in buffers.items():
-                self._check_buffer(arg, len(values))
-            if self._paged:
-                pages = max(int(kv_indptr[-1]), 0)
-                self._check_buffer("paged_kv_indices_buffer", pages, exact=False)
-                buffers["paged_kv_indices_buffer"] = page_indices[:pages] if isinstance(page_indices, np.ndarray) else page_indices
-        host_indices = page_indices if isinstance(page_indices, np.ndarray) else None
-        self._dims = (key[2], key[3])
-        make = functools.partial(self._schedule, qo_indptr, kv_indptr, host_indices, last_page_len, key)
-        self._set_plan(make, dtype, window, bool(causal), page_indices, buffers)
-        self._soft_cap, self._sm_scale = soft_cap, scale
-
-    def _schedule(
-        self, qo_indptr: np.ndarray, kv_indptr: np.ndarray, indices: Any, last: Any, key: tuple[Any, ...], device: int, window_left: int, causal: bool
-    ) -> AttentionPlan:
-        from pyinfer.schedulers.prefill import prefill_capacity, prefill_plan
-
-        num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, dtype, fixed_split_size, disable_split_kv = key
-        group = num_qo_heads // num_kv_heads
-        batch = len(qo_indptr) - 1
-        total = int(qo_indptr[-1]) if batch >= 0 else 0
-        longest = int((qo_indptr[1:] - qo_indptr[:-1]).max()) if batch > 0 else 0
-
-        def tiles() -> tuple[int, int, int, int]:
-            return common.batch_tiles(device, dtype, head_dim_qk, head_dim_vo, max(longest, 1) * group, max(total, 1) * group, num_kv_heads)
-
-        capacity = None
-        if self._use_cuda_graph:
-
-            def choose() -> tuple[Any, Any]:
-                chosen = tiles()
-                max_kv = self._buffers["paged_kv_indices_buffer"].shape[0] if self._paged else int(kv_indptr[-1])
-                bound = prefill_capacity(
-                    batch, total, max_kv, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, page_size=page_size, tile_q=chosen[0], num_sms=chosen[2],
-                    ctas_per_sm=chosen[3], fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv,
-                )  # fmt: skip
-                self._max_rows = total
-                return chosen, bound._replace(max_indices=max_kv if self._paged and device < 0 else 0)
-
-            chosen, capacity = self._fixed(device, key, choose)
-            if total > self._max_rows:
-                fail(
-                    self._op, "qo_indptr", "has more query rows than the first plan", total, f"at most {self._max_rows}",
-                    "In CUDA graph mode the first plan fixes the most; plan the largest batch first.",
-                )  # fmt: skip
-        else:
-            chosen = tiles()
-        return prefill_plan(
-            qo_indptr, kv_indptr, indices, last, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo,
-            page_size=page_size, tile_q=chosen[0], tile_kv=chosen[1], num_sms=chosen[2], ctas_per_sm=chosen[3], causal=causal, window_left=window_left,
-            fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv, capacity=capacity, op=self._op,
-        )  # fmt: skip
-
-    def begin_forward(self, *args: Any, **kwargs: Any) -> None:
-        """Deprecated: `plan`."""
-        common.deprecated(f"{self._op}.begin_forward", "plan")
-        self.plan(*args, **kwargs)  # type: ignore[attr-defined]
-
-    def run_return_lse(self, *args: Any, **kwargs: Any) -> Any:
-        """`run` with return_lse=True."""
-        return self.run(*args, return_lse=True, **kwargs)  # type: ignore[attr-defined]
-
-    def forward_return_lse(self, *args: Any, **kwargs: Any) -> Any:
-        """Deprecated: `run_return_lse`, with `forward`'s arguments."""
-        return self.forward(*args, return_lse=True, **kwargs)  # type: ignore[attr-defined]
-
-    def end_forward(self) -> None:
-        """Deprecated: does nothing."""
-        common.deprecated(f"{self._op}.end_forward", "nothing: it does nothing")
-
-
-class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
+class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
     """Prefill or append attention of a batch over a paged KV cache: plan() once per step, run() once per layer.
 
     Parameters
@@ -242,7 +141,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
         buffers = {
             "qo_indptr_buf": qo_indptr_buf,
             "paged_kv_indptr_buf": paged_kv_indptr_buf,
-            "paged_kv_indices_buffer": paged_kv_indices_buf,
+            "paged_kv_indices_buf": paged_kv_indices_buf,
             "paged_kv_last_page_len_buf": paged_kv_last_page_len_buf,
         }
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, buffers)
@@ -315,10 +214,23 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
             max_item_len_ptr=max_item_len_ptr, seq_lens=seq_lens, block_tables=block_tables,
         )  # fmt: skip
         dtype = common.plan_dtype(op, q_data_type, kv_data_type)
-        host = host_metadata(op, qo_indptr=qo_indptr, paged_kv_indptr=paged_kv_indptr, paged_kv_last_page_len=paged_kv_last_page_len)
+        host = host_metadata(
+            op, qo_indptr=qo_indptr, paged_kv_indptr=paged_kv_indptr, paged_kv_last_page_len=paged_kv_last_page_len
+        )
         page_indices = self._page_indices(op, paged_kv_indices, host[1])
-        key = (num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, page_size, dtype, fixed_split_size, disable_split_kv)
-        self._plan_batch((host[0], host[1], host[2]), page_indices, key, dtype, causal, window_left, logits_soft_cap, sm_scale)
+        key = (
+            num_qo_heads,
+            num_kv_heads,
+            head_dim_qk,
+            head_dim_vo or head_dim_qk,
+            page_size,
+            dtype,
+            fixed_split_size,
+            disable_split_kv,
+        )
+        self._plan_batch(
+            (host[0], host[1], host[2]), page_indices, key, dtype, causal, window_left, logits_soft_cap, sm_scale
+        )
 
     def run(
         self,
@@ -364,7 +276,18 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
             sm_scale *= common.scale(self._op, "q_scale", q_scale)
         if k_scale is not None:
             sm_scale *= common.scale(self._op, "k_scale", k_scale)
-        return self._execute(qv, k, v, out, lse, return_lse, sm_scale, self._soft_cap, common.scale(self._op, "v_scale", v_scale), enable_pdl)
+        return self._execute(
+            qv,
+            k,
+            v,
+            out,
+            lse,
+            return_lse,
+            sm_scale,
+            self._soft_cap,
+            common.scale(self._op, "v_scale", v_scale),
+            enable_pdl,
+        )
 
     def forward(
         self,
@@ -390,7 +313,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
         return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
 
-class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
+class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
     """Prefill attention of a batch whose keys lie one request after another (ragged).
 
     Parameters
@@ -470,7 +393,16 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
         )  # fmt: skip
         dtype = common.plan_dtype(op, q_data_type, kv_data_type)
         host = host_metadata(op, qo_indptr=qo_indptr, kv_indptr=kv_indptr)
-        key = (num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, 0, dtype, fixed_split_size, disable_split_kv)
+        key = (
+            num_qo_heads,
+            num_kv_heads,
+            head_dim_qk,
+            head_dim_vo or head_dim_qk,
+            0,
+            dtype,
+            fixed_split_size,
+            disable_split_kv,
+        )
         self._plan_batch((host[0], host[1], None), None, key, dtype, causal, window_left, logits_soft_cap, sm_scale)
 
     def run(
@@ -507,7 +439,18 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
             sm_scale *= common.scale(self._op, "q_scale", q_scale)
         if k_scale is not None:
             sm_scale *= common.scale(self._op, "k_scale", k_scale)
-        return self._execute(qv, kv, vv, out, lse, return_lse, sm_scale, self._soft_cap, common.scale(self._op, "v_scale", v_scale), enable_pdl)
+        return self._execute(
+            qv,
+            kv,
+            vv,
+            out,
+            lse,
+            return_lse,
+            sm_scale,
+            self._soft_cap,
+            common.scale(self._op, "v_scale", v_scale),
+            enable_pdl,
+        )
 
     def forward(
         self,

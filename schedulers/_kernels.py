@@ -8,6 +8,7 @@ that into the message: raising from compiled code would cost the message its num
 from __future__ import annotations
 
 import numpy as np
+
 from pyinfer.cpu.compile import kernel
 
 # What check_page_table returns first.
@@ -86,7 +87,9 @@ def _pieces(length, chunk, unit):
     if chunk == 0 or length <= chunk:
         return np.int64(1), np.int64(length)
     n = (length + chunk - 1) // chunk
-    if unit == 0:  # a fixed split: pieces are exactly `chunk`, whatever the length, so that bits do not depend on the batch
+    if (
+        unit == 0
+    ):  # a fixed split: pieces are exactly `chunk`, whatever the length, so that bits do not depend on the batch
         return n, np.int64(chunk)
     piece = ((length + n - 1) // n + unit - 1) // unit * unit
     return (length + piece - 1) // piece, piece
@@ -174,7 +177,9 @@ def measure(qo_len, kv_len, group, tile_q, unit, slots, extra, causal, window_le
         rows = np.int64(qo_len[b]) * group
         for row in range(0, rows, tile_q):
             count = min(tile_q, rows - row)
-            begin, end = visible_range(row // group, (row + count - 1) // group + 1, qo_len[b], kv_len[b], causal, window_left)
+            begin, end = visible_range(
+                row // group, (row + count - 1) // group + 1, qo_len[b], kv_len[b], causal, window_left
+            )
             tiles[t, 0] = b
             tiles[t, 1] = row
             tiles[t, 2] = count

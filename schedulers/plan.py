@@ -60,7 +60,15 @@ def plan_offsets(work: int, batch: int, indices: int, semaphores: int) -> PlanOf
     at_len = at_kv + _round4(batch + 1)
     at_indices = at_len + _round4(batch)
     at_semaphore = at_indices + _round4(max(indices, 0))
-    return PlanOffsets(at_work, at_qo, at_kv, at_len, at_indices if indices >= 0 else -1, at_semaphore, at_semaphore + _round4(semaphores))
+    return PlanOffsets(
+        at_work,
+        at_qo,
+        at_kv,
+        at_len,
+        at_indices if indices >= 0 else -1,
+        at_semaphore,
+        at_semaphore + _round4(semaphores),
+    )
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -170,7 +178,13 @@ class AttentionPlan:
         if buffer.dtype != self.buffer.dtype:
             fail_type("AttentionPlan.copy_into", "buffer", "has the wrong dtype", buffer.dtype, "int32")
         if buffer.size < self.buffer.size:
-            fail("AttentionPlan.copy_into", "buffer", "is too small", f"{buffer.size} int32", f"at least {self.buffer.size} (plan.offsets.total)")
+            fail(
+                "AttentionPlan.copy_into",
+                "buffer",
+                "is too small",
+                f"{buffer.size} int32",
+                f"at least {self.buffer.size} (plan.offsets.total)",
+            )
         buffer[: self.buffer.size] = self.buffer
 
     def __repr__(self) -> str:
@@ -196,10 +210,18 @@ def check_heads(op: str, num_qo_heads: int, num_kv_heads: int) -> None:
         arg, got = ("num_kv_heads", num_kv_heads) if num_kv_heads < 1 else ("num_qo_heads", num_qo_heads)
         fail(op, arg, "is no head count", got, "1 or more")
     if num_qo_heads % num_kv_heads:
-        fail(op, "num_qo_heads", "does not divide among the kv heads", f"{num_qo_heads} query heads, {num_kv_heads} kv heads", "a multiple of num_kv_heads")
+        fail(
+            op,
+            "num_qo_heads",
+            "does not divide among the kv heads",
+            f"{num_qo_heads} query heads, {num_kv_heads} kv heads",
+            "a multiple of num_kv_heads",
+        )
 
 
-def page_table(op: str, indptr: np.ndarray, last_page_len: np.ndarray, indices: np.ndarray | None, page_size: int) -> tuple[np.ndarray, int]:
+def page_table(
+    op: str, indptr: np.ndarray, last_page_len: np.ndarray, indices: np.ndarray | None, page_size: int
+) -> tuple[np.ndarray, int]:
     """Check a host page table and work out the lengths.
 
     Parameters
@@ -231,9 +253,17 @@ def page_table(op: str, indptr: np.ndarray, last_page_len: np.ndarray, indices: 
     _check_indptr_size(op, "paged_kv_indptr", indptr)
     batch = len(indptr) - 1
     if len(last_page_len) != batch:
-        fail(op, "paged_kv_last_page_len", "has the wrong length", len(last_page_len), f"{batch} (paged_kv_indptr has {batch + 1} entries)")
+        fail(
+            op,
+            "paged_kv_last_page_len",
+            "has the wrong length",
+            len(last_page_len),
+            f"{batch} (paged_kv_indptr has {batch + 1} entries)",
+        )
     kv_len = np.empty(batch, np.int32)
-    code, where, value, max_page = k.check_page_table(indptr, last_page_len, indptr[:0] if indices is None else indices, page_size, kv_len)
+    code, where, value, max_page = k.check_page_table(
+        indptr, last_page_len, indptr[:0] if indices is None else indices, page_size, kv_len
+    )
     if code == k.TOO_FEW_INDICES and indices is None:
         code = k.OK
     if code != k.OK:
@@ -248,18 +278,39 @@ def _check_indptr_size(op: str, arg: str, indptr: np.ndarray) -> None:
         fail(op, arg, "is empty", "0 entries", "batch_size + 1 entries")
 
 
-def _fail_table(op: str, code: int, where: int, value: int, indptr: np.ndarray, indices: Any, page_size: int, arg: str = "paged_kv_indptr") -> None:
+def _fail_table(
+    op: str,
+    code: int,
+    where: int,
+    value: int,
+    indptr: np.ndarray,
+    indices: Any,
+    page_size: int,
+    arg: str = "paged_kv_indptr",
+) -> None:
     from pyinfer.core.errors import fail
     from pyinfer.schedulers import _kernels as k
 
     if code == k.BAD_START:
         fail(op, arg, "does not start at 0", value, 0)
     if code == k.NOT_MONOTONE:
-        fail(op, arg, "decreases", f"{value} at entry {where} after {int(indptr[where - 1])}", "a non-decreasing sequence")
+        fail(
+            op,
+            arg,
+            "decreases",
+            f"{value} at entry {where} after {int(indptr[where - 1])}",
+            "a non-decreasing sequence",
+        )
     if code == k.BAD_LAST_PAGE:
         pages = int(indptr[where + 1]) - int(indptr[where])
         wanted = f"1..{page_size}" if pages else f"0..{page_size}"
-        fail(op, "paged_kv_last_page_len", "is out of range", f"{value} for request {where} ({pages} pages)", f"{wanted} (page_size {page_size})")
+        fail(
+            op,
+            "paged_kv_last_page_len",
+            "is out of range",
+            f"{value} for request {where} ({pages} pages)",
+            f"{wanted} (page_size {page_size})",
+        )
     if code == k.TOO_FEW_INDICES:
         fail(op, "paged_kv_indices", "is too short", len(indices), f"at least {value} (paged_kv_indptr[-1])")
     if code == k.NEGATIVE_PAGE:
@@ -320,7 +371,16 @@ def build_plan(
         chunk = -1
     batch = len(kv_len)
     chunk, unit, n_work, num_partials, tiles = k.measure(
-        qo_len, kv_len, num_qo_heads // num_kv_heads, tile_q, tile_kv, slots, extra_slots * slots, causal, window_left, chunk
+        qo_len,
+        kv_len,
+        num_qo_heads // num_kv_heads,
+        tile_q,
+        tile_kv,
+        slots,
+        extra_slots * slots,
+        causal,
+        window_left,
+        chunk,
     )
     if capacity is None:
         n_indices = -1 if kv_indices is None else int(kv_indptr[-1])
@@ -329,7 +389,10 @@ def build_plan(
         n_indices = -1 if kv_indices is None or capacity.max_indices == 0 else int(kv_indptr[-1])
         _check_capacity(op, capacity, n_work, num_partials, batch, n_indices)
         offsets = plan_offsets(
-            capacity.max_work, capacity.max_batch, capacity.max_indices if n_indices >= 0 else -1, capacity.max_partials * num_kv_heads
+            capacity.max_work,
+            capacity.max_batch,
+            capacity.max_indices if n_indices >= 0 else -1,
+            capacity.max_partials * num_kv_heads,
         )
     buffer = np.empty(offsets.total, np.int32)
     buffer[:HEADER_INTS] = 0
@@ -369,10 +432,24 @@ def device_slots(num_sms: int, ctas_per_sm: int, num_kv_heads: int) -> int:
     return max(num_sms * ctas_per_sm // num_kv_heads, 1)
 
 
-def _check_capacity(op: str, capacity: PlanCapacity, n_work: int, num_partials: int, batch: int, n_indices: int) -> None:
+def _check_capacity(
+    op: str, capacity: PlanCapacity, n_work: int, num_partials: int, batch: int, n_indices: int
+) -> None:
     from pyinfer.core.errors import fail
 
-    for name, got in (("max_batch", batch), ("max_work", n_work), ("max_partials", num_partials), ("max_indices", n_indices)):
+    for name, got in (
+        ("max_batch", batch),
+        ("max_work", n_work),
+        ("max_partials", num_partials),
+        ("max_indices", n_indices),
+    ):
         limit = getattr(capacity, name)
         if got > limit:
-            fail(op, name.replace("max_", "plan's "), "outgrows the plan's capacity", got, f"at most {limit} (capacity.{name})", "The capacity is fixed by the first plan; make a new wrapper with larger buffers.")
+            fail(
+                op,
+                name.replace("max_", "plan's "),
+                "outgrows the plan's capacity",
+                got,
+                f"at most {limit} (capacity.{name})",
+                "The capacity is fixed by the first plan; make a new wrapper with larger buffers.",
+            )

@@ -157,4 +157,9 @@ def single_schedule(
     splits = -(-longest // chunk)
     if splits < 2:
         return SingleSchedule(tiles, 0, 1, 0)
-    return SingleSchedule(tiles, chunk, splits, SINGLE_SEMAPHORE_BYTES + sum(partial_bytes(tiles * splits, num_kv_heads, tile_q, head_dim_vo)))
+    return SingleSchedule(
+        tiles,
+        chunk,
+        splits,
+        SINGLE_SEMAPHORE_BYTES + sum(partial_bytes(tiles * splits, num_kv_heads, tile_q, head_dim_vo)),
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from pyinfer.core.tensor import TensorView
@@ -162,7 +160,20 @@ def run_plan(
     indices = _NO_I32 if plan.kv_indices is None else plan.kv_indices
     lse_array = _NO_F32 if lse is None else flat(lse)
     out_array = flat(out)
-    arrays = (plan.work, plan.qo_indptr, plan.kv_indptr, plan.kv_len, indices, flat(q), flat(k), flat(v), out_array, lse_array, partial_o, partial_lse)
+    arrays = (
+        plan.work,
+        plan.qo_indptr,
+        plan.kv_indptr,
+        plan.kv_len,
+        indices,
+        flat(q),
+        flat(k),
+        flat(v),
+        out_array,
+        lse_array,
+        partial_o,
+        partial_lse,
+    )
     tail = (strides, dims, mask, scales)
     if plan.tile_q <= decode.MAX_ROWS:
         # All heads together read the pages in order; fewer a unit where there would be too few units to share among the threads.
@@ -173,4 +184,17 @@ def run_plan(
         threads.run(prefill.prefill_items, plan.n_work * heads, *arrays, *tail, chunk=1)
     if plan.num_partials:
         splits = np.flatnonzero((plan.work[:, 6] > 1) & (plan.work[:, 5] == 0))
-        threads.run(_merge_tiles, len(splits) * heads, splits, plan.work, plan.qo_indptr, partial_o, partial_lse, out_array, lse_array, strides, dims, scales)
+        threads.run(
+            _merge_tiles,
+            len(splits) * heads,
+            splits,
+            plan.work,
+            plan.qo_indptr,
+            partial_o,
+            partial_lse,
+            out_array,
+            lse_array,
+            strides,
+            dims,
+            scales,
+        )

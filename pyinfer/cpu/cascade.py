@@ -85,7 +85,15 @@ def _merge_states(begin, end, heads, dim, states, v, s, v_out, s_out, strides):
         s_out[token * strides[8] + head * strides[9]] = merged
 
 
-def merge_state(v_a: TensorView, s_a: TensorView, v_b: TensorView, s_b: TensorView, v_out: TensorView, s_out: TensorView, mask: TensorView | None) -> None:
+def merge_state(
+    v_a: TensorView,
+    s_a: TensorView,
+    v_b: TensorView,
+    s_b: TensorView,
+    v_out: TensorView,
+    s_out: TensorView,
+    mask: TensorView | None,
+) -> None:
     """Merge two states of checked shapes into v_out, s_out, which may be v_a, s_a."""
     n, heads, dim = v_a.shape
     strides = np.array([s for t in (v_a, s_a, v_b, s_b, v_out, s_out) for s in t.strides[:2]], np.int64).view(np.uint64)
@@ -101,5 +109,9 @@ def merge_state(v_a: TensorView, s_a: TensorView, v_b: TensorView, s_b: TensorVi
 def merge_states(v: TensorView, s: TensorView, v_out: TensorView, s_out: TensorView) -> None:
     """Merge the states of axis 1 of v and s, of checked shapes, into v_out, s_out."""
     n, states, heads, dim = v.shape
-    strides = np.array([*v.strides[:3], *s.strides[:3], *v_out.strides[:2], *s_out.strides[:2]], np.int64).view(np.uint64)
-    threads.run(_merge_states, n * heads, heads, dim, states, flat(v), flat(s), flat(v_out), flat(s_out), strides, grain=_GRAIN)
+    strides = np.array([*v.strides[:3], *s.strides[:3], *v_out.strides[:2], *s_out.strides[:2]], np.int64).view(
+        np.uint64
+    )
+    threads.run(
+        _merge_states, n * heads, heads, dim, states, flat(v), flat(s), flat(v_out), flat(s_out), strides, grain=_GRAIN
+    )

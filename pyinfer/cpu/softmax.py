@@ -40,12 +40,16 @@ def exp2(x):
     p = p * f + _C2
     p = p * f + _C1
     p = p * f + _ONE
-    n = np.int32(np.float32(t).view(np.int32) - _MAGIC_BITS)  # cast: Numba widens integer arithmetic to 64 bits, and LLVM narrows it again
+    n = np.int32(
+        np.float32(t).view(np.int32) - _MAGIC_BITS
+    )  # cast: Numba widens integer arithmetic to 64 bits, and LLVM narrows it again
     scale = np.int32((n + 127) << 23).view(np.float32)
     return _ZERO if x < _UNDERFLOW else p * scale
 
 
-@kernel(fastmath=FASTMATH | {"nnan"})  # without nnan LLVM keeps a maximum scalar. A NaN score is still NaN after exp2, whatever maximum came out here.
+@kernel(
+    fastmath=FASTMATH | {"nnan"}
+)  # without nnan LLVM keeps a maximum scalar. A NaN score is still NaN after exp2, whatever maximum came out here.
 def _row_max(s, begin, end):
     m = _NEG_INF
     for j in range(begin, end):

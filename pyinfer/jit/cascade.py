@@ -102,7 +102,15 @@ def gen_merge_states(dtype: DType | str, head_dim: int, vec: int | None = None) 
 @functools.cache
 def gen_cascade_module() -> JitModule:
     """Both kernels for the usual head dimensions in float16 and bfloat16."""
-    return JitModule("cascade", tuple(gen(dtype, dim) for gen in (gen_merge_state, gen_merge_states) for dtype in ("float16", "bfloat16") for dim in (64, 128, 256)))
+    return JitModule(
+        "cascade",
+        tuple(
+            gen(dtype, dim)
+            for gen in (gen_merge_state, gen_merge_states)
+            for dtype in ("float16", "bfloat16")
+            for dim in (64, 128, 256)
+        ),
+    )
 
 
 def all_specs() -> list[JitSpec]:

@@ -45,7 +45,9 @@ def attention(
     return out, lse
 
 
-def gather_pages(cache: np.ndarray, kv_layout: str, indptr: np.ndarray, indices: np.ndarray, last_page_len: np.ndarray, request: int) -> np.ndarray:
+def gather_pages(
+    cache: np.ndarray, kv_layout: str, indptr: np.ndarray, indices: np.ndarray, last_page_len: np.ndarray, request: int
+) -> np.ndarray:
     """The keys (or values) of one request, [kv_len, heads, dim], out of a 4-D cache."""
     pages = indices[indptr[request] : indptr[request + 1]]
     rows = []
@@ -61,7 +63,7 @@ def gather_pages(cache: np.ndarray, kv_layout: str, indptr: np.ndarray, indices:
 def merge_states(v: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Merge k partial states: v [n, k, H, D], base-2 s [n, k, H] -> [n, H, D], [n, H]. All -inf (or k = 0): 0 and -inf."""
     v, s = np.asarray(v, np.float64), np.asarray(s, np.float64)
-    n, k, heads, dim = v.shape
+    n, _, heads, dim = v.shape
     out = np.zeros((n, heads, dim))
     lse = np.full((n, heads), -np.inf)
     for i in range(n):
