@@ -15,13 +15,26 @@ from benchmarks.suites import NAMES
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line to options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure pyinfer and its peers. One line a case and implementation; results as JSON.")
-    parser.add_argument("suites", nargs="+", metavar="SUITE", choices=(*NAMES, "all"), help=", ".join(NAMES) + ", or all (those of the device)")
-    parser.add_argument("--peers", nargs="*", default=[], choices=peers.NAMES, metavar="PEER", help="of " + ", ".join(peers.NAMES))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure pyinfer and its peers. One line a case and implementation; results as JSON.",
+    )
+    parser.add_argument(
+        "suites",
+        nargs="+",
+        metavar="SUITE",
+        choices=(*NAMES, "all"),
+        help=", ".join(NAMES) + ", or all (those of the device)",
+    )
+    parser.add_argument(
+        "--peers", nargs="*", default=[], choices=peers.NAMES, metavar="PEER", help="of " + ", ".join(peers.NAMES)
+    )
     parser.add_argument("--out", type=Path, help="result file (.json), or a folder to name it in")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
     parser.add_argument("--cases", default="*", metavar="GLOB", help="only cases whose 'op spec' matches, e.g. '*b64*'")
-    parser.add_argument("--quick", action="store_true", help="few samples, few cases: shows that everything runs, not how fast")
+    parser.add_argument(
+        "--quick", action="store_true", help="few samples, few cases: shows that everything runs, not how fast"
+    )
     return parser.parse_args(argv)
 
 
@@ -41,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if device not in module.DEVICES:
             fail_early(f"suite {name} runs on {' and '.join(module.DEVICES)} only: give --device {module.DEVICES[0]}")
     command = "python -m benchmarks " + " ".join(sys.argv[1:] if argv is None else argv)
-    ctx = Context(device, arguments.peers, arguments.cases, arguments.quick, arguments.out, command)
+    ctx = Context(device, arguments.peers, arguments.cases, arguments.quick, arguments.out, command, list(modules))
     for name in arguments.peers:
         print(f"peer {name}: {peers.version(name)}")
     begin = time.perf_counter()
@@ -54,7 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         for text, cases in problems.items():
             print(f"  {text}  [{len(cases)} case{'s' if len(cases) > 1 else ''}, e.g. {cases[0]}]")
     path = ctx.write()
-    print(f"\n{sum(len(s['cases']) for s in ctx.suites.values())} cases in {time.perf_counter() - begin:.0f} s" + (f", written to {path}" if path else ""))
+    print(
+        f"\n{sum(len(s['cases']) for s in ctx.suites.values())} cases in {time.perf_counter() - begin:.0f} s"
+        + (f", written to {path}" if path else "")
+    )
     return int(any(text.startswith("pyinfer") for text in problems))
 
 

@@ -1,7 +1,8 @@
 """Calls through FlashInfer's API with the module passed in: the same lines drive pyinfer and flashinfer.
 
-Each function plans if there is something to plan and returns a Variant's `run` (and `result`, where a call works in place and must be checked on fresh
-inputs). Outputs are given (`out=`) wherever the API has it, so that allocation is not timed on one side only.
+Each function plans if there is something to plan and returns a Variant's `run` (and `result`, where a call works in
+place and must be checked on fresh inputs). Outputs are given (`out=`) wherever the API has it, so that allocation is
+not timed on one side only.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ if TYPE_CHECKING:
     from benchmarks.inputs import Attention
 
 Run = Callable[[], Any]
-_workspaces: dict[str, torch.Tensor] = {}
+_workspaces: dict[tuple[str, str], torch.Tensor] = {}
 
 
-def workspace(device: str) -> torch.Tensor:
-    """The float workspace that users of FlashInfer hand in: 128 MiB (8 MiB on the CPU), zero, one per device."""
+def workspace(module: Any, device: str) -> torch.Tensor:
+    """The float workspace that users of FlashInfer hand in: 128 MiB (8 MiB on the CPU), zero at first, one per library and device."""
     import torch
 
-    if device not in _workspaces:
-        _workspaces[device] = torch.zeros((128 if device != "cpu" else 8) << 20, dtype=torch.uint8, device=device)
-    return _workspaces[device]
+    key = (getattr(module, "__name__", ""), device)
+    if key not in _workspaces:
+        _workspaces[key] = torch.zeros((128 if device != "cpu" else 8) << 20, dtype=torch.uint8, device=device)
+    return _workspaces[key]
 
 
 def _dtype(name: str) -> Any:
@@ -35,11 +37,21 @@ def _dtype(name: str) -> Any:
 
 def plan_decode(module: Any, a: Attention, **options: Any) -> tuple[Any, Run]:
     """A decode wrapper and its plan() as a call."""
-    wrapper = module.BatchDecodeWithPagedKVCacheWrapper(workspace(a.device), "NHD", **options)
+    wrapper = module.BatchDecodeWithPagedKVCacheWrapper(workspace(module, a.device), "NHD", **options)
     dtype = _dtype(a.dtype)
 
     def plan() -> None:
-        wrapper.plan(a.kv_indptr, a.kv_indices, a.last_page_len, a.num_qo_heads, a.num_kv_heads, a.head_dim, a.page_size, q_data_type=dtype, kv_data_type=dtype)
+        wrapper.plan(
+            a.kv_indptr,
+            a.kv_indices,
+            a.last_page_len,
+            a.num_qo_heads,
+            a.num_kv_heads,
+            a.head_dim,
+            a.page_size,
+            q_data_type=dtype,
+            kv_data_type=dtype,
+        )
 
     return wrapper, plan
 
@@ -56,22 +68,43 @@ def decode(module: Any, a: Attention, **options: Any) -> Run:
 
 def plan_paged_prefill(module: Any, a: Attention, **options: Any) -> tuple[Any, Run]:
     """A paged prefill wrapper and its plan() as a call."""
-    wrapper = module.BatchPrefillWithPagedKVCacheWrapper(workspace(a.device), "NHD", **options)
+    wrapper = module.BatchPrefillWithPagedKVCacheWrapper(workspace(module, a.device), "NHD", **options)
     dtype = _dtype(a.dtype)
 
     def plan() -> None:
-        wrapper.plan(a.qo_indptr, a.kv_indptr, a.kv_indices, a.last_page_len, a.num_qo_heads, a.num_kv_heads, a.head_dim, a.page_size, causal=a.causal, q_data_type=dtype, kv_data_type=dtype)
+        wrapper.plan(
+            a.qo_indptr,
+            a.kv_indptr,
+            a.kv_indices,
+            a.last_page_len,
+            a.num_qo_heads,
+            a.num_kv_heads,
+            a.head_dim,
+            a.page_size,
+            causal=a.causal,
+            q_data_type=dtype,
+            kv_data_type=dtype,
+        )
 
     return wrapper, plan
 
 
 def plan_ragged_prefill(module: Any, a: Attention, **options: Any) -> tuple[Any, Run]:
     """A ragged prefill wrapper and its plan() as a call."""
-    wrapper = module.BatchPrefillWithRaggedKVCacheWrapper(workspace(a.device), "NHD", **options)
+    wrapper = module.BatchPrefillWithRaggedKVCacheWrapper(workspace(module, a.device), "NHD", **options)
     dtype = _dtype(a.dtype)
 
     def plan() -> None:
-        wrapper.plan(a.qo_indptr, a.kv_indptr, a.num_qo_heads, a.num_kv_heads, a.head_dim, causal=a.causal, q_data_type=dtype, kv_data_type=dtype)
+        wrapper.plan(
+            a.qo_indptr,
+            a.kv_indptr,
+            a.num_qo_heads,
+            a.num_kv_heads,
+            a.head_dim,
+            causal=a.causal,
+            q_data_type=dtype,
+            kv_data_type=dtype,
+        )
 
     return wrapper, plan
 
@@ -132,7 +165,9 @@ def rope(module: Any, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor)
     return lambda: module.apply_rope_pos_ids_inplace(own_q, own_k, positions), result
 
 
-def rope_cached(module: Any, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor) -> tuple[Run, Run]:
+def rope_cached(
+    module: Any, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor
+) -> tuple[Run, Run]:
     """apply_rope_with_cos_sin_cache_inplace over q and k as [tokens, heads * head_dim]."""
     dim = q.shape[-1]
     flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731 - three uses below
@@ -148,7 +183,14 @@ def rope_cached(module: Any, q: torch.Tensor, k: torch.Tensor, positions: torch.
     return lambda: module.apply_rope_with_cos_sin_cache_inplace(positions, own_q, own_k, dim, cache), result
 
 
-def append(module: Any, a: Attention, key: torch.Tensor, value: torch.Tensor, batch_indices: torch.Tensor, positions: torch.Tensor) -> tuple[Run, Run]:
+def append(
+    module: Any,
+    a: Attention,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+) -> tuple[Run, Run]:
     """append_paged_kv_cache into the batch's pages, with every index array on the device as a serving loop has them."""
     import torch
 

@@ -1,6 +1,8 @@
-"""rmsnorm, fused_add_rmsnorm and silu_and_mul in plain torch, torch.compile and Triton: what a user would write without a kernel library.
+"""rmsnorm, fused_add_rmsnorm and silu_and_mul in plain torch, torch.compile and Triton: what a user would write
+without a kernel library.
 
-Each function of a style takes the inputs and returns a call (or the pair (call, result) for in-place work), like benchmarks.calls.
+Each function of a style takes the inputs and returns a call (or the pair (call, result) for in-place work), like
+benchmarks.calls.
 """
 
 from __future__ import annotations
@@ -31,7 +33,11 @@ def _plain(compiled: bool) -> SimpleNamespace:
     def rmsnorm(x: torch.Tensor, weight: torch.Tensor) -> Any:
         import torch.nn.functional as F
 
-        f = maybe(lambda x, w: _norm_f32(x.float(), w)) if compiled else lambda x, w: F.rms_norm(x, (x.shape[-1],), w, EPS)
+        f = (
+            maybe(lambda x, w: _norm_f32(x.float(), w))
+            if compiled
+            else lambda x, w: F.rms_norm(x, (x.shape[-1],), w, EPS)
+        )
         return lambda: f(x, weight)
 
     def fused_add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
@@ -49,7 +55,11 @@ def _plain(compiled: bool) -> SimpleNamespace:
 
         half = x.shape[-1] // 2
         # Compiled: in float32 between load and store, as a kernel would. Eager: two kernels in the tensor's dtype, the way it is written by hand.
-        f = maybe(lambda x: (F.silu(x[..., :half].float()) * x[..., half:].float()).to(x.dtype)) if compiled else lambda x: F.silu(x[..., :half]) * x[..., half:]
+        f = (
+            maybe(lambda x: (F.silu(x[..., :half].float()) * x[..., half:].float()).to(x.dtype))
+            if compiled
+            else lambda x: F.silu(x[..., :half]) * x[..., half:]
+        )
         return lambda: f(x)
 
     return SimpleNamespace(rmsnorm=rmsnorm, fused_add_rmsnorm=fused_add_rmsnorm, silu_and_mul=silu_and_mul)
@@ -62,7 +72,11 @@ def _triton() -> SimpleNamespace:
         from benchmarks import triton_kernels
     except ImportError as error:
         raise peers.Missing(f"triton cannot be imported: {error}") from error
-    return SimpleNamespace(rmsnorm=triton_kernels.rmsnorm, fused_add_rmsnorm=triton_kernels.fused_add_rmsnorm, silu_and_mul=triton_kernels.silu_and_mul)
+    return SimpleNamespace(
+        rmsnorm=triton_kernels.rmsnorm,
+        fused_add_rmsnorm=triton_kernels.fused_add_rmsnorm,
+        silu_and_mul=triton_kernels.silu_and_mul,
+    )
 
 
 class _Styles:

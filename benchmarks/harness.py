@@ -21,7 +21,8 @@ SCHEMA = 1
 OURS = "pyinfer"
 Factory = Callable[[], Any]
 METHOD = {
-    "cuda": "CUDA events on the GPU; L2 flushed by reading before each call; launches enqueued ahead of a spinning GPU; variants take turns; medians; random data",
+    "cuda": "CUDA events; L2 flushed by reading before each call; launches enqueued ahead of a spinning GPU; variants take turns; "
+    "medians; random data",
     "cpu": "wall time of each call; variants take turns; medians; random data",
 }
 
@@ -76,12 +77,22 @@ def floor_us(case: Case, limits: dict[str, float]) -> float:
 class Context:
     """What a suite gets: device, peers asked for, the timer, and `measure`, which checks, times, prints and keeps a case."""
 
-    def __init__(self, device: str, wanted: Sequence[str] = (), glob: str = "*", quick: bool = False, out: Path | None = None, command: str = "") -> None:
+    def __init__(
+        self,
+        device: str,
+        wanted: Sequence[str] = (),
+        glob: str = "*",
+        quick: bool = False,
+        out: Path | None = None,
+        command: str = "",
+        suites: Sequence[str] = (),
+    ) -> None:
         self.device, self.wanted, self.glob, self.quick, self.out = device, tuple(wanted), glob, quick, out
         self.timer: CpuTimer | CudaTimer = CudaTimer(quick) if device == "cuda" else CpuTimer(quick)
         self.limits: dict[str, float] = {}
         self.suites: dict[str, dict[str, Any]] = {}
         self._suite = ""
+        self._planned = tuple(suites)
         self._started = datetime.datetime.now(datetime.timezone.utc)
         self._command = command
 
@@ -90,7 +101,9 @@ class Context:
         self._suite = suite
         self.limits = measure_limits(self.timer, self.quick)
         self.suites[suite] = {"limits": self.limits, "cases": []}
-        print(f"\n{suite}: copy {self.limits['copy_tb_s']:.3g} TB/s, matmul {self.limits['matmul_tflop_s']:.4g} TFLOP/s, {machine.describe().get('gpu') or machine.describe()['cpu']}")
+        where = machine.describe()["gpu" if self.device == "cuda" else "cpu"]
+        limits = f"copy {self.limits['copy_tb_s']:.3g} TB/s, matmul {self.limits['matmul_tflop_s']:.4g} TFLOP/s"
+        print(f"\n{suite}: {limits}, {where}")
         print(header())
 
     def selected(self, case: Case) -> bool:
@@ -126,14 +139,18 @@ class Context:
                     error = (case.compare or relative_error)(reference, output)
                     entry["relative_error"] = error if math.isfinite(error) else None
                     if not error <= case.tolerance:
-                        entry["status"] = f"differs: relative error {error:.2e} against {OURS}, allowed {case.tolerance:.0e}; not timed"
+                        entry["status"] = (
+                            f"differs: relative error {error:.2e} against {OURS}, allowed {case.tolerance:.0e}; not timed"
+                        )
                         continue
                 entry["status"] = "ok"
                 ready.append((entry, run))
             except peers.Missing as problem:
                 entry["status"] = f"missing: {problem}"
             except Exception as problem:  # one variant's failure must not end the run; the record names it
-                entry["status"] = f"error: {type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
+                entry["status"] = (
+                    f"error: {type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
+                )
                 if os.environ.get("PYINFER_BENCH_DEBUG"):
                     traceback.print_exc()
         for peer in self.wanted:
@@ -169,7 +186,14 @@ class Context:
         for r in results:
             if not r["status"].startswith("missing"):  # those are listed once, at the end of the run
                 print(line(case, r), flush=True)
-        record = {"op": case.op, "spec": case.spec, "flops": case.flops, "bytes": case.bytes, **({"info": case.info} if case.info else {}), "results": results}
+        record = {
+            "op": case.op,
+            "spec": case.spec,
+            "flops": case.flops,
+            "bytes": case.bytes,
+            **({"info": case.info} if case.info else {}),
+            "results": results,
+        }
         self.suites[self._suite]["cases"].append(record)
         if self.out is not None:
             self.write()
@@ -200,7 +224,7 @@ class Context:
         path = self.out
         if path.suffix != ".json":
             name = machine.short_gpu_name() if self.device == "cuda" else "cpu"
-            path = path / f"{name}_{self._started:%Y-%m-%d}_{'-'.join(self.suites)}.json"
+            path = path / f"{name}_{self._started:%Y-%m-%d}_{'-'.join(self._planned or self.suites)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -214,7 +238,9 @@ class Context:
             for case in content["cases"]:
                 for r in case["results"]:
                     if r["status"] != "ok":
-                        found.setdefault(f"{r['name']}: {r['status']}", []).append(f"{suite}: {case['op']} {case['spec']}")
+                        found.setdefault(f"{r['name']}: {r['status']}", []).append(
+                            f"{suite}: {case['op']} {case['spec']}"
+                        )
         return found
 
 
@@ -227,7 +253,13 @@ _WIDTHS = (62, 10, 8, 7, 6)
 
 def header() -> str:
     """The columns of `line`."""
-    return " | ".join(f"{text:<{w}}" if i == 0 else f"{text:>{w}}" for i, (text, w) in enumerate(zip(("op spec", "µs", "TFLOP/s", "TB/s", "% lim"), _WIDTHS, strict=True))) + " | × peer"
+    return (
+        " | ".join(
+            f"{text:<{w}}" if i == 0 else f"{text:>{w}}"
+            for i, (text, w) in enumerate(zip(("op spec", "µs", "TFLOP/s", "TB/s", "% lim"), _WIDTHS, strict=True))
+        )
+        + " | × peer"
+    )
 
 
 def line(case: Case, result: dict[str, Any]) -> str:
@@ -244,7 +276,11 @@ def line(case: Case, result: dict[str, Any]) -> str:
     last = "–" if ratio is None else f"{ratio:.2f}" + (f" {result['best_peer']}" if "best_peer" in result else "")
     late = f"  ({result['late']} late)" if result.get("late", 0) > result["samples"] else ""
     columns = (number("us", 1), number("tflop_s", 1), number("tb_s", 2), number("percent_of_limit", 0))
-    return f"{name:<{_WIDTHS[0]}} | " + " | ".join(f"{text:>{w}}" for text, w in zip(columns, _WIDTHS[1:], strict=True)) + f" | {last}{late}"
+    return (
+        f"{name:<{_WIDTHS[0]}} | "
+        + " | ".join(f"{text:>{w}}" for text, w in zip(columns, _WIDTHS[1:], strict=True))
+        + f" | {last}{late}"
+    )
 
 
 def fail_early(text: str) -> None:

@@ -50,7 +50,9 @@ class Attention:
         if self.page_size:
             pages = [-(-n // self.page_size) for n in self.kv_lens]
             self.kv_indptr = indptr(pages)
-            self.last_page_len = torch.tensor([n - (p - 1) * self.page_size for n, p in zip(self.kv_lens, pages, strict=True)], dtype=torch.int32)
+            self.last_page_len = torch.tensor(
+                [n - (p - 1) * self.page_size for n, p in zip(self.kv_lens, pages, strict=True)], dtype=torch.int32
+            )
             self.kv_indices = torch.randperm(sum(pages), dtype=torch.int32).to(self.device)
             shape = (sum(pages), self.page_size, heads, dim)
         else:
@@ -88,13 +90,15 @@ class Attention:
 
     def dense_kv(self, expand_heads: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, heads, kv, D] gathered from the pages or the ragged tensor; all requests must be of one length."""
-        import torch
-
         batch, length = len(self.kv_lens), self.kv_lens[0]
         assert all(n == length for n in self.kv_lens), "dense_kv: requests of one length only"
 
         def dense(x: torch.Tensor) -> torch.Tensor:
-            rows = x[self.kv_indices.long()].reshape(batch, -1, *x.shape[-2:])[:, :length] if self.page_size else x.view(batch, length, *x.shape[-2:])
+            rows = (
+                x[self.kv_indices.long()].reshape(batch, -1, *x.shape[-2:])[:, :length]
+                if self.page_size
+                else x.view(batch, length, *x.shape[-2:])
+            )
             rows = rows.transpose(1, 2)
             return rows.repeat_interleave(self.num_qo_heads // self.num_kv_heads, 1) if expand_heads else rows
 

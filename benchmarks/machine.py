@@ -65,10 +65,21 @@ def describe() -> dict[str, Any]:
     """CPU, cores, memory, system; GPU, its driver and memory if there is one (never a serial number or a host name)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     result: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
-    line = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit", "--format=csv,noheader,nounits", "--id=0")
+    line = _output(
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit",
+        "--format=csv,noheader,nounits",
+        "--id=0",
+    )
     if line:
         name, driver, memory, clock, power = (part.strip() for part in line.split(",")[:5])
-        result |= {"gpu": name, "driver": driver, "gpu_memory_mib": memory, "gpu_max_sm_mhz": clock, "gpu_power_limit_w": power}
+        result |= {
+            "gpu": name,
+            "driver": driver,
+            "gpu_memory_mib": memory,
+            "gpu_max_sm_mhz": clock,
+            "gpu_power_limit_w": power,
+        }
     return result
 
 
@@ -114,4 +125,8 @@ def short_gpu_name() -> str:
 if __name__ == "__main__":
     import json
 
-    json.dump({"commit": commit(), "sources_sha256": sources_digest(), "machine": describe(), "versions": versions()}, sys.stdout, indent=1)
+    json.dump(
+        {"commit": commit(), "sources_sha256": sources_digest(), "machine": describe(), "versions": versions()},
+        sys.stdout,
+        indent=1,
+    )

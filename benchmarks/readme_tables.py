@@ -1,8 +1,9 @@
 """README's benchmark tables from benchmarks/results/*.json.
 
-Between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` in README.md stands what `TABLES[NAME]` makes of the newest full result that holds its suite: the rows of
-SHOWN, to keep README short. `python -m benchmarks.readme_tables` rewrites the blocks, `--check` only says (exit status 1) whether one is out of date, `--all` prints
-every table with every row.
+Between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` in README.md stands what `TABLES[NAME]` makes of the newest
+full result that holds its suite: the rows of SHOWN, to keep README short. `python -m benchmarks.readme_tables`
+rewrites the blocks, `--check` only says (exit status 1) whether one is out of date, `--all` prints every table with
+every row.
 """
 
 from __future__ import annotations
@@ -24,9 +25,27 @@ NOT_MEASURED = "*Not measured yet.*\n"
 # suite → patterns of the 'op spec' that README shows; a suite that is not here shows everything
 SHOWN: dict[str, tuple[str, ...]] = {
     "decode": ("decode 32/8 *",),
-    "memory_bound": ("*norm* 1×4096*", "*norm* 4096×4096*", "silu* 1×4096*", "silu* 4096×4096*", "silu* 16384×*", "rmsnorm 16384×*", "apply_rope_* 4096 *", "append_* 4096 *"),
+    "memory_bound": (
+        "*norm* 1×4096*",
+        "*norm* 4096×4096*",
+        "silu* 1×4096*",
+        "silu* 4096×4096*",
+        "silu* 16384×*",
+        "rmsnorm 16384×*",
+        "apply_rope_* 4096 *",
+        "append_* 4096 *",
+    ),
     "sampling": ("* b1 *", "* b64 *"),
-    "host_cost": ("host plan decode*", "host plan prefill*", "host run decode b64*", "host run prefill*", "host rmsnorm", "host silu_and_mul", "host top_p*", "host append*"),
+    "host_cost": (
+        "host plan decode*",
+        "host plan prefill*",
+        "host run decode b64*",
+        "host run prefill*",
+        "host rmsnorm",
+        "host silu_and_mul",
+        "host top_p*",
+        "host append*",
+    ),
     "cold_start": ("cold import", "cold rmsnorm*", "cold *Wrapper*", "cold top_p*", "cold silu*"),
 }
 
@@ -54,7 +73,11 @@ def newest(documents: list[dict[str, Any]], suite: str, device: str) -> dict[str
 def cases_of(document: dict[str, Any], suite: str) -> list[dict[str, Any]]:
     """The cases with a result of ours that the table shows."""
     patterns = ("*",) if document.get("all") else SHOWN.get(suite, ("*",))
-    return [c for c in document["suites"][suite]["cases"] if _ours(c) and any(fnmatch.fnmatchcase(f"{c['op']} {c['spec']}", p) for p in patterns)]
+    return [
+        c
+        for c in document["suites"][suite]["cases"]
+        if _ours(c) and any(fnmatch.fnmatchcase(f"{c['op']} {c['spec']}", p) for p in patterns)
+    ]
 
 
 def _ours(case: dict[str, Any]) -> dict[str, Any] | None:
@@ -84,10 +107,24 @@ def source(document: dict[str, Any], suite: str) -> str:
     """The line under a table: machine, date, limits of that run, file."""
     machine, limits, versions = document["machine"], document["suites"][suite]["limits"], document["versions"]
     gpu = document["device"] == "cuda"
-    where = f"{machine['gpu']}, driver {machine['driver']}, NVRTC {versions.get('NVRTC', '?')}" if gpu else f"{machine['cpu']}, {machine['cores']} cores"
-    peers = ", ".join(f"{name} {version}" for name, version in document["peers"].items() if not version.startswith("missing"))
-    speed = f"copy {limits['copy_tb_s']:.2f} TB/s, matmul {limits['matmul_tflop_s']:.0f} TFLOP/s" if gpu else f"matmul {limits['matmul_tflop_s'] * 1e3:.0f} GFLOP/s"
-    return f"\n{where}, torch {versions.get('torch', '?')}; {speed} in the same run{'; peers: ' + peers if peers else ''}. {document['date'][:10]}, [{document['file']}](benchmarks/results/{document['file']}).\n"
+    where = (
+        f"{machine['gpu']}, driver {machine['driver']}, NVRTC {versions.get('NVRTC', '?')}"
+        if gpu
+        else f"{machine['cpu']}, {machine['cores']} cores"
+    )
+    peers = ", ".join(
+        f"{name} {version}" for name, version in document["peers"].items() if not version.startswith("missing")
+    )
+    speed = (
+        f"copy {limits['copy_tb_s']:.2f} TB/s, matmul {limits['matmul_tflop_s']:.0f} TFLOP/s"
+        if gpu
+        else f"matmul {limits['matmul_tflop_s'] * 1e3:.0f} GFLOP/s"
+    )
+    link = f"[{document['file']}](benchmarks/results/{document['file']})"
+    return (
+        f"\n{where}, torch {versions.get('torch', '?')}; {speed} in the same run{'; peers: ' + peers if peers else ''}. "
+        f"{document['date'][:10]}, {link}.\n"
+    )
 
 
 def _attention(document: dict[str, Any], suite: str, unit: str, digits: int, peers: list[tuple[str, str]]) -> str:
@@ -102,9 +139,15 @@ def _attention(document: dict[str, Any], suite: str, unit: str, digits: int, pee
         row = [case["spec"], _us(ours["us"]), f"{ours[key]:.{digits}f}", f"{ours['percent_of_limit']:.0f} %"]
         for peer, _ in present:
             best = _best(case, peer)
-            row.append(f"{best['us'] / ours['us']:.2f}× ({_us(best['us'])} µs{', ' + best['name'].partition(' ')[2] if ' ' in best['name'] else ''})" if best else "–")
+            row.append(
+                f"{best['us'] / ours['us']:.2f}× ({_us(best['us'])} µs{', ' + best['name'].partition(' ')[2] if ' ' in best['name'] else ''})"
+                if best
+                else "–"
+            )
         rows.append(row)
-    return _table(["case", "µs", unit, "of the limit", *[f"speed over {title}" for _, title in present]], rows) + source(document, suite)
+    return _table(
+        ["case", "µs", unit, "of the limit", *[f"speed over {title}" for _, title in present]], rows
+    ) + source(document, suite)
 
 
 def decode(document: dict[str, Any]) -> str:
@@ -114,21 +157,46 @@ def decode(document: dict[str, Any]) -> str:
 
 def prefill(document: dict[str, Any]) -> str:
     """Prefill: TFLOP/s."""
-    return _attention(document, "prefill", "TFLOP/s", 0, [("flashinfer", "FlashInfer"), ("fa3", "FlashAttention-3"), ("torch", "torch SDPA")])
+    return _attention(
+        document,
+        "prefill",
+        "TFLOP/s",
+        0,
+        [("flashinfer", "FlashInfer"), ("fa3", "FlashAttention-3"), ("torch", "torch SDPA")],
+    )
 
 
 def _by_operator(document: dict[str, Any], suite: str) -> str:
     """µs per size, ours over FlashInfer and torch."""
     cases = cases_of(document, suite)
-    peers = [p for p in (("flashinfer", "FlashInfer"), ("torch", "torch"), ("torch-compile", "torch.compile"), ("triton", "Triton")) if any(_best(c, p[0]) for c in cases)]
+    peers = [
+        p
+        for p in (
+            ("flashinfer", "FlashInfer"),
+            ("torch", "torch"),
+            ("torch-compile", "torch.compile"),
+            ("triton", "Triton"),
+        )
+        if any(_best(c, p[0]) for c in cases)
+    ]
     rows = []
     for case in cases:
         ours = _ours(case)
         assert ours is not None
         bests = [_best(case, peer) for peer, _ in peers]
         ratios = [f"{best['us'] / ours['us']:.2f}×" if best else "–" for best in bests]
-        rows.append([f"`{case['op']}` {case['spec']}", _us(ours["us"]), f"{ours['tb_s']:.2f}", f"{ours['percent_of_limit']:.0f} %", *ratios])
-    return _table(["operator", "µs", "TB/s", "of the copy", *[f"speed over {title}" for _, title in peers]], rows) + source(document, suite)
+        rows.append(
+            [
+                f"`{case['op']}` {case['spec']}",
+                _us(ours["us"]),
+                f"{ours['tb_s']:.2f}",
+                f"{ours['percent_of_limit']:.0f} %",
+                *ratios,
+            ]
+        )
+    return _table(
+        ["operator", "µs", "TB/s", "of the copy", *[f"speed over {title}" for _, title in peers]], rows
+    ) + source(document, suite)
 
 
 def cold_start(document: dict[str, Any]) -> str:
@@ -148,12 +216,26 @@ def cold_start(document: dict[str, Any]) -> str:
     with_peer = any(key.startswith("flashinfer") for row in found.values() for key in row)
     rows = []
     for name, row in found.items():
-        first, disk = (row.get("pyinfer", "–"), "") if name == "import" else (row.get("pyinfer empty cache", "–"), row.get("pyinfer disk cache", "–"))
+        first, disk = (
+            (row.get("pyinfer", "–"), "")
+            if name == "import"
+            else (row.get("pyinfer empty cache", "–"), row.get("pyinfer disk cache", "–"))
+        )
         theirs = [row.get("flashinfer empty cache", row.get("flashinfer", "–"))] if with_peer else []
         rows.append([f"`{name}`", first, disk, *theirs])
     operators = sum(c["spec"].endswith(", empty cache") for c in document["suites"]["cold_start"]["cases"])
-    rows.append([f"the slowest of {operators} operators", _seconds(slowest["empty cache"]), _seconds(slowest["disk cache"]), *(["–"] if with_peer else [])])
-    return _table(["first call of", "empty cache", "from the disk cache", *(["FlashInfer, empty cache"] if with_peer else [])], rows) + source(document, "cold_start")
+    rows.append(
+        [
+            f"the slowest of {operators} operators",
+            _seconds(slowest["empty cache"]),
+            _seconds(slowest["disk cache"]),
+            *(["–"] if with_peer else []),
+        ]
+    )
+    return _table(
+        ["first call of", "empty cache", "from the disk cache", *(["FlashInfer, empty cache"] if with_peer else [])],
+        rows,
+    ) + source(document, "cold_start")
 
 
 def host_cost(document: dict[str, Any]) -> str:
@@ -162,8 +244,17 @@ def host_cost(document: dict[str, Any]) -> str:
     for case in cases_of(document, "host_cost"):
         ours, theirs = _ours(case), _best(case, "flashinfer")
         if ours:
-            rows.append([case["spec"], _us(ours["us"]), _us(theirs["us"]) if theirs else "–", f"{ours['us'] / theirs['us']:.2f}" if theirs else "–"])
-    return _table(["call", "pyinfer, µs", "FlashInfer's best, µs", "ours / theirs"], rows) + source(document, "host_cost")
+            rows.append(
+                [
+                    case["spec"],
+                    _us(ours["us"]),
+                    _us(theirs["us"]) if theirs else "–",
+                    f"{ours['us'] / theirs['us']:.2f}" if theirs else "–",
+                ]
+            )
+    return _table(["call", "pyinfer, µs", "FlashInfer's best, µs", "ours / theirs"], rows) + source(
+        document, "host_cost"
+    )
 
 
 def cpu_attention(document: dict[str, Any]) -> str:
@@ -172,14 +263,26 @@ def cpu_attention(document: dict[str, Any]) -> str:
     for case in document["suites"]["cpu_attention"]["cases"]:
         ours, theirs = _ours(case), _best(case, "torch")
         if ours:
-            rows.append([case["spec"], f"{ours['us'] / 1e3:.1f}", f"{theirs['us'] / 1e3:.1f}" if theirs else "–", f"{theirs['us'] / ours['us']:.2f}×" if theirs else "–"])
-    return _table(["case", "pyinfer, ms", "torch's best, ms", "speed over torch"], rows) + source(document, "cpu_attention")
+            rows.append(
+                [
+                    case["spec"],
+                    f"{ours['us'] / 1e3:.1f}",
+                    f"{theirs['us'] / 1e3:.1f}" if theirs else "–",
+                    f"{theirs['us'] / ours['us']:.2f}×" if theirs else "–",
+                ]
+            )
+    return _table(["case", "pyinfer, ms", "torch's best, ms", "speed over torch"], rows) + source(
+        document, "cpu_attention"
+    )
 
 
 def llm(document: dict[str, Any]) -> str:
     """Tokens per second of the example."""
     cases = cases_of(document, "llm")
-    rows = [[case["spec"], f"{case['info']['prefill_tokens_s']:,.0f}", f"{case['info']['decode_tokens_s']:,.0f}"] for case in cases]
+    rows = [
+        [case["spec"], f"{case['info']['prefill_tokens_s']:,.0f}", f"{case['info']['decode_tokens_s']:,.0f}"]
+        for case in cases
+    ]
     return _table(["examples/llm", "prefill, tokens/s", "decode, tokens/s"], rows) + source(document, "llm")
 
 
@@ -215,13 +318,17 @@ def render(readme: str, documents: list[dict[str, Any]]) -> str:
         return match[1] + (make(document) if document else NOT_MEASURED) + match[4]
 
     if len(re.findall(r"<!-- /?bench:", readme)) != 2 * len(_BLOCK.findall(readme)):
-        raise ValueError("README.md: a bench marker without its partner: '<!-- bench:NAME -->' on a line of its own, and '<!-- /bench:NAME -->'")
+        raise ValueError(
+            "README.md: a bench marker without its partner: '<!-- bench:NAME -->' on a line of its own, and '<!-- /bench:NAME -->'"
+        )
     return _BLOCK.sub(block, readme)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Rewrite README, or check it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_tables", description="README's benchmark tables from benchmarks/results.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.readme_tables", description="README's benchmark tables from benchmarks/results."
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if README is out of date")
     parser.add_argument("--all", action="store_true", help="print every table with every row, change nothing")
     parser.add_argument("--readme", type=Path, default=README)
@@ -239,7 +346,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{arguments.readme.name}: {len(_BLOCK.findall(before))} tables, up to date")
         return 0
     if arguments.check:
-        print(f"{arguments.readme.name}: tables are out of date; run python -m benchmarks.readme_tables", file=sys.stderr)
+        print(
+            f"{arguments.readme.name}: tables are out of date; run python -m benchmarks.readme_tables", file=sys.stderr
+        )
         return 1
     arguments.readme.write_text(after, encoding="utf-8")
     print(f"{arguments.readme.name}: tables written")

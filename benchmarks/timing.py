@@ -1,8 +1,10 @@
 """The one way a call is timed.
 
-On a GPU a sample is: [spin] [read a buffer four times the size of L2] [event] [the call] [event], all enqueued before the spin ends. So the caches are cold and hold
-no dirty lines (a flush by writing would charge the next kernel with the write-back), and the CPU's launch time never shows: a sample whose first event had already
-passed when the CPU had enqueued the last one is thrown away, and the spin made longer. Variants take turns, sample by sample, in rotating order; the median counts.
+On a GPU a sample is: [spin] [read a buffer four times the size of L2] [event] [the call] [event], all enqueued before
+the spin ends. So the caches are cold and hold no dirty lines (a flush by writing would charge the next kernel with
+the write-back), and the CPU's launch time never shows: a sample whose first event had already passed when the CPU had
+enqueued the last one is thrown away, and the spin made longer. Variants take turns, sample by sample, in rotating
+order; the median counts.
 
 On a CPU a sample is the wall time of one call, variants taking turns likewise.
 """
@@ -150,7 +152,9 @@ class CudaTimer:
                     if was_late:
                         late[i] += 1
                         spins[i] *= 1.5
-                    if not was_late or late[i] > self.max_samples // 2:  # a call that waits for the GPU itself is always late: keep what there is, `late` tells
+                    if (
+                        not was_late or late[i] > self.max_samples // 2
+                    ):  # a call that waits for the GPU itself is always late: keep what there is, `late` tells
                         times[i].append(begin.elapsed_time(end) * 1e3)
         return [Samples.of(t, n) for t, n in zip(times, late, strict=True)]
 

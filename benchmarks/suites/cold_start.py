@@ -1,8 +1,11 @@
-"""The first call of each operator in a fresh process: with an empty kernel cache, and again from the disk cache the first run left.
+"""The first call of each operator in a fresh process: with an empty kernel cache, and again from the disk cache the
+first run left.
 
-What a first call includes: importing the operator's modules, rendering, NVRTC, writing and loading the kernel, planning where there is a plan, running, and waiting for
-the result. Not included, because every GPU program pays it anyway: importing torch, NumPy and CuPy, creating the CUDA context, making the inputs, `import pyinfer` (a case
-of its own). FlashInfer's figures are those of tools/gpu/warm_flashinfer.sh in this session (its modules built side by side), its import excluded likewise.
+What a first call includes: importing the operator's modules, rendering, NVRTC, writing and loading the kernel,
+planning where there is a plan, running, and waiting for the result. Not included, because every GPU program pays it
+anyway: importing torch, NumPy and CuPy, creating the CUDA context, making the inputs, `import pyinfer` (a case of its
+own). FlashInfer's figures are those of tools/gpu/warm_flashinfer.sh in this session (its modules built side by side),
+its import excluded likewise.
 
 `python -m benchmarks.suites.cold_start OPERATOR cuda|cpu` is one such process; it prints one line of JSON.
 """
@@ -31,7 +34,16 @@ REPEATS = 3  # processes that read the disk cache; the median counts
 
 def _attention(device: str, page: int, qo: int) -> Attention:
     small = device == "cpu"
-    return Attention([qo] * 2, [64] * 2, *((4, 2) if small else (32, 8)), 64 if small else 128, page, qo > 1, "float32" if small else "bfloat16", device)
+    return Attention(
+        [qo] * 2,
+        [64] * 2,
+        *((4, 2) if small else (32, 8)),
+        64 if small else 128,
+        page,
+        qo > 1,
+        "float32" if small else "bfloat16",
+        device,
+    )
 
 
 def _norm(device: str) -> Callable[[Any], Any]:
@@ -53,7 +65,11 @@ def _rope(cached: bool) -> Callable[[str], Callable[[Any], Any]]:
     def make(device: str) -> Callable[[Any], Any]:
         import torch
 
-        q, k, where = randn((4, 8, 64), "float16", device), randn((4, 2, 64), "float16", device), torch.arange(4, dtype=torch.int32, device=device)
+        q, k, where = (
+            randn((4, 8, 64), "float16", device),
+            randn((4, 2, 64), "float16", device),
+            torch.arange(4, dtype=torch.int32, device=device),
+        )
         table = torch.rand((64, 64), device=device)
         if cached:
             return lambda m: m.apply_rope_with_cos_sin_cache_inplace(where, q.view(4, -1), k.view(4, -1), 64, table)
@@ -67,7 +83,9 @@ def _append(device: str) -> Callable[[Any], Any]:
 
     a = _attention(device, 16, 4)
     key = randn((8, a.num_kv_heads, a.head_dim), a.dtype, device)
-    indptr, lengths, kv_indptr, last = (x.to(device) for x in (a.qo_indptr, torch.tensor(a.kv_lens, dtype=torch.int32), a.kv_indptr, a.last_page_len))
+    indptr, lengths, kv_indptr, last = (
+        x.to(device) for x in (a.qo_indptr, torch.tensor(a.kv_lens, dtype=torch.int32), a.kv_indptr, a.last_page_len)
+    )
 
     def call(m: Any) -> None:
         where = m.get_batch_indices_positions(indptr, lengths, 8)
@@ -80,7 +98,11 @@ def _single(qo: int) -> Callable[[str], Callable[[Any], Any]]:
     def make(device: str) -> Callable[[Any], Any]:
         a = _attention(device, 0, qo)
         q, k, v = a.q[:qo], a.k[:64], a.v[:64]
-        return (lambda m: m.single_decode_with_kv_cache(q[0], k, v)) if qo == 1 else (lambda m: m.single_prefill_with_kv_cache(q, k, v, causal=True))
+        return (
+            (lambda m: m.single_decode_with_kv_cache(q[0], k, v))
+            if qo == 1
+            else (lambda m: m.single_prefill_with_kv_cache(q, k, v, causal=True))
+        )
 
     return make
 
@@ -90,7 +112,9 @@ def _batch(call: Callable[[Any, Attention], Any], page: int, qo: int) -> Callabl
 
     def make(device: str) -> Callable[[Any], Any]:
         a = _attention(device, page, qo)
-        calls.workspace(device)
+        import pyinfer
+
+        calls.workspace(pyinfer, device)  # the caller's, made beforehand
         return lambda m: call(m, a)()
 
     return make
@@ -134,18 +158,22 @@ OPERATORS: dict[str, tuple[Callable[[str], Callable[[Any], Any]], str]] = {
 
 
 def run(ctx: Context) -> None:
-    """Import time, then every operator from both caches. On a GPU four processes at a time, or the machine would be held for minutes."""
+    """Import time, then every operator from both caches. On a GPU six processes at a time, or the machine would be held for minutes."""
     _import_time(ctx)
     wanted = [name for name in OPERATORS if ctx.selected(Case("cold", name))]
     if ctx.quick:
         wanted = wanted[:1]
-    with ThreadPoolExecutor(4 if ctx.device == "cuda" else 1) as pool:
+    with ThreadPoolExecutor(6 if ctx.device == "cuda" else 1) as pool:
         measured = dict(zip(wanted, pool.map(lambda name: _measure(ctx, name), wanted), strict=True))
     built = peers.build_times() if "flashinfer" in ctx.wanted else {}
     for name in wanted:
         cold, warm, problem = measured[name]
         module = OPERATORS[name][1]
-        info = {"kernels_compiled": cold.get("kernels", []), "compile_seconds": cold.get("compile_seconds"), "second_call_us": cold.get("second_us")}
+        info = {
+            "kernels_compiled": cold.get("kernels", []),
+            "compile_seconds": cold.get("compile_seconds"),
+            "second_call_us": cold.get("second_us"),
+        }
         for label, times in (("empty cache", [cold["first_us"]] if cold else []), ("disk cache", warm)):
             entry: dict[str, Any] = {"name": "pyinfer", "status": problem or "ok"}
             if times:
@@ -154,9 +182,20 @@ def run(ctx: Context) -> None:
             if "flashinfer" in ctx.wanted and label == "empty cache":
                 if module in built:
                     seconds = built[module]["seconds"]
-                    results.append({"name": "flashinfer", "status": "ok", **ctx.figures(Case("cold", name), Samples.of([seconds * 1e6]))})
+                    results.append(
+                        {
+                            "name": "flashinfer",
+                            "status": "ok",
+                            **ctx.figures(Case("cold", name), Samples.of([seconds * 1e6])),
+                        }
+                    )
                 else:
-                    results.append({"name": "flashinfer", "status": f"missing: its module {module or 'for this'} was not built in this session"})
+                    results.append(
+                        {
+                            "name": "flashinfer",
+                            "status": f"missing: its module {module or 'for this'} was not built in this session",
+                        }
+                    )
             ctx.keep(Case("cold", f"{name}, {label}", info=info if label == "empty cache" else {}), results)
 
 
@@ -166,10 +205,16 @@ def _import_time(ctx: Context) -> None:
     if not ctx.selected(case):
         return
     times = {"pyinfer": [_child("import", ctx.device, {})["first_us"] for _ in range(1 if ctx.quick else 5)]}
-    results: list[dict[str, Any]] = [{"name": "pyinfer", "status": "ok", **ctx.figures(case, Samples.of(times["pyinfer"]))}]
+    results: list[dict[str, Any]] = [
+        {"name": "pyinfer", "status": "ok", **ctx.figures(case, Samples.of(times["pyinfer"]))}
+    ]
     if "flashinfer" in ctx.wanted:
         seconds = [record["import_seconds"] for record in peers.build_times().values()]
-        entry: dict[str, Any] = {"name": "flashinfer", "status": "ok", **ctx.figures(case, Samples.of([s * 1e6 for s in seconds]))} if seconds else {"name": "flashinfer", "status": "missing: no module of it was built in this session"}
+        entry: dict[str, Any] = (
+            {"name": "flashinfer", "status": "ok", **ctx.figures(case, Samples.of([s * 1e6 for s in seconds]))}
+            if seconds
+            else {"name": "flashinfer", "status": "missing: no module of it was built in this session"}
+        )
         results.append(entry)
     ctx.keep(case, results)
 
@@ -180,14 +225,20 @@ def _measure(ctx: Context, name: str) -> tuple[dict[str, Any], list[float], str]
         environment = {"PYINFER_WORKSPACE_BASE": folder, "NUMBA_CACHE_DIR": str(Path(folder) / "numba")}
         try:
             cold = _child(name, ctx.device, environment)
-            return cold, [_child(name, ctx.device, environment)["first_us"] for _ in range(1 if ctx.quick else REPEATS)], ""
+            return (
+                cold,
+                [_child(name, ctx.device, environment)["first_us"] for _ in range(1 if ctx.quick else REPEATS)],
+                "",
+            )
         except RuntimeError as error:
             return {}, [], f"error: {error}"
 
 
 def _child(name: str, device: str, environment: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.suites.cold_start", name, device]
-    done = subprocess.run(command, cwd=machine.ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=machine.ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1][:200])
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -197,7 +248,7 @@ def child(name: str, device: str) -> dict[str, Any]:
     """One process: prepare what is not counted, time the first call and the second."""
     if name == "import":
         begin = time.perf_counter()
-        import pyinfer  # noqa: F401
+        import pyinfer
 
         return {"first_us": (time.perf_counter() - begin) * 1e6}
     import torch

@@ -1,7 +1,8 @@
 """The CPU backend against torch's scaled_dot_product_attention, two threads each, float32, 32/8 heads, head_dim 128.
 
-torch reads no pages, so its time of paged decode counts the gather that it needs. It is called in each of three ways, the best one counts: grouped heads by
-enable_gqa, KV heads repeated, and the group folded into the query axis (decode only, where no mask is needed).
+torch reads no pages, so its time of paged decode counts the gather that it needs. It is called in each of three ways,
+the best one counts: grouped heads by enable_gqa, KV heads repeated, and the group folded into the query axis (decode
+only, where no mask is needed).
 """
 
 from __future__ import annotations
@@ -72,7 +73,12 @@ def _decode(ctx: Context, a: Attention) -> None:
     spec = f"paged decode {a.num_qo_heads}/{a.num_kv_heads} b{batch} L{a.kv_lens[0]} page 16 float32, {THREADS} threads"
     ctx.measure(
         Case("cpu", spec, a.flops, a.bytes, tolerance=1e-4),
-        [("pyinfer", lambda: _ours(calls.decode, a)), ("torch enable_gqa", lambda: by_gqa), ("torch repeated heads", lambda: by_repeating), ("torch folded group", lambda: by_folding)],
+        [
+            ("pyinfer", lambda: _ours(calls.decode, a)),
+            ("torch enable_gqa", lambda: by_gqa),
+            ("torch repeated heads", lambda: by_repeating),
+            ("torch folded group", lambda: by_folding),
+        ],
     )
 
 
@@ -93,5 +99,9 @@ def _prefill(ctx: Context, a: Attention) -> None:
     spec = f"prefill {a.num_qo_heads}/{a.num_kv_heads} {a.qo_lens[0]} causal float32, {THREADS} threads"
     ctx.measure(
         Case("cpu", spec, a.flops, a.bytes, tolerance=1e-4),
-        [("pyinfer", lambda: _ours(calls.prefill, a)), ("torch enable_gqa", lambda: in_our_layout(by_gqa)), ("torch repeated heads", lambda: in_our_layout(by_repeating))],
+        [
+            ("pyinfer", lambda: _ours(calls.prefill, a)),
+            ("torch enable_gqa", lambda: in_our_layout(by_gqa)),
+            ("torch repeated heads", lambda: in_our_layout(by_repeating)),
+        ],
     )

@@ -32,8 +32,30 @@ def _measure(ctx: Context, spec: str, lengths: list[int], heads: tuple[int, int]
     case = Case("decode", spec)
     if not ctx.selected(case):
         return
-    a = Attention([1] * len(lengths), lengths, *heads, 32 if ctx.device == "cpu" else 128, 16, False, "float32" if ctx.device == "cpu" else "bfloat16", ctx.device)
-    case = Case("decode", spec, a.flops, a.bytes, info={"batch": len(lengths), "kv_tokens": sum(lengths), "heads": heads, "page_size": 16, "head_dim": a.head_dim, "dtype": a.dtype})
+    a = Attention(
+        [1] * len(lengths),
+        lengths,
+        *heads,
+        32 if ctx.device == "cpu" else 128,
+        16,
+        False,
+        "float32" if ctx.device == "cpu" else "bfloat16",
+        ctx.device,
+    )
+    case = Case(
+        "decode",
+        spec,
+        a.flops,
+        a.bytes,
+        info={
+            "batch": len(lengths),
+            "kv_tokens": sum(lengths),
+            "heads": heads,
+            "page_size": 16,
+            "head_dim": a.head_dim,
+            "dtype": a.dtype,
+        },
+    )
 
     def ours() -> calls.Run:
         import pyinfer
@@ -48,8 +70,14 @@ def _measure(ctx: Context, spec: str, lengths: list[int], heads: tuple[int, int]
         [
             ("pyinfer", ours),
             ("flashinfer cuda-core", lambda: calls.decode(peers.flashinfer("decode"), a, use_tensor_cores=False)),
-            ("flashinfer fa2", lambda: calls.decode(peers.flashinfer("prefill_fa2"), a, use_tensor_cores=True, backend="fa2")),
-            ("flashinfer fa3", lambda: calls.decode(peers.flashinfer("prefill_fa3"), a, use_tensor_cores=True, backend="fa3")),
+            (
+                "flashinfer fa2",
+                lambda: calls.decode(peers.flashinfer("prefill_fa2"), a, use_tensor_cores=True, backend="fa2"),
+            ),
+            (
+                "flashinfer fa3",
+                lambda: calls.decode(peers.flashinfer("prefill_fa3"), a, use_tensor_cores=True, backend="fa3"),
+            ),
             ("fa3", lambda: peers.fa3(a)),
             ("torch", gathered),
         ],

@@ -1,8 +1,9 @@
 """What a call costs the CPU: plan(), run() and the plain operators.
 
-run() and operators: the GPU is kept busy ahead of them by a spin, and few calls are in flight, so that no launch waits for a place in the queue; each call is timed
-alone, medians are given. plan(): the GPU is idle when it starts, as in BASELINES.md; `plan busy` starts it behind a spin of 3 ms, so that a plan that waits for the
-GPU shows. Nothing here has TFLOP/s or a limit; × peer is the best peer's time over ours.
+run() and operators: the GPU is kept busy ahead of them by a spin, and few calls are in flight, so that no launch
+waits for a place in the queue; each call is timed alone, medians are given. plan(): the GPU is idle when it starts,
+as in BASELINES.md; `plan busy` starts it behind a spin of 3 ms, so that a plan that waits for the GPU shows. Nothing
+here has TFLOP/s or a limit; × peer is the best peer's time over ours.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def run(ctx: Context) -> None:
     for n in (1, 2) if tiny else (1, 16, 64):
         a = batch(n, 1, 1024 // scale, 16)
         spec = f"decode b{n} L{1024 // scale}"
-        decode = {"flashinfer cuda-core": ("decode", {"use_tensor_cores": False}), "flashinfer fa2": ("prefill_fa2", {"use_tensor_cores": True, "backend": "fa2"})}
+        decode = {
+            "flashinfer cuda-core": ("decode", {"use_tensor_cores": False}),
+            "flashinfer fa2": ("prefill_fa2", {"use_tensor_cores": True, "backend": "fa2"}),
+        }
         _plans(ctx, spec, a, calls.plan_decode, decode)
         _runs(ctx, f"run {spec}", lambda m, o, a=a: calls.decode(m, a, **o), decode)
     for name, page, make in (("ragged", 0, calls.plan_ragged_prefill), ("paged", 16, calls.plan_paged_prefill)):
@@ -48,7 +52,11 @@ def run(ctx: Context) -> None:
 def _operators(ctx: Context, dtype: str, dim: int, heads: tuple[int, int]) -> None:
     import torch
 
-    x, wide, weight = randn((4, 256), dtype, ctx.device), randn((4, 512), dtype, ctx.device), randn((256,), dtype, ctx.device)
+    x, wide, weight = (
+        randn((4, 256), dtype, ctx.device),
+        randn((4, 512), dtype, ctx.device),
+        randn((256,), dtype, ctx.device),
+    )
     q, k = randn((4, heads[0], dim), dtype, ctx.device), randn((4, heads[1], dim), dtype, ctx.device)
     positions, p = torch.arange(4, dtype=torch.int32, device=ctx.device), probabilities(4, 1024, ctx.device)
     a = Attention([1] * 4, [40] * 4, heads[1], heads[1], dim, 16, True, dtype, ctx.device)
@@ -69,7 +77,9 @@ def _operators(ctx: Context, dtype: str, dim: int, heads: tuple[int, int]) -> No
         _keep(ctx, case, [("torch", lambda: _run_times(ctx, lambda: scratch.add_(x)))], needs_ours=False)
 
 
-def _variants(make: Callable[[Any, dict[str, Any]], Any], peer_options: dict[str, tuple[str, dict[str, Any]]]) -> list[tuple[str, Callable[[], Any]]]:
+def _variants(
+    make: Callable[[Any, dict[str, Any]], Any], peer_options: dict[str, tuple[str, dict[str, Any]]]
+) -> list[tuple[str, Callable[[], Any]]]:
     def ours() -> Any:
         import pyinfer
 
@@ -78,21 +88,45 @@ def _variants(make: Callable[[Any, dict[str, Any]], Any], peer_options: dict[str
     def theirs(module: str, options: dict[str, Any]) -> Any:
         return make(peers.flashinfer(module), options)
 
-    return [("pyinfer", ours)] + [(name, lambda module=module, options=options: theirs(module, options)) for name, (module, options) in peer_options.items()]
+    return [("pyinfer", ours)] + [
+        (name, lambda module=module, options=options: theirs(module, options))
+        for name, (module, options) in peer_options.items()
+    ]
 
 
-def _plans(ctx: Context, spec: str, a: Attention, make: Callable[..., Any], peer_options: dict[str, tuple[str, dict[str, Any]]]) -> None:
+def _plans(
+    ctx: Context, spec: str, a: Attention, make: Callable[..., Any], peer_options: dict[str, tuple[str, dict[str, Any]]]
+) -> None:
     made = _variants(lambda module, options: make(module, a, **options)[1], peer_options)
     for busy in (False, True) if ctx.device == "cuda" else (False,):
         case = Case("host", f"plan {'busy ' if busy else ''}{spec}")
         if ctx.selected(case):
-            _keep(ctx, case, [(name, lambda factory=factory, busy=busy: _plan_times(ctx, factory(), busy)) for name, factory in made])
+            _keep(
+                ctx,
+                case,
+                [
+                    (name, lambda factory=factory, busy=busy: _plan_times(ctx, factory(), busy))
+                    for name, factory in made
+                ],
+            )
 
 
-def _runs(ctx: Context, spec: str, make: Callable[[Any, dict[str, Any]], Any], peer_options: dict[str, tuple[str, dict[str, Any]]]) -> None:
+def _runs(
+    ctx: Context,
+    spec: str,
+    make: Callable[[Any, dict[str, Any]], Any],
+    peer_options: dict[str, tuple[str, dict[str, Any]]],
+) -> None:
     case = Case("host", spec)
     if ctx.selected(case):
-        _keep(ctx, case, [(name, lambda factory=factory: _run_times(ctx, factory())) for name, factory in _variants(make, peer_options)])
+        _keep(
+            ctx,
+            case,
+            [
+                (name, lambda factory=factory: _run_times(ctx, factory()))
+                for name, factory in _variants(make, peer_options)
+            ],
+        )
 
 
 def _plan_times(ctx: Context, plan: Callable[[], Any], busy: bool) -> Samples:
@@ -140,6 +174,8 @@ def _keep(ctx: Context, case: Case, variants: list[tuple[str, Callable[[], Sampl
         except peers.Missing as problem:
             entry["status"] = f"missing: {problem}"
         except Exception as problem:
-            entry["status"] = f"error: {type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
+            entry["status"] = (
+                f"error: {type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
+            )
         results.append(entry)
     ctx.keep(case, results)

@@ -23,22 +23,31 @@ PROMPTS = (
 def run(ctx: Context) -> None:
     """One batch of 8 requests (4 on the CPU)."""
     count, new = (2, 4) if ctx.quick else (8, 128) if ctx.device == "cuda" else (4, 48)
-    case = Case("llm", f"SmolLM2-135M {count} requests × {new} tokens {'bfloat16' if ctx.device == 'cuda' else 'float32'}")
+    case = Case(
+        "llm", f"SmolLM2-135M {count} requests × {new} tokens {'bfloat16' if ctx.device == 'cuda' else 'float32'}"
+    )
     if not ctx.selected(case):
         return
     entry: dict[str, Any] = {"name": "pyinfer"}
     info: dict[str, Any] = {}
     try:
         stats = _generate(ctx.device, count, new, ctx.timer)
-        info = {"prefill_tokens_s": stats.prefill_tokens / stats.prefill_seconds, "decode_tokens_s": stats.decode_tokens / stats.decode_seconds}
+        info = {
+            "prefill_tokens_s": stats.prefill_tokens / stats.prefill_seconds,
+            "decode_tokens_s": stats.decode_tokens / stats.decode_seconds,
+        }
         info |= {"prefill_tokens": stats.prefill_tokens, "decode_tokens": stats.decode_tokens}
         step = stats.decode_seconds * 1e6 * count / stats.decode_tokens
         entry |= {"status": "ok", **ctx.figures(case, Samples.of([step]))}
-        print(f"llm: prefill {info['prefill_tokens_s']:.0f} tokens/s, decode {info['decode_tokens_s']:.0f} tokens/s; below: µs of a decode step")
+        print(
+            f"llm: prefill {info['prefill_tokens_s']:.0f} tokens/s, decode {info['decode_tokens_s']:.0f} tokens/s; below: µs of a decode step"
+        )
     except (ImportError, FileNotFoundError) as problem:
         entry["status"] = f"missing: {problem}"
     except Exception as problem:
-        entry["status"] = f"error: {type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
+        entry["status"] = (
+            f"error: {type(problem).__name__}: {str(problem).splitlines()[0][:200] if str(problem) else ''}"
+        )
     ctx.keep(Case(case.op, case.spec, info=info), [entry])
 
 

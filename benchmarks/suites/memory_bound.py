@@ -1,4 +1,6 @@
-"""Operators that only move bytes: rmsnorm, fused_add_rmsnorm, silu_and_mul, rope, append. bf16. TB/s count what must be read plus what must be written."""
+"""Operators that only move bytes: rmsnorm, fused_add_rmsnorm, silu_and_mul, rope, append. bf16. TB/s count what must
+be read plus what must be written.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ def run(ctx: Context) -> None:
         case = Case("silu_and_mul", spec, bytes=3.0 * n)
         if ctx.selected(case):
             x = randn((rows, 2 * columns), dtype, ctx.device)
-            _measure(ctx, case, "activation", lambda m, x=x: calls.silu_and_mul(m, x), lambda style, x=x: _elementwise(style).silu_and_mul(x))
+            _measure(
+                ctx,
+                case,
+                "activation",
+                lambda m, x=x: calls.silu_and_mul(m, x),
+                lambda style, x=x: _elementwise(style).silu_and_mul(x),
+            )
     for tokens in (3, 8) if tiny else TOKENS:
         _rope(ctx, tokens, dtype, size, (4, 2, 32) if tiny else (32, 8, 128))
         _append(ctx, tokens, dtype, size, (2, 32) if tiny else (8, 128))
@@ -38,7 +46,9 @@ def _elementwise(style: str) -> Any:
     return elementwise.STYLES[style]
 
 
-def _measure(ctx: Context, case: Case, module: str, call: Callable[[Any], Any], other: Callable[[str], Any] | None = None) -> None:
+def _measure(
+    ctx: Context, case: Case, module: str, call: Callable[[Any], Any], other: Callable[[str], Any] | None = None
+) -> None:
     """Ours and FlashInfer's by the same call; torch, torch.compile and Triton where they are written."""
 
     def ours() -> Any:
@@ -57,8 +67,16 @@ def _norms(ctx: Context, spec: str, rows: int, columns: int, dtype: str, n: int)
     if not (ctx.selected(plain) or ctx.selected(fused)):
         return
     x, residual, weight = (randn(shape, dtype, ctx.device) for shape in ((rows, columns), (rows, columns), (columns,)))
-    _measure(ctx, plain, "norm", lambda m: calls.rmsnorm(m, x, weight), lambda style: _elementwise(style).rmsnorm(x, weight))
-    _measure(ctx, fused, "norm", lambda m: calls.fused_add_rmsnorm(m, x, residual, weight), lambda style: _elementwise(style).fused_add_rmsnorm(x, residual, weight))
+    _measure(
+        ctx, plain, "norm", lambda m: calls.rmsnorm(m, x, weight), lambda style: _elementwise(style).rmsnorm(x, weight)
+    )
+    _measure(
+        ctx,
+        fused,
+        "norm",
+        lambda m: calls.fused_add_rmsnorm(m, x, residual, weight),
+        lambda style: _elementwise(style).fused_add_rmsnorm(x, residual, weight),
+    )
 
 
 def _rope(ctx: Context, tokens: int, dtype: str, size: int, shape: tuple[int, int, int]) -> None:
@@ -73,7 +91,9 @@ def _rope(ctx: Context, tokens: int, dtype: str, size: int, shape: tuple[int, in
         return
     q, k = randn((tokens, q_heads, dim), dtype, ctx.device), randn((tokens, kv_heads, dim), dtype, ctx.device)
     positions = torch.randperm(max(tokens, 32768), device=ctx.device)[:tokens].to(torch.int32)
-    angles = torch.arange(max(tokens, 32768), device=ctx.device)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, device=ctx.device) / dim)
+    angles = torch.arange(max(tokens, 32768), device=ctx.device)[:, None] * 10000.0 ** (
+        -torch.arange(0, dim, 2, device=ctx.device) / dim
+    )
     table = torch.cat([angles.cos(), angles.sin()], dim=1).float().contiguous()
     _measure(ctx, by_position, "rope", lambda m: calls.rope(m, q, k, positions))
     _measure(ctx, by_cache, "rope", lambda m: calls.rope_cached(m, q, k, positions, table))
@@ -84,7 +104,11 @@ def _append(ctx: Context, tokens: int, dtype: str, size: int, shape: tuple[int, 
     import torch
 
     heads, dim = shape
-    case = Case("append_paged_kv_cache", f"{tokens} tokens {heads}×{dim} page 16 {dtype}", bytes=4.0 * tokens * heads * dim * size)
+    case = Case(
+        "append_paged_kv_cache",
+        f"{tokens} tokens {heads}×{dim} page 16 {dtype}",
+        bytes=4.0 * tokens * heads * dim * size,
+    )
     if not ctx.selected(case):
         return
     batch = min(tokens, 64)

@@ -26,9 +26,24 @@ def run(ctx: Context) -> None:
     for batch, length, causal, page in TINY if tiny else SHAPES[::3] if ctx.quick else SHAPES:
         name = f"{length // 1024}k" if length % 1024 == 0 else str(length)
         heads = (4, 2) if tiny else (32, 8)
-        spec = f"{heads[0]}/{heads[1]} b{batch} {name} {'causal' if causal else 'full'}" + (f" page {page}" if page else "")
+        spec = f"{heads[0]}/{heads[1]} b{batch} {name} {'causal' if causal else 'full'}" + (
+            f" page {page}" if page else ""
+        )
         if ctx.selected(Case("prefill", spec)):
-            _measure(ctx, spec, Attention([length] * batch, [length] * batch, *heads, 32 if tiny else 128, page, causal, "float32" if tiny else "bfloat16", ctx.device))
+            _measure(
+                ctx,
+                spec,
+                Attention(
+                    [length] * batch,
+                    [length] * batch,
+                    *heads,
+                    32 if tiny else 128,
+                    page,
+                    causal,
+                    "float32" if tiny else "bfloat16",
+                    ctx.device,
+                ),
+            )
 
 
 def _measure(ctx: Context, spec: str, a: Attention) -> None:
@@ -38,7 +53,19 @@ def _measure(ctx: Context, spec: str, a: Attention) -> None:
         return calls.prefill(pyinfer, a)
 
     ctx.measure(
-        Case("prefill", spec, a.flops, a.bytes, info={"batch": len(a.qo_lens), "length": a.qo_lens[0], "causal": a.causal, "page_size": a.page_size, "dtype": a.dtype}),
+        Case(
+            "prefill",
+            spec,
+            a.flops,
+            a.bytes,
+            info={
+                "batch": len(a.qo_lens),
+                "length": a.qo_lens[0],
+                "causal": a.causal,
+                "page_size": a.page_size,
+                "dtype": a.dtype,
+            },
+        ),
         [
             ("pyinfer", ours),
             ("flashinfer fa2", lambda: calls.prefill(peers.flashinfer("prefill_fa2"), a, backend="fa2")),

@@ -1,4 +1,6 @@
-"""Sampling over a vocabulary of 128256: draws from probabilities, softmax. Draws cannot be compared number by number: each must lie in the allowed set."""
+"""Sampling over a vocabulary of 128256: draws from probabilities, softmax. Draws cannot be compared number by number:
+each must lie in the allowed set.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +49,38 @@ def _batch(ctx: Context, batch: int, vocab: int) -> None:
     # operator, its options, the call, the limits that a draw must keep, the probabilities they refer to
     draws: list[tuple[str, str, Callable[[Any], Any], dict[str, Any], Any]] = [
         ("sampling_from_probs", "", lambda m: m.sampling_from_probs(probs), {}, probs),
-        ("top_p_sampling_from_probs", "p=0.9", lambda m: m.top_p_sampling_from_probs(probs, 0.9), {"top_p": 0.9}, probs),
+        (
+            "top_p_sampling_from_probs",
+            "p=0.9",
+            lambda m: m.top_p_sampling_from_probs(probs, 0.9),
+            {"top_p": 0.9},
+            probs,
+        ),
         ("top_k_sampling_from_probs", f"k={k}", lambda m: m.top_k_sampling_from_probs(probs, k), {"top_k": k}, probs),
-        ("top_k_top_p_sampling_from_probs", f"k={k} p=0.9", lambda m: m.top_k_top_p_sampling_from_probs(probs, k, 0.9), {"top_k": k, "top_p": 0.9}, probs),
-        ("min_p_sampling_from_probs", "p=0.1", lambda m: m.min_p_sampling_from_probs(probs, 0.1), {"min_p": 0.1}, probs),
+        (
+            "top_k_top_p_sampling_from_probs",
+            f"k={k} p=0.9",
+            lambda m: m.top_k_top_p_sampling_from_probs(probs, k, 0.9),
+            {"top_k": k, "top_p": 0.9},
+            probs,
+        ),
+        (
+            "min_p_sampling_from_probs",
+            "p=0.1",
+            lambda m: m.min_p_sampling_from_probs(probs, 0.1),
+            {"min_p": 0.1},
+            probs,
+        ),
         ("sampling_from_logits", "", lambda m: m.sampling_from_logits(raw), {}, torch.softmax(raw, -1)),
     ]
     for op, options, call, limits, base in draws:
-        case = Case(op, f"b{batch} v{vocab} {options}".strip(), bytes=4.0 * batch * vocab, tolerance=0.0, compare=_checker(base, limits))
+        case = Case(
+            op,
+            f"b{batch} v{vocab} {options}".strip(),
+            bytes=4.0 * batch * vocab,
+            tolerance=0.0,
+            compare=_checker(base, limits),
+        )
         if ctx.selected(case):
             ctx.measure(case, _variants(call, _torch_draw(probs, raw, op, k)))
     case = Case("softmax", f"b{batch} v{vocab}", bytes=8.0 * batch * vocab, tolerance=1e-4)

@@ -27,7 +27,14 @@ def read_junit(path: Path) -> dict[str, Any]:
     try:
         cases = list(ElementTree.parse(path).iter("testcase"))
     except (OSError, ElementTree.ParseError) as error:
-        return {"complete": False, "problem": f"{type(error).__name__}: {error}", "totals": {}, "files": {}, "failures": [], "skips": {}}
+        return {
+            "complete": False,
+            "problem": f"{type(error).__name__}: {error}",
+            "totals": {},
+            "files": {},
+            "failures": [],
+            "skips": {},
+        }
     files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     totals: collections.Counter[str] = collections.Counter()
     skips: collections.Counter[str] = collections.Counter()
@@ -41,7 +48,9 @@ def read_junit(path: Path) -> dict[str, Any]:
         for child in case:
             if child.tag in ("failure", "error"):
                 outcome = "failed" if child.tag == "failure" else "errors"
-                failures.append({"test": f"{file}::{case.get('name')}", "message": (child.get("message") or "").strip()[:500]})
+                failures.append(
+                    {"test": f"{file}::{case.get('name')}", "message": (child.get("message") or "").strip()[:500]}
+                )
             elif child.tag == "skipped":
                 outcome = "xfailed" if child.get("type") == "pytest.xfail" else "skipped"
                 skips[(child.get("message") or "").strip()[:200]] += 1
@@ -51,7 +60,10 @@ def read_junit(path: Path) -> dict[str, Any]:
     return {
         "complete": True,
         "totals": dict(totals),
-        "files": {name: {k: round(v, 1) if k == "seconds" else v for k, v in counts.items()} for name, counts in sorted(files.items())},
+        "files": {
+            name: {k: round(v, 1) if k == "seconds" else v for k, v in counts.items()}
+            for name, counts in sorted(files.items())
+        },
         "failures": failures,
         "skips": dict(skips.most_common()),
     }
@@ -64,7 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--junit", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arch-list", default="", help="PYINFER_CUDA_ARCH_LIST of the run")
-    parser.add_argument("--args", default="", help="pytest arguments beyond the device: not empty means a part of the suite")
+    parser.add_argument(
+        "--args", default="", help="pytest arguments beyond the device: not empty means a part of the suite"
+    )
     parser.add_argument("--seed", type=int)
     parser.add_argument("--exit-code", type=int, default=0)
     args = parser.parse_args(argv)
@@ -92,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     path = args.out / f"{machine.short_gpu_name()}_{now:%Y-%m-%d}_{args.name}.json"
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     totals = ", ".join(f"{n} {k}" for k, n in sorted(record["totals"].items())) or "nothing"
-    print(f"record {path.name}: {totals}, exit code {args.exit_code}{'' if record['complete'] else ', INCOMPLETE: ' + record['problem']}")
+    print(
+        f"record {path.name}: {totals}, exit code {args.exit_code}{'' if record['complete'] else ', INCOMPLETE: ' + record['problem']}"
+    )
     return 0
 
 
