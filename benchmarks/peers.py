@@ -177,14 +177,16 @@ def _warm_sampling() -> None:
     module.sampling.softmax(p)
 
 
+def _warm_activation() -> None:
+    calls.silu_and_mul(_import_flashinfer(), inputs.randn((4, 8192), "bfloat16", "cuda"))()
+
+
 MODULES: dict[str, Callable[[], None]] = {
     "decode": _warm_decode,
     "prefill_fa2": lambda: _warm_prefill("fa2"),
     "prefill_fa3": lambda: _warm_prefill("fa3"),
     "norm": _warm_norm,
-    "activation": lambda: (
-        calls.silu_and_mul(_import_flashinfer(), inputs.randn((4, 8192), "bfloat16", "cuda"))() and None
-    ),
+    "activation": _warm_activation,
     "sampling": _warm_sampling,
     "rope": _warm_rope,
     "page": _warm_page,

@@ -20,6 +20,7 @@ if compgen -G '.peers/*.tar.xz' >/dev/null; then
     for part in .peers/*.tar.xz; do timeout 120 tar xJf "$part" -C "$PYINFER_BENCH_SITE" && say "unpacked $part"; done
     timeout 120 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$PYINFER_BENCH_SITE" .peers/*.whl 2>&1 | tail -3
     cp .peers/COMMIT "$PEERS/" 2>/dev/null
+    cp "$PYINFER_BENCH_SITE"/flashinfer/data/aot/built/*.json "$PEERS/built/" 2>/dev/null && say "FlashInfer modules built already: $(ls "$PEERS/built")"
 fi
 
 timeout 120 python3 - <<'PY'

@@ -3,6 +3,7 @@
 # usage: warm_flashinfer.sh start [MODULE…]   default: decode prefill_fa2 norm activation sampling rope page (prefill_fa3 takes 120–220 s: name it to have it)
 #        warm_flashinfer.sh wait [SECONDS]    until all that were started have ended (default 300), then report
 #        warm_flashinfer.sh status            what is built and what is still running
+#        warm_flashinfer.sh save              $OUT/flashinfer_aot.tar.xz: put it into .peers/, and setup.sh on a fresh machine has them built
 # Each process makes the very call that the benchmark will time (python -m benchmarks.peers warm MODULE), so that its cache is hit later.
 source "$(dirname "$0")/common.sh"
 action=${1:-start}; shift || true
@@ -39,5 +40,14 @@ wait)
     status
     ;;
 status) status ;;
-*) sed -n '2,6p' "$0"; exit 2 ;;
+save)
+    # FlashInfer loads flashinfer/data/aot/NAME/NAME.so without asking ninja: same library, same call path.
+    aot=$PYINFER_BENCH_SITE/flashinfer/data/aot
+    mkdir -p "$aot/built" && cp "$PEERS"/built/*.json "$aot/built/"
+    for library in "$PEERS"/.cache/flashinfer/*/90a/cached_ops/*/*.so; do
+        [ -e "$library" ] && name=$(basename "$library" .so) && mkdir -p "$aot/$name" && cp "$library" "$aot/$name/"
+    done
+    tar -C "$PYINFER_BENCH_SITE" -cJf "$OUT/flashinfer_aot.tar.xz" flashinfer/data/aot && ls -l "$OUT/flashinfer_aot.tar.xz"
+    ;;
+*) sed -n '2,7p' "$0"; exit 2 ;;
 esac
