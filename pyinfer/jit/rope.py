@@ -1,0 +1,125 @@
+"""Specs of rotary position embedding, and the table of frequencies its kernels take."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+
+from pyinfer.core.dtypes import canonical_dtype
+from pyinfer.core.errors import fail
+from pyinfer.core.params import ParamStruct, i32, i64, ptr, u64_array
+from pyinfer.jit.spec import JitModule, JitSpec
+
+MODES = ("pos_ids", "indptr", "cache")
+"""Where positions come from: one per row; requests' row pointers and offsets; one per row, with cosines and sines from a table."""
+
+
+@functools.cache
+def rope_params(mode: str, pairs: int) -> ParamStruct:
+    """The parameter struct of a mode. The table of frequencies travels by value: no buffer to keep, nothing to upload."""
+    common = (
+        ptr("q", "const scalar_t", "[tokens, num_q_heads, head_dim]"),
+        ptr("k", "const scalar_t", "[tokens, num_heads - num_q_heads, head_dim]"),
+        ptr("q_out", "scalar_t", "as q; may be q"),
+        ptr("k_out", "scalar_t", "as k; may be k"),
+        *(i64(f"{t}_stride_{axis}", "elements") for t in ("q", "k", "q_out", "k_out") for axis in ("n", "h")),
+        i32("num_q_heads"),
+        i32("num_heads", "q's and k's"),
+        i32("parts", "blocks per token"),
+        i32("heads_per_block"),
+        i32("tail", "elements beyond the rotated ones to copy; 0 in place"),
+        i32("wide", "whether index arrays are int64"),
+    )
+    table = u64_array("frequency", pairs, "turns per position, times 2^64")
+    if mode == "pos_ids":
+        return ParamStruct("RopePosIdsParams", table, ptr("positions", "const void", "[tokens]"), *common)
+    if mode == "indptr":
+        requests = (ptr("indptr", "const void", "[num_requests + 1]"), ptr("offsets", "const void", "[num_requests]"))
+        return ParamStruct("RopeIndptrParams", table, *requests, *common, i32("num_requests"))
+    cache = (ptr("positions", "const void", "[tokens]"), ptr("cos_sin_cache", "const float", "[max_position, 2 * PAIRS]: cosines, then sines"))
+    return ParamStruct("RopeCacheParams", *cache, i64("cache_stride", "elements"), i64("max_position"), *common)
+
+
+@functools.lru_cache(maxsize=256)
+def frequency_table(
+    rotary_dim: int,
+    rope_scale: float,
+    rope_theta: float,
+    low_freq_factor: float = 0.0,
+    high_freq_factor: float = 0.0,
+    old_context_len: float = 0.0,
+) -> np.ndarray:
+    """Turns per position of every pair, as uint64 fractions of a turn scaled by 2^64 (read-only, [rotary_dim / 2]).
+
+    Pair i turns by f = rope_theta^(-2 i / rotary_dim) / rope_scale radians per position (Su et al., arXiv 2104.09864). With `old_context_len` Llama 3.1's
+    smoothing applies: s f + (1 - s) f / rope_scale, s = clamp((old_context_len f / 2 pi - low) / (high - low), 0, 1), so that short wave lengths stay.
+
+    An angle is position * entry modulo 2^64: exact integer arithmetic. The entry itself is off by at most 2^-53 relative, so that a whole angle is off
+    by less than 2^-40 turns at position 10^6, plus the rounding of the fraction to float32.
+    """
+    f = np.float64(rope_theta) ** (np.arange(0, rotary_dim, 2, dtype=np.float64) / -rotary_dim)
+    if old_context_len:
+        smooth = np.clip((old_context_len * f / (2.0 * math.pi) - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
+        f = (1.0 - smooth) * (f / rope_scale) + smooth * f
+    else:
+        f = f / rope_scale
+    turns = (f / (2.0 * math.pi)) % 1.0  # whole turns per position do not show
+    table = np.array([int(t * 2.0**64) & (2**64 - 1) for t in turns], dtype=np.uint64)
+    table.setflags(write=False)
+    return table
+
+
+@functools.lru_cache(maxsize=256)
+def frequency_bytes(*key: float) -> bytes:
+    """`frequency_table(*key)` as the kernel parameter."""
+    return frequency_table(*key).tobytes()
+
+
+def heads_config(slots: int, num_heads: int) -> int:
+    """Heads a block works on at a time: about 128 threads, and parts of equal size."""
+    at_once = max(1, min(num_heads, 128 // slots))
+    return -(-num_heads // -(-num_heads // at_once))
+
+
+@functools.cache
+def gen_rope(mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads: int, vec: int | None = None) -> JitSpec:
+    """The kernel for a rotary dimension.
+
+    Parameters
+    ----------
+    mode
+        One of `MODES`.
+    dtype
+        "float16", "bfloat16" or "float32".
+    num_heads
+        Heads of q and k together (decides the block's shape).
+    vec
+        Elements per access; default: what rotary_dim allows if pointers and strides are multiples of 16 bytes.
+    """
+    if mode not in MODES:
+        fail("gen_rope", "mode", "is unknown", repr(mode), "one of " + ", ".join(MODES))
+    d = canonical_dtype(dtype)
+    pairs = rotary_dim // 2
+    v = vec or min(16 // d.itemsize, pairs & -pairs)
+    heads = heads_config(pairs // v, num_heads)
+    constants = (("scalar_t", d.ctype), ("MODE", mode), ("VEC", v), ("PAIRS", pairs), ("HEADS", heads), ("INTERLEAVE", interleave))
+    name = f"rope_{mode}_{d.short}_d{rotary_dim}_v{v}_h{heads}{'_interleave' if interleave else ''}"
+    return JitSpec(name, "rope/rope.cu.jinja", rope_params(mode, pairs), constants, block=(pairs // v, heads, 1))
+
+
+@functools.cache
+def gen_rope_module() -> JitModule:
+    """Every mode in float16 and bfloat16 for heads of 64 (SmolLM2's 9 + 3) and 128 (Llama 3 8B's 32 + 8)."""
+    shapes = ((64, 12), (128, 40))
+    specs = [gen_rope(m, d, rd, inter, h) for m in MODES for d in ("float16", "bfloat16") for rd, h in shapes for inter in (False, True)]
+    return JitModule("rope", tuple(dict.fromkeys(specs)))
+
+
+def all_specs() -> list[JitSpec]:
+    """What is worth building ahead, and what is compiled for every architecture by the tests."""
+    specs = [gen_rope(m, "bfloat16", rd, False, h) for m in MODES for rd, h in ((64, 12), (128, 40))]
+    specs += [gen_rope(m, "float16", 128, True, 40) for m in MODES]
+    specs += [gen_rope("pos_ids", "float32", 96, True, 8), gen_rope("pos_ids", "float16", 6, False, 3), gen_rope("pos_ids", "bfloat16", 256, False, 2)]
+    return list(dict.fromkeys(specs))

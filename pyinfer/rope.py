@@ -1,0 +1,423 @@
+"""Rotary position embedding of queries and keys, plain and as in Llama 3.1.
+
+Pairs of the first `rotary_dim` elements of every head are rotated by ``position * f_i``, ``f_i = rope_theta^(-2 i / rotary_dim) / rope_scale``; the rest is copied. All arithmetic is
+in float32, but for the angles: those are fractions of a turn in 64-bit integers, exact at any position (see `pyinfer.jit.rope.frequency_table`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64
+from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, check_ndim, check_same_device, check_same_dtype, check_shape, fail
+from pyinfer.core.rows import vector_length
+from pyinfer.core.tensor import TensorView, as_numpy, current_stream, empty, view
+
+if TYPE_CHECKING:
+    from pyinfer.core.launch import Kernel
+
+__all__ = [
+    "apply_llama31_rope",
+    "apply_llama31_rope_inplace",
+    "apply_llama31_rope_pos_ids",
+    "apply_llama31_rope_pos_ids_inplace",
+    "apply_rope",
+    "apply_rope_inplace",
+    "apply_rope_pos_ids",
+    "apply_rope_pos_ids_inplace",
+    "apply_rope_with_cos_sin_cache",
+    "apply_rope_with_cos_sin_cache_inplace",
+]
+
+_DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
+_INTEGERS = (INT32, INT64)
+_MAX_ROTARY_DIM = 512  # the table of frequencies is a kernel parameter, of which there are 4 KiB
+_MANY_TOKENS = 2048  # from here on a block takes all heads of its token: the sines are computed once, and there are blocks enough
+
+
+def apply_rope(
+    q: Any,
+    k: Any,
+    indptr: Any,
+    offsets: Any,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+) -> tuple[Any, Any]:
+    """Rotate q and k of a batch of requests.
+
+    Parameters
+    ----------
+    q, k
+        [nnz, num_qo_heads, head_dim] and [nnz, num_kv_heads, head_dim], float16, bfloat16 or float32; any strides but a contiguous last axis.
+    indptr
+        int32 or int64 [batch + 1]: request b owns rows indptr[b] to indptr[b+1] - 1. Rows of no request are copied.
+    offsets
+        [batch], dtype of indptr: the position of each request's first row.
+    rotary_dim
+        Elements of a head that are rotated, even, at most 512; head_dim if None.
+    interleave
+        False: pairs are (i, i + rotary_dim / 2), as in Llama; True: (2i, 2i + 1), as in GPT-J.
+    rope_scale, rope_theta
+        Pair i turns by rope_theta^(-2i/rotary_dim) / rope_scale radians per position.
+
+    Returns
+    -------
+    Tensors of the shapes of q and k.
+
+    Raises
+    ------
+    TypeError
+        For a dtype not listed.
+    ValueError
+        For shapes, devices, rotary_dim or scales that do not fit.
+    """
+    return _indptr("apply_rope", q, k, indptr, offsets, rotary_dim, interleave, (rope_scale, rope_theta), False)
+
+
+def apply_rope_inplace(
+    q: Any,
+    k: Any,
+    indptr: Any,
+    offsets: Any,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+) -> None:
+    """As `apply_rope`, overwriting q and k."""
+    _indptr("apply_rope_inplace", q, k, indptr, offsets, rotary_dim, interleave, (rope_scale, rope_theta), True)
+
+
+def apply_rope_pos_ids(
+    q: Any,
+    k: Any,
+    pos_ids: Any,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+) -> tuple[Any, Any]:
+    """As `apply_rope`, with the position of every row given: `pos_ids`, int32 or int64 [nnz]."""
+    return _pos_ids("apply_rope_pos_ids", q, k, pos_ids, rotary_dim, interleave, (rope_scale, rope_theta), False)
+
+
+def apply_rope_pos_ids_inplace(
+    q: Any,
+    k: Any,
+    pos_ids: Any,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+) -> None:
+    """As `apply_rope_pos_ids`, overwriting q and k."""
+    _pos_ids("apply_rope_pos_ids_inplace", q, k, pos_ids, rotary_dim, interleave, (rope_scale, rope_theta), True)
+
+
+def apply_llama31_rope(
+    q: Any,
+    k: Any,
+    indptr: Any,
+    offsets: Any,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+) -> tuple[Any, Any]:
+    """As `apply_rope`, with Llama 3.1's frequencies: f becomes (1 - s) f / rope_scale + s f.
+
+    s = clamp((old_context_len f / 2 pi - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1): wave lengths short against the
+    original context stay, long ones are stretched by rope_scale.
+    """
+    key = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    return _indptr("apply_llama31_rope", q, k, indptr, offsets, rotary_dim, interleave, key, False)
+
+
+def apply_llama31_rope_inplace(
+    q: Any,
+    k: Any,
+    indptr: Any,
+    offsets: Any,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+) -> None:
+    """As `apply_llama31_rope`, overwriting q and k."""
+    key = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    _indptr("apply_llama31_rope_inplace", q, k, indptr, offsets, rotary_dim, interleave, key, True)
+
+
+def apply_llama31_rope_pos_ids(
+    q: Any,
+    k: Any,
+    pos_ids: Any,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+) -> tuple[Any, Any]:
+    """As `apply_llama31_rope`, with the position of every row given: `pos_ids`, int32 or int64 [nnz]."""
+    key = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    return _pos_ids("apply_llama31_rope_pos_ids", q, k, pos_ids, rotary_dim, interleave, key, False)
+
+
+def apply_llama31_rope_pos_ids_inplace(
+    q: Any,
+    k: Any,
+    pos_ids: Any,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+) -> None:
+    """As `apply_llama31_rope_pos_ids`, overwriting q and k."""
+    key = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    _pos_ids("apply_llama31_rope_pos_ids_inplace", q, k, pos_ids, rotary_dim, interleave, key, True)
+
+
+def apply_rope_with_cos_sin_cache(
+    positions: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool = True
+) -> tuple[Any, Any]:
+    """Rotate with precomputed cosines and sines.
+
+    Parameters
+    ----------
+    positions
+        int32 or int64 [nnz]. A position outside the cache is a ValueError on the CPU and makes its row NaN on a GPU.
+    query, key
+        [nnz, num_qo_heads * head_size] and [nnz, num_kv_heads * head_size], float16, bfloat16 or float32; rows may be strided.
+    head_size
+        Elements per head.
+    cos_sin_cache
+        float32 [max_position, rotary_dim]: rotary_dim / 2 cosines, then as many sines. Anything but float32 is a ValueError.
+    is_neox
+        True: pairs are (i, i + rotary_dim / 2); False: (2i, 2i + 1).
+
+    Returns
+    -------
+    Tensors of the shapes of query and key.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `apply_rope`.
+    """
+    return _cached("apply_rope_with_cos_sin_cache", positions, query, key, head_size, cos_sin_cache, is_neox, False)
+
+
+def apply_rope_with_cos_sin_cache_inplace(
+    positions: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool = True
+) -> None:
+    """As `apply_rope_with_cos_sin_cache`, overwriting query and key."""
+    _cached("apply_rope_with_cos_sin_cache_inplace", positions, query, key, head_size, cos_sin_cache, is_neox, True)
+
+
+def _check(op: str, names: tuple[str, str], q: TensorView, k: TensorView, ndim: int) -> None:
+    for name, x in zip(names, (q, k), strict=True):
+        check_ndim(op, name, x, ndim)
+        check_dtype(op, name, x, _DTYPES)
+        check_last_dim_contiguous(op, name, x)
+    check_same_dtype(op, names[1], k, names[0], q)
+    if k.shape[0] != q.shape[0]:
+        fail(op, names[1], f"has another number of rows than {names[0]}", k.shape[0], q.shape[0])
+    if ndim == 3 and k.shape[2] != q.shape[2]:
+        fail(op, names[1], f"has another head_dim than {names[0]}", k.shape[2], q.shape[2])
+    if k.device != q.device:
+        check_same_device(op, {names[0]: q, names[1]: k})
+
+
+def _check_indices(op: str, arg: str, x: TensorView, n: int, q: TensorView) -> None:
+    check_dtype(op, arg, x, _INTEGERS)
+    check_shape(op, arg, x, (n,))
+    check_last_dim_contiguous(op, arg, x)
+    if x.device != q.device:
+        check_same_device(op, {"q": q, arg: x})
+
+
+def _check_rotary(op: str, arg: str, rotary_dim: int, head_dim: int) -> None:
+    if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > min(head_dim, _MAX_ROTARY_DIM):
+        fail(op, arg, "cannot be rotated", rotary_dim, f"an even number from 2 to {min(head_dim, _MAX_ROTARY_DIM)} (head_dim {head_dim})")
+
+
+def _check_scales(op: str, scales: tuple[float, ...]) -> None:
+    if not scales[0] > 0:
+        fail(op, "rope_scale", "is not positive", scales[0], "a number above 0")
+    if not scales[1] > 0:
+        fail(op, "rope_theta", "is not positive", scales[1], "a number above 0")
+    if len(scales) > 2:
+        if scales[2] == scales[3]:
+            fail(op, "high_freq_factor", "equals low_freq_factor", scales[3], "two different numbers")
+        if not scales[4] > 0:
+            fail(op, "old_context_len", "is not positive", scales[4], "the length the model was trained with")
+
+
+def _outputs(q: TensorView, k: TensorView, in_place: bool) -> tuple[Any, Any, TensorView, TensorView]:
+    if in_place:
+        return None, None, q, k
+    q_out, k_out = empty(q, q.shape), empty(k, k.shape)
+    return q_out, k_out, view(q_out), view(k_out)
+
+
+def _pos_ids(
+    op: str, q_: Any, k_: Any, pos_ids: Any, rotary_dim: int | None, interleave: bool, scales: tuple[float, ...], in_place: bool
+) -> Any:
+    q, k, positions = view(q_, op, "q"), view(k_, op, "k"), view(pos_ids, op, "pos_ids")
+    _check(op, ("q", "k"), q, k, 3)
+    _check_indices(op, "pos_ids", positions, q.shape[0], q)
+    rotary_dim = q.shape[2] if rotary_dim is None else int(rotary_dim)
+    _check_rotary(op, "rotary_dim", rotary_dim, q.shape[2])
+    _check_scales(op, scales)
+    q_obj, k_obj, q_out, k_out = _outputs(q, k, in_place)
+    if q.shape[0]:
+        if q.device < 0:
+            _run_cpu(q, k, q_out, k_out, as_numpy(positions), rotary_dim, interleave, scales, in_place)
+        else:
+            first = (_frequency_bytes(rotary_dim, *scales), positions.ptr)
+            _launch("pos_ids", q, k, q_out, k_out, rotary_dim, interleave, in_place, positions.dtype is INT64, first, (), 0)
+    return None if in_place else (q_obj, k_obj)
+
+
+def _indptr(
+    op: str, q_: Any, k_: Any, indptr_: Any, offsets_: Any, rotary_dim: int | None, interleave: bool, scales: tuple[float, ...], in_place: bool
+) -> Any:
+    q, k, indptr, offsets = view(q_, op, "q"), view(k_, op, "k"), view(indptr_, op, "indptr"), view(offsets_, op, "offsets")
+    _check(op, ("q", "k"), q, k, 3)
+    check_ndim(op, "indptr", indptr, 1)
+    if not indptr.shape[0]:
+        fail(op, "indptr", "is empty", 0, "batch + 1 entries")
+    requests = indptr.shape[0] - 1
+    _check_indices(op, "indptr", indptr, requests + 1, q)
+    _check_indices(op, "offsets", offsets, requests, q)
+    check_same_dtype(op, "offsets", offsets, "indptr", indptr)
+    rotary_dim = q.shape[2] if rotary_dim is None else int(rotary_dim)
+    _check_rotary(op, "rotary_dim", rotary_dim, q.shape[2])
+    _check_scales(op, scales)
+    q_obj, k_obj, q_out, k_out = _outputs(q, k, in_place)
+    if q.shape[0]:
+        if q.device < 0:
+            from pyinfer.cpu.rope import positions_of_rows
+
+            rows = as_numpy(indptr)
+            if (rows[1:] < rows[:-1]).any():
+                fail(op, "indptr", "is not monotone", rows.tolist(), "non-decreasing row numbers")
+            positions = positions_of_rows(rows, as_numpy(offsets), q.shape[0])
+            _run_cpu(q, k, q_out, k_out, positions, rotary_dim, interleave, scales, in_place)
+        else:
+            first = (_frequency_bytes(rotary_dim, *scales), indptr.ptr, offsets.ptr)
+            _launch("indptr", q, k, q_out, k_out, rotary_dim, interleave, in_place, indptr.dtype is INT64, first, (requests,), 0)
+    return None if in_place else (q_obj, k_obj)
+
+
+def _cached(op: str, positions_: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool, in_place: bool) -> Any:
+    positions, q, k = view(positions_, op, "positions"), view(query, op, "query"), view(key, op, "key")
+    cache = view(cos_sin_cache, op, "cos_sin_cache")
+    _check(op, ("query", "key"), q, k, 2)
+    _check_indices(op, "positions", positions, q.shape[0], q)
+    if cache.dtype is not FLOAT32:  # ValueError, as users of FlashInfer expect
+        fail(op, "cos_sin_cache", "has the wrong dtype", cache.dtype.name, "float32", "Keep the cache in float32: angles need it.")
+    check_ndim(op, "cos_sin_cache", cache, 2)
+    check_last_dim_contiguous(op, "cos_sin_cache", cache)
+    if cache.device != q.device:
+        check_same_device(op, {"query": q, "cos_sin_cache": cache})
+    head_size = int(head_size)
+    if head_size < 1:
+        fail(op, "head_size", "is too small", head_size, "1 or more")
+    for name, x in (("query", q), ("key", k)):
+        if x.shape[1] % head_size:
+            fail(op, name, "does not divide into heads", f"{x.shape[1]} columns", f"a multiple of head_size {head_size}")
+    rotary_dim = cache.shape[1]
+    _check_rotary(op, "cos_sin_cache (second axis)", rotary_dim, head_size)
+    q_obj, k_obj, q_out, k_out = _outputs(q, k, in_place)
+    if q.shape[0]:
+        heads = [_by_heads(x, head_size) for x in (q, k, q_out, k_out)]
+        if q.device < 0:
+            from pyinfer.cpu import rope as cpu
+
+            where, limit = as_numpy(positions), cache.shape[0]
+            if int(where.min()) < 0 or int(where.max()) >= limit:
+                bad = int(where.min()) if int(where.min()) < 0 else int(where.max())
+                fail(op, "positions", "lies outside cos_sin_cache", bad, f"0 to {limit - 1}")
+            cpu.rope(*heads, where, cos_sin_cache=as_numpy(cache), interleave=not is_neox, in_place=in_place)
+        else:
+            first = (positions.ptr, cache.ptr, cache.strides[0], cache.shape[0])
+            bits = cache.ptr | (cache.strides[0] | rotary_dim // 2) * 4
+            _launch("cache", *heads, rotary_dim, not is_neox, in_place, positions.dtype is INT64, first, (), bits)
+    return None if in_place else (q_obj, k_obj)
+
+
+def _by_heads(x: TensorView, head_size: int) -> TensorView:
+    """[rows, heads * head_size] as [rows, heads, head_size]."""
+    return TensorView(x.obj, x.ptr, (x.shape[0], x.shape[1] // head_size, head_size), (x.strides[0], head_size, 1), x.dtype, x.device, x.framework)
+
+
+def _run_cpu(
+    q: TensorView, k: TensorView, q_out: TensorView, k_out: TensorView, positions: Any, rotary_dim: int, interleave: bool, scales: tuple[float, ...], in_place: bool
+) -> None:
+    from pyinfer.cpu import rope as cpu
+    from pyinfer.jit.rope import frequency_table
+
+    cpu.rope(q, k, q_out, k_out, positions, frequency=frequency_table(rotary_dim, *scales), interleave=bool(interleave), in_place=in_place)
+
+
+def _frequency_bytes(*key: float) -> bytes:
+    from pyinfer.jit.rope import frequency_bytes
+
+    return frequency_bytes(*key)
+
+
+def _launch(
+    mode: str,
+    q: TensorView,
+    k: TensorView,
+    q_out: TensorView,
+    k_out: TensorView,
+    rotary_dim: int,
+    interleave: bool,
+    in_place: bool,
+    wide: bool,
+    first: tuple[Any, ...],
+    last: tuple[Any, ...],
+    cache_bits: int,
+) -> None:
+    tokens, q_heads, head_dim = q.shape
+    num_heads = q_heads + k.shape[1]
+    if not num_heads:
+        return
+    tail = 0 if in_place else head_dim - rotary_dim
+    size = q.dtype.itemsize
+    strides = (*q.strides[:2], *k.strides[:2], *q_out.strides[:2], *k_out.strides[:2])
+    bits = rotary_dim // 2 | tail
+    for s in strides:
+        bits |= s
+    vec = 1 if cache_bits & 15 else vector_length(size, q.ptr | k.ptr | q_out.ptr | k_out.ptr | bits * size)
+    kernel, at_once, has_pdl = _rope_kernel(q.device, mode, q.dtype.name, rotary_dim, bool(interleave), num_heads, vec)
+    heads_per_block = num_heads if tokens >= _MANY_TOKENS else at_once
+    parts = -(-num_heads // heads_per_block)
+    values = (*first, q.ptr, k.ptr, q_out.ptr, k_out.ptr, *strides, q_heads, num_heads, parts, heads_per_block, tail, wide, *last)
+    kernel(current_stream(q), tokens * parts, values, has_pdl)
+
+
+@functools.cache
+def _rope_kernel(device: int, mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads: int, vec: int) -> tuple[Kernel, int, bool]:
+    """Kernel, heads a block works on at a time, whether it was built for programmatic dependent launch."""
+    from pyinfer.core.device import pdl_supported
+    from pyinfer.jit.rope import gen_rope
+
+    spec = gen_rope(mode, dtype, rotary_dim, interleave, num_heads, vec)
+    return spec.build_and_load(device), spec.block[1], pdl_supported(device)
