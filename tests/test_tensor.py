@@ -90,7 +90,7 @@ def test_bytes_in_the_other_order_are_refused():
 # ---- views -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [d for d in dtypes.ALL], ids=lambda d: d.name)
+@pytest.mark.parametrize("dtype", dtypes.ALL, ids=lambda d: d.name)
 def test_view_of_torch_and_numpy(dtype):
     t = torch.zeros(4, 6).to(getattr(torch, dtype.name))
     n = np.zeros((4, 6), dtype.numpy)
@@ -422,7 +422,7 @@ def test_host_ints_from_the_device(framework, caplog):
     x = torch.tensor([0, 3, 7], device="cuda") if framework == "torch" else cupy.array([0, 3, 7])
     with caplog.at_level(logging.DEBUG, "pyinfer"):
         assert host_ints(x, "plan", "indptr").tolist() == [0, 3, 7]
-    assert [r.getMessage() for r in caplog.records if r.name == "pyinfer"][0].startswith(
+    assert next(r.getMessage() for r in caplog.records if r.name == "pyinfer").startswith(
         "plan: copying indptr from the device"
     )
     with pytest.raises(ValueError, match="plan: indptr is on the GPU under strict=True: got cuda:0"):

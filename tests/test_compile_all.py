@@ -1,0 +1,118 @@
+"""Every kernel of every family compiles for every architecture, without a GPU: soon enough, and without spilling.
+
+The table of compile times, registers and shared memory is printed at the end of the run. What the cache holds is not compiled again, its compile time
+is remembered with it: a second run takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from pyinfer.jit import FAMILIES, JitSpec, all_specs, env
+from pyinfer.jit.compiler import Artifact
+from pyinfer.jit.spec import _num_cpus, flatten
+
+pytestmark = [pytest.mark.compile, pytest.mark.timeout(1500)]
+
+LIMIT = 2.0
+"""Seconds of one CPU that a kernel's compile may take (the clock would count the other jobs of a busy machine)."""
+HOT = frozenset(FAMILIES)
+"""Families whose kernels must neither spill nor use a stack frame."""
+_ADVISORIES = ("C7508", "C7510")  # setmaxnreg was ignored; wgmma was serialised
+
+_artifacts: dict[tuple[str, str], tuple[JitSpec, Artifact]] = {}
+
+
+class _Table:
+    """A plugin of this run that prints what was compiled."""
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        archs = [a for a in env.NATIVE_ARCHS if any(arch == a for _, arch in _artifacts)]
+        rows: dict[str, dict[str, tuple[JitSpec, Artifact]]] = {}
+        for (name, arch), pair in _artifacts.items():
+            rows.setdefault(name, {})[arch] = pair
+        width = max(map(len, rows), default=0)
+        terminalreporter.section("compile times: CPU seconds / registers / bytes spilled")
+        terminalreporter.write_line(f"{'kernel':<{width}} {'smem':>7} " + " ".join(f"{'sm_' + a:>12}" for a in archs))
+        for name, row in rows.items():
+            spec, first = next(iter(row.values()))
+            cells = []
+            for arch in archs:
+                if arch in row:
+                    artifact = row[arch][1]
+                    r = artifact.resources
+                    cells.append(f"{artifact.cpu_seconds:.2f}/{r.registers}/{r.spill_stores + r.spill_loads}")
+                else:
+                    cells.append("-")
+            terminalreporter.write_line(
+                f"{name:<{width}} {spec.smem + first.resources.smem:>7} " + " ".join(f"{c:>12}" for c in cells)
+            )
+        seconds = sum(a.cpu_seconds for _, a in _artifacts.values())
+        terminalreporter.write_line(f"{len(_artifacts)} compiles, {seconds:.0f} s of one CPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(pytestconfig):
+    pytestconfig.pluginmanager.register(_Table())
+
+
+def specs_of(family: str) -> list[JitSpec]:
+    return flatten(importlib.import_module(f"pyinfer.jit.{family}").all_specs())
+
+
+@pytest.mark.parametrize("arch", env.NATIVE_ARCHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_compiles(family, arch):
+    specs = [s for s in specs_of(family) if env.arch_number(arch) >= s.min_arch]
+
+    def build(spec: JitSpec) -> Artifact | str:
+        try:
+            artifact = spec.build(arch)
+        except Exception as error:
+            return str(error)
+        _artifacts[spec.name, arch] = (spec, artifact)
+        return artifact
+
+    with ThreadPoolExecutor(_num_cpus()) as pool:
+        results = list(pool.map(build, specs))
+    complaints = [r for r in results if isinstance(r, str)]
+    for spec, artifact in zip(specs, results, strict=True):
+        if isinstance(artifact, str):
+            continue
+        if artifact.cpu_seconds >= LIMIT:
+            complaints.append(f"{spec.name}: {artifact.cpu_seconds:.2f} s to compile, wanted under {LIMIT:g}")
+        r = artifact.resources
+        if family in HOT and (r.spill_stores or r.spill_loads or r.stack):
+            complaints.append(
+                f"{spec.name}: {r.spill_stores} + {r.spill_loads} bytes spilled, stack frame of {r.stack} bytes, {r.registers} registers"
+            )
+        complaints += [f"{spec.name}: ptxas reports {code}" for code in _ADVISORIES if code in artifact.log]
+        x, y, z = spec.block
+        if r.registers * x * y * z > 65536:
+            complaints.append(
+                f"{spec.name}: {r.registers} registers times {x * y * z} threads is more than a multiprocessor has"
+            )
+    assert specs and not complaints, f"{len(complaints)} complaints for sm_{arch}:\n" + "\n".join(complaints)
+
+
+def test_every_family_has_specs_with_names_of_their_own():
+    """Two specs of one name would be one entry in a table and, for a user, one kernel."""
+    specs = flatten(all_specs())
+    assert len({s.name for s in specs}) == len(specs)
+
+
+def test_modules_of_the_package_are_families():
+    """A family that nobody listed would never be compiled here."""
+    import pkgutil
+
+    import pyinfer.jit
+
+    with_specs = set()
+    for module in pkgutil.iter_modules(pyinfer.jit.__path__):
+        if hasattr(importlib.import_module(f"pyinfer.jit.{module.name}"), "all_specs"):
+            with_specs.add(module.name)
+    assert with_specs == set(FAMILIES)
