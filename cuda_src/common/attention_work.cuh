@@ -25,10 +25,8 @@ PYINFER_DEVICE AttentionWork planned_work(const Params& p) {
     AttentionWork w;
     const int item = blockIdx.x / p.num_kv_heads;
     w.kv_head = blockIdx.x - item * p.num_kv_heads;
-    w.row_count = 0;
-    if (item >= p.plan_header[0]) {
-        return w;
-    }
+    // Everything is read before anything is decided, so that the reads overlap; rows behind n_work are zeros.
+    const int n_work = p.plan_header[0];
     const int4 head = reinterpret_cast<const int4*>(p.work)[2 * item];
     const int4 tail = reinterpret_cast<const int4*>(p.work)[2 * item + 1];
     w.request = head.x, w.row_begin = head.y, w.row_count = head.z, w.kv_begin = head.w;
@@ -36,6 +34,9 @@ PYINFER_DEVICE AttentionWork planned_work(const Params& p) {
     w.qo_begin = p.qo_indptr[w.request];
     w.kv_base = p.kv_indptr[w.request];
     w.diagonal = p.kv_len[w.request] - (p.qo_indptr[w.request + 1] - w.qo_begin);
+    if (item >= n_work) {
+        w.row_count = 0;
+    }
     return w;
 }
 
