@@ -268,14 +268,15 @@ def line(case: Case, result: dict[str, Any]) -> str:
     if result["status"] != "ok":
         return f"{name:<{_WIDTHS[0]}} | {result['status']}"
 
-    def number(key: str, digits: int) -> str:
+    def number(key: str) -> str:
+        """About three digits: 1337, 48.2, 2.84, 0.0123."""
         value = result.get(key)
-        return "–" if value is None else f"{value:.{digits}f}"
+        return "–" if value is None else f"{value:.{0 if value >= 100 else 1}f}" if value >= 10 else f"{value:.3g}"
 
     ratio = result.get("times_peer")
     last = "–" if ratio is None else f"{ratio:.2f}" + (f" {result['best_peer']}" if "best_peer" in result else "")
     late = f"  ({result['late']} late)" if result.get("late", 0) > result["samples"] else ""
-    columns = (number("us", 1), number("tflop_s", 1), number("tb_s", 2), number("percent_of_limit", 0))
+    columns = (f"{result['us']:.1f}", number("tflop_s"), number("tb_s"), number("percent_of_limit"))
     return (
         f"{name:<{_WIDTHS[0]}} | "
         + " | ".join(f"{text:>{w}}" for text, w in zip(columns, _WIDTHS[1:], strict=True))

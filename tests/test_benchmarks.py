@@ -117,7 +117,7 @@ def test_measure_checks_peers_and_works_out_ratios(ctx, capsys):
     assert theirs["times_peer"] == pytest.approx(2.0) and theirs["relative_error"] == pytest.approx(1e-4, rel=0.05)
     assert by_name["fa3"]["status"].startswith("missing: ")
     out = capsys.readouterr().out
-    assert re.search(r"^op b1 · pyinfer +\| +10\.0 \| +0\.8 \| +0\.50 \| +80 \| 0\.50 torch$", out, re.MULTILINE), out
+    assert re.search(r"^op b1 · pyinfer +\| +10\.0 \| +0\.8 \| +0\.5 \| +80\.0 \| 0\.50 torch$", out, re.MULTILINE), out
     assert "fa3" not in out and any("fa3" in text for text in ctx.problems())
     check_document(json.loads((ctx.write()).read_text()))
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # compute-sanitizer over the smoke set. Its tools slow a kernel 10–100 times: keep the set small.
-# usage: sanitizer.sh [TOOL…] -- [pytest arguments]     tools: memcheck racecheck synccheck initcheck (default the first three); default arguments: -m smoke
+# usage: sanitizer.sh [TOOL…] -- [pytest arguments]     tools: memcheck racecheck synccheck initcheck (default the first three); default arguments: tests/test_smoke.py
 # LIMIT: seconds for each tool (default 150). Run tests.sh first: its cache then holds the kernels (compiling under the sanitizer is slow).
 source "$(dirname "$0")/common.sh"
 tools=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do tools+=("$1"); shift; done
 [ $# = 0 ] || shift
 [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck synccheck)
-[ $# -gt 0 ] || set -- -m smoke tests
+[ $# -gt 0 ] || set -- tests/test_smoke.py
 command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer on this machine"; exit 1; }
 export PYINFER_WORKSPACE_BASE=/tmp/pyinfer-cache-native
 # torch's caching allocator hands out pieces of large blocks: an access past a tensor stays inside the block and memcheck would not see it.
