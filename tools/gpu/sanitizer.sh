@@ -10,12 +10,12 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do tools+=("$1"); shift; done
 [ $# -gt 0 ] || set -- tests/test_smoke.py
 command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer on this machine"; exit 1; }
 export PYINFER_WORKSPACE_BASE=/tmp/pyinfer-cache-native
-# torch's caching allocator hands out pieces of large blocks: an access past a tensor stays inside the block and memcheck would not see it.
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+# Allocators that hand out pieces of large blocks hide an access past a tensor from memcheck: turn torch's off, and CuPy's (no_pool.py).
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PWD/tools/gpu
 for tool in "${tools[@]}"; do
     start=$SECONDS
     timeout -k 10 "${LIMIT:-150}" compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 86 --print-limit 20 --log-file "$OUT/sanitizer_$tool.log" \
-        python3 -m pytest --device cuda -q -x -p no:cacheprovider --timeout 0 "$@" >"$OUT/sanitizer_${tool}_pytest.log" 2>&1
+        python3 -m pytest -p no_pool --device cuda -q -x -p no:cacheprovider --timeout 0 "$@" >"$OUT/sanitizer_${tool}_pytest.log" 2>&1
     code=$?
     echo "$tool: exit $code in $((SECONDS - start)) s; $(tail -1 "$OUT/sanitizer_${tool}_pytest.log" | cut -c1-200); $(grep -h 'ERROR SUMMARY\|RACECHECK SUMMARY' "$OUT/sanitizer_$tool.log" 2>/dev/null | tail -1)"
     grep -hE '=========     (at|by)|Invalid|hazard|Barrier error' "$OUT/sanitizer_$tool.log" 2>/dev/null | sort | uniq -c | sort -rn | head -6 | cut -c1-220
