@@ -482,7 +482,8 @@ def machine_name(document: dict) -> str:
 def test_machine_description_names_no_host():
     text = json.dumps({**machine.describe(), **machine.versions()})
     assert machine.describe()["cores"] >= 1 and "python" in machine.versions()
-    assert socket.gethostname() not in text or socket.gethostname() == "localhost"
+    host = socket.gethostname()
+    assert len(host) < 6 or host == "localhost" or host not in text
     assert re.fullmatch(r"([0-9a-f]{40}\+?|unknown)", machine.commit()) and re.fullmatch(
         r"[0-9a-f]{64}", machine.sources_digest()
     )
