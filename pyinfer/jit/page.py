@@ -1,0 +1,93 @@
+"""Specs of the kernels that keep a paged KV cache."""
+
+from __future__ import annotations
+
+import functools
+
+from pyinfer.core.params import ParamStruct, i32, i64, ptr, u32
+from pyinfer.jit.spec import JitModule, JitSpec
+
+APPEND = ParamStruct(
+    "AppendParams",
+    ptr("key", "const uint8_t", "[tokens, num_heads, key bytes]"),
+    ptr("value", "const uint8_t", "[tokens, num_heads, value bytes]"),
+    ptr("key_cache", "uint8_t", "[pages, page_size, num_heads, key bytes] in any order of axes"),
+    ptr("value_cache", "uint8_t"),
+    ptr("batch_indices", "const void", "[tokens]"),
+    ptr("positions", "const void", "[tokens]"),
+    ptr("kv_indices", "const void", "[num_indices] pages"),
+    ptr("kv_indptr", "const void", "[batch + 1] into kv_indices"),
+    *(i64(f"{t}_stride_{axis}", "bytes") for t in ("key", "value") for axis in ("n", "h")),
+    *(i64(f"{t}_cache_stride_{axis}", "bytes") for t in ("key", "value") for axis in ("page", "slot", "head")),
+    i64("num_indices"),
+    i64("num_pages"),
+    i32("batch"),
+    u32("page_size"),
+    i32("num_heads"),
+    i32("key_chunks", "chunks of BYTES per head"),
+    i32("value_chunks"),
+    i32("parts", "blocks per token"),
+    i32("wide", "bit per index array: int64"),
+)
+
+BATCH_POSITIONS = ParamStruct(
+    "BatchPositionsParams",
+    ptr("append_indptr", "const void", "[batch + 1]"),
+    ptr("seq_lens", "const void", "[batch]"),
+    ptr("batch_indices", "int32_t", "[nnz]"),
+    ptr("positions", "int32_t", "[nnz]"),
+    i64("nnz"),
+    i32("batch"),
+    i32("wide", "bit per array: int64"),
+)
+
+SEQ_LENS = ParamStruct(
+    "SeqLensParams",
+    ptr("kv_indptr", "const void", "[batch + 1]"),
+    ptr("last_page_len", "const void", "[batch]"),
+    ptr("seq_lens", "int32_t", "[batch]"),
+    i64("page_size"),
+    i32("batch"),
+    i32("wide", "bit per array: int64"),
+)
+
+
+def append_config(chunks: int) -> tuple[int, int]:
+    """(threads, chunks per thread) for a token of `chunks` accesses: one block if 256 threads can hold it, two chunks each."""
+    unroll = 1 if chunks <= 64 else 2
+    return min(256, 32 * -(-chunks // (32 * unroll))), unroll
+
+
+@functools.cache
+def gen_append(access_bytes: int, chunks: int) -> JitSpec:
+    """The append kernel for tokens of `chunks` accesses of `access_bytes` (16, 8, 4, 2 or 1) bytes. It moves bytes: any element type."""
+    block, unroll = append_config(chunks)
+    constants = (("BYTES", access_bytes), ("BLOCK", block), ("UNROLL", unroll))
+    return JitSpec(f"append_paged_kv_cache_v{access_bytes}_t{block}_u{unroll}", "page/append.cu.jinja", APPEND, constants, block=(block, 1, 1))
+
+
+@functools.cache
+def gen_batch_positions() -> JitSpec:
+    """The kernel of get_batch_indices_positions."""
+    return JitSpec("batch_indices_positions", "page/batch_positions.cu.jinja", BATCH_POSITIONS, (("BLOCK", 256),), block=(256, 1, 1))
+
+
+@functools.cache
+def gen_seq_lens() -> JitSpec:
+    """The kernel of get_seq_lens."""
+    return JitSpec("seq_lens", "page/seq_lens.cu.jinja", SEQ_LENS, (("BLOCK", 128),), block=(128, 1, 1))
+
+
+# SmolLM2: 3 heads of 64; Llama 3 8B: 8 of 128; in two-byte elements, chunks of 16 bytes.
+_TOKEN_CHUNKS = (3 * 8, 8 * 16)
+
+
+@functools.cache
+def gen_page_module() -> JitModule:
+    """The kernels of the usual shapes."""
+    return JitModule("page", (*(gen_append(16, c) for c in _TOKEN_CHUNKS), gen_batch_positions(), gen_seq_lens()))
+
+
+def all_specs() -> list[JitSpec]:
+    """What is worth building ahead, and what is compiled for every architecture by the tests."""
+    return [*gen_page_module().specs, gen_append(16, 1024), gen_append(8, 64), gen_append(4, 64), gen_append(2, 64), gen_append(1, 300)]
