@@ -400,31 +400,32 @@ def build_plan(
     buffer[1] = num_partials
     buffer[2] = batch
     end = offsets.work + 8 * n_work
-    work = buffer[offsets.work : end].reshape(n_work, 8)
-    k.emit(tiles, chunk, unit, work)
+    k.emit(tiles, chunk, unit, buffer[offsets.work : end].reshape(n_work, 8))
     if end < offsets.qo_indptr:
         buffer[end : offsets.qo_indptr] = 0
-    qo_section = _section(buffer, offsets.qo_indptr, offsets.kv_indptr, qo_indptr)
-    kv_section = _section(buffer, offsets.kv_indptr, offsets.kv_len, kv_indptr)
-    at = offsets.kv_indices if n_indices >= 0 else offsets.semaphore
-    len_section = _section(buffer, offsets.kv_len, at, kv_len)
-    indices_section = kv_indices
+    kv_end = offsets.kv_indices if n_indices >= 0 else offsets.semaphore
+    _fill(buffer, offsets.qo_indptr, offsets.kv_indptr, qo_indptr)
+    _fill(buffer, offsets.kv_indptr, offsets.kv_len, kv_indptr)
+    _fill(buffer, offsets.kv_len, kv_end, kv_len)
     if n_indices >= 0 and kv_indices is not None:
-        indices_section = _section(buffer, offsets.kv_indices, offsets.semaphore, kv_indices[:n_indices])
+        _fill(buffer, offsets.kv_indices, offsets.semaphore, kv_indices[:n_indices])
     buffer[offsets.semaphore :] = 0
-    buffer.flags.writeable = False
+    buffer.flags.writeable = False  # before the views are taken: they inherit it
+    if n_indices >= 0:
+        kv_indices = buffer[offsets.kv_indices : offsets.kv_indices + n_indices]
     return AttentionPlan(
-        buffer, work, qo_section, kv_section, len_section, indices_section, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size,
-        tile_q, chunk, num_partials, causal, window_left, capacity, offsets, max_page,
+        buffer, buffer[offsets.work : end].reshape(n_work, 8), buffer[offsets.qo_indptr : offsets.qo_indptr + batch + 1],
+        buffer[offsets.kv_indptr : offsets.kv_indptr + batch + 1], buffer[offsets.kv_len : offsets.kv_len + batch], kv_indices,
+        num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, tile_q, chunk, num_partials, causal, window_left, capacity, offsets, max_page,
     )  # fmt: skip
 
 
-def _section(buffer: np.ndarray, begin: int, end: int, values: np.ndarray) -> np.ndarray:
+def _fill(buffer: np.ndarray, begin: int, end: int, values: np.ndarray) -> None:
+    """Copy `values` to buffer[begin:] and zero the rest of the section."""
     stop = begin + len(values)
     buffer[begin:stop] = values
     if stop < end:
         buffer[stop:end] = 0
-    return buffer[begin:stop]
 
 
 def device_slots(num_sms: int, ctas_per_sm: int, num_kv_heads: int) -> int:
