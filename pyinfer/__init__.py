@@ -63,6 +63,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     ),
 }
 _MODULE_OF = {name: family for family, names in _FAMILIES.items() for name in names}
+_MODULE_OF |= {"ModelConfig": "jit.warmup", "warmup": "jit.warmup"}
 _SUBMODULES = (*_FAMILIES, "core", "jit", "profiler", "schedulers")
 
 __all__ = ["__version__", *sorted(_MODULE_OF), *_SUBMODULES]
@@ -84,6 +85,8 @@ if TYPE_CHECKING:
         CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
     )
     from pyinfer.decode import single_decode_with_kv_cache as single_decode_with_kv_cache
+    from pyinfer.jit.warmup import ModelConfig as ModelConfig
+    from pyinfer.jit.warmup import warmup as warmup
     from pyinfer.norm import fused_add_rmsnorm as fused_add_rmsnorm
     from pyinfer.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
     from pyinfer.norm import gemma_rmsnorm as gemma_rmsnorm

@@ -25,7 +25,7 @@ def all_specs() -> list[Any]:
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(importlib.import_module(f"pyinfer.jit.{_EXPORTS[name]}"), name)
-    if name in ("spec", "cache", "compiler", "env", *FAMILIES):
+    if name in ("spec", "cache", "compiler", "env", "warmup", *FAMILIES):
         return importlib.import_module(f"pyinfer.jit.{name}")
     if name.startswith("gen_"):
         for family in FAMILIES:

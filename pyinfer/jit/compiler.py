@@ -275,7 +275,7 @@ def _refuse_if_forbidden(spec: JitSpec, arch: str) -> None:
     if os.environ.get("PYINFER_JIT", "").lower() == "error":
         raise JitError(
             f"{spec.name} is not in the cache for {arch} and PYINFER_JIT=error forbids compiling on first use. "
-            f"Build it ahead: pyinfer build --arch {arch} --match '{spec.name}'"
+            f"Build it ahead: pyinfer build --arch {arch} --match '{spec.name}', or pyinfer.warmup(...) for a whole model"
         )
 
 
