@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,3 +120,46 @@ def test_device_name():
 
 def test_repr_of_a_view():
     assert repr(fake(dtype=INT32, device=3)) == "TensorView(numpy, int32, (2, 3), strides (3, 1), cuda:3)"
+
+
+# ---- the pages about them --------------------------------------------------------------------------------------------------------
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def _python_files(*folders):
+    return [path for folder in folders for path in (_ROOT / folder).rglob("*.py")]
+
+
+def test_every_variable_is_documented():
+    """Every variable that code asks the environment for stands in docs/environment.md, and the other way round."""
+    asked = set()
+    for path in _python_files("pyinfer", "schedulers", "benchmarks", "examples", "tests"):
+        asked |= set(re.findall(r'environ(?:\.get\(|\.setdefault\(|\[)\s*"(PYINFER_\w+)"', path.read_text()))
+    page = (_ROOT / "docs" / "environment.md").read_text()
+    assert {"PYINFER_WORKSPACE_BASE", "PYINFER_JIT"} <= asked
+    assert asked == set(re.findall(r"^\| `(PYINFER_\w+)`", page, re.MULTILINE))
+
+
+def test_every_exception_is_documented():
+    raised = set()
+    for path in _python_files("pyinfer", "schedulers"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                raised.add(ast.unparse(node.exc.func).split(".")[-1])
+    page = (_ROOT / "docs" / "errors.md").read_text()
+    # Control flow within pyinfer; none of these reaches a caller.
+    internal = {"TypingError", "PermissionError"}
+    missing = {name for name in raised - internal if f"`{name}" not in page and f".{name}`" not in page}
+    assert not missing, missing
+
+
+def test_documented_messages_exist():
+    """The texts quoted in docs/errors.md are those of the code."""
+    source = " ".join(path.read_text() for path in _python_files("pyinfer", "schedulers"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals continued on the next line
+    page = (_ROOT / "docs" / "errors.md").read_text()
+    for quoted in re.findall(r"^\| (`…[^|]*`)", page, re.MULTILINE):
+        for message in re.findall(r"`… ([a-zA-Z][^`:…{]*?)(?=[:`…{(]| \(|$)", quoted):
+            assert message.strip() in source or message.strip().startswith("unexpected keyword"), message
