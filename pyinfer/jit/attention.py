@@ -6,7 +6,7 @@ One kernel per phase. The launch functions are in `jit/attention_launch.py`.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, INT32, DType, canonical_dtype
@@ -131,11 +131,21 @@ def candidate_configs(
     max_packed_rows
         Largest qo_len * group over the requests.
     """
-    dims = (head_dim_qk, head_dim_vo)
-    wide = max(dims)
-    if max_packed_rows <= DECODE_ROWS:
-        # (tile_kv, warps, blocks per SM, stages). A slab of a warp is tile_kv / warps keys: 8 KiB of K and V at head_dim 64 and 128, 16 KiB at 256.
-        rows = {64: 32, 128: 16}.get(wide, 16)
+    candidates = _decode_candidates if max_packed_rows <= DECODE_ROWS else _prefill_candidates
+    found = candidates(head_dim_qk, head_dim_vo, max_packed_rows)
+    found += [replace(c, ctas_per_sm=1) for c in found if c.ctas_per_sm > 1]
+    per_block, per_sm = smem_limits(arch)
+    fitting = [c for c in found if c.smem <= per_block and c.ctas_per_sm * (c.smem + 1024) <= per_sm]
+    return tuple(dict.fromkeys(fitting))
+
+
+def _decode_candidates(head_dim_qk: int, head_dim_vo: int, max_packed_rows: int) -> list[AttentionConfig]:
+    # (tile_kv, warps, blocks per SM, stages). A warp's slab of tile_kv / warps keys is 8 KiB of K and V at head_dim 64 and 128, 16 KiB at 256.
+    wide = max(head_dim_qk, head_dim_vo)
+    if wide > 128:
+        shapes = [(64, 4, 1, 3), (32, 2, 2, 3), (32, 2, 1, 3), (32, 2, 1, 2)]
+    else:
+        rows = 32 if wide == 64 else 16
         shapes = [
             (4 * rows, 4, 2, 3),
             (4 * rows, 4, 1, 4),
@@ -143,46 +153,41 @@ def candidate_configs(
             (8 * rows, 8, 1, 3),
             (2 * rows, 2, 4, 3),
         ]
-        if wide > 128:
-            shapes = [(4 * rows, 4, 1, 3), (2 * rows, 2, 2, 3), (2 * rows, 2, 1, 3), (2 * rows, 2, 1, 2)]
-        found = [decode_config(*dims, tile_kv=kv, num_warps=w, ctas_per_sm=c, stages=s) for kv, w, c, s in shapes]
-        found += [
-            decode_config(*dims, tile_kv=kv, num_warps=w, ctas_per_sm=1, stages=s) for kv, w, c, s in shapes if c > 1
+    return [
+        decode_config(head_dim_qk, head_dim_vo, tile_kv=kv, num_warps=w, ctas_per_sm=c, stages=n)
+        for kv, w, c, n in shapes
+    ]
+
+
+def _prefill_candidates(head_dim_qk: int, head_dim_vo: int, max_packed_rows: int) -> list[AttentionConfig]:
+    # (tile_q, tile_kv, warps, blocks per SM, stages, queries in registers)
+    wide = max(head_dim_qk, head_dim_vo)
+    if max_packed_rows <= 64 and wide <= 128:
+        shapes = [(64, 64, 4, 2, 2, True), (64, 64, 4, 3, 2, False), (64, 32, 4, 2, 3, True)]
+    elif wide <= 64:
+        shapes = [
+            (128, 64, 4, 2, 2, True),
+            (128, 64, 4, 2, 3, True),
+            (128, 64, 4, 3, 2, False),
+            (128, 32, 4, 3, 3, False),
         ]
+    elif wide <= 128:
+        shapes = [
+            (128, 64, 4, 2, 2, False),
+            (128, 32, 4, 2, 3, False),
+            (128, 32, 4, 2, 2, False),
+            (128, 64, 8, 1, 2, True),
+        ]
+    elif max_packed_rows <= 64:
+        shapes = [(64, 32, 4, 2, 2, False), (64, 32, 4, 1, 2, False)]
     else:
-        # (tile_q, tile_kv, warps, blocks per SM, stages, queries in registers)
-        if max_packed_rows <= 64 and wide <= 128:
-            shapes = [(64, 64, 4, 2, 2, True), (64, 64, 4, 3, 2, False), (64, 32, 4, 2, 3, True)]
-        elif wide <= 64:
-            shapes = [
-                (128, 64, 4, 2, 2, True),
-                (128, 64, 4, 2, 3, True),
-                (128, 64, 4, 3, 2, False),
-                (128, 32, 4, 3, 3, False),
-            ]
-        elif wide <= 128:
-            shapes = [
-                (128, 64, 4, 2, 2, False),
-                (128, 32, 4, 2, 3, False),
-                (128, 32, 4, 2, 2, False),
-                (128, 64, 8, 1, 2, True),
-            ]
-        elif max_packed_rows <= 64:
-            shapes = [(64, 32, 4, 2, 2, False), (64, 32, 4, 1, 2, False)]
-        else:
-            shapes = [(128, 64, 8, 1, 2, False), (64, 32, 4, 2, 2, False), (64, 32, 4, 1, 2, False)]
-        found = [
-            prefill_config(*dims, tile_q=q, tile_kv=kv, num_warps=w, ctas_per_sm=c, stages=s, q_in_registers=r)
-            for q, kv, w, c, s, r in shapes
-        ]
-        found += [
-            prefill_config(*dims, tile_q=q, tile_kv=kv, num_warps=w, ctas_per_sm=1, stages=s, q_in_registers=r)
-            for q, kv, w, c, s, r in shapes
-            if c > 1
-        ]
-    per_block, per_sm = smem_limits(arch)
-    fitting = [c for c in found if c.smem <= per_block and c.ctas_per_sm * (c.smem + 1024) <= per_sm]
-    return tuple(dict.fromkeys(fitting))
+        shapes = [(128, 64, 8, 1, 2, False), (64, 32, 4, 2, 2, False), (64, 32, 4, 1, 2, False)]
+    return [
+        prefill_config(
+            head_dim_qk, head_dim_vo, tile_q=q, tile_kv=kv, num_warps=w, ctas_per_sm=c, stages=n, q_in_registers=r
+        )
+        for q, kv, w, c, n, r in shapes
+    ]
 
 
 @functools.cache
