@@ -58,11 +58,11 @@ def problem(batch: int, qo_len: int, kv_len: int, dim: int, causal: bool) -> Pro
     pages = -(-kv_len // PAGE)
     rng = np.random.default_rng()
     indices = rng.permutation(batch * pages).astype(np.int32)
-    cache = [torch.randn(batch * pages, PAGE, KV_HEADS, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    k, v = (torch.randn(batch * pages, PAGE, KV_HEADS, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     q = torch.randn(batch * qo_len, QO_HEADS, dim, device="cuda", dtype=torch.bfloat16)
     visible = qo_len * kv_len - (qo_len * (qo_len - 1) // 2 if causal else 0)
     return Problem(
-        q, *cache, qo_len, np.arange(batch + 1, dtype=np.int32) * pages, indices, np.full(batch, kv_len - (pages - 1) * PAGE, np.int32), causal,
+        q, k, v, qo_len, np.arange(batch + 1, dtype=np.int32) * pages, indices, np.full(batch, kv_len - (pages - 1) * PAGE, np.int32), causal,
         4.0 * batch * kv_len * KV_HEADS * dim, 4.0 * batch * QO_HEADS * visible * dim,
     )  # fmt: skip
 
