@@ -14,8 +14,12 @@ pytestmark = [pytest.mark.compile, pytest.mark.smoke]
 _BUILD = """
 import json, shutil, sys
 processes = []
-sys.addaudithook(lambda event, args: processes.append(f"{event} {args}") if event in (
-    "subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn") else None)
+STARTING = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn")
+def hook(event, args):
+    # CuPy's cuda-pathfinder asks ctypes for libdl, and CPython's ctypes reads the linker's cache with ldconfig.
+    if event in STARTING and "/sbin/ldconfig" not in str(args[0]):
+        processes.append(f"{event} {args}")
+sys.addaudithook(hook)
 import numpy as np
 import pyinfer
 from pyinfer._cli import select
@@ -37,6 +41,7 @@ def test_first_build_with_empty_path(tmp_path):
     env.update(
         PATH="",
         HOME=str(tmp_path),
+        TMPDIR=str(tmp_path),
         PYINFER_WORKSPACE_BASE=str(tmp_path / "cache"),
         NUMBA_CACHE_DIR=str(tmp_path / "numba"),
     )
@@ -55,7 +60,10 @@ def test_first_build_with_empty_path(tmp_path):
 
 def test_a_cuda_home_of_nonsense_changes_nothing(tmp_path):
     """A broken toolkit on the machine (the usual state of affairs) is not looked at."""
-    env = {**os.environ, "PYINFER_WORKSPACE_BASE": str(tmp_path), "CUDA_HOME": "/nowhere", "CUDA_PATH": "/nowhere"}
+    folders = dict.fromkeys(
+        ("PYINFER_WORKSPACE_BASE", "PYINFER_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "TMPDIR"), str(tmp_path)
+    )
+    env = {**os.environ, **folders, "CUDA_HOME": "/nowhere", "CUDA_PATH": "/nowhere"}
     script = "from pyinfer._cli import select; a = select.find('rmsnorm')[0].build('80'); assert not a.cached; print(len(a.code))"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
