@@ -64,7 +64,14 @@ def _act_and_mul(op: str, act: str, input: Any, out: Any, enable_pdl: bool | Non
     shape = tuple(x.shape)
     if not shape or shape[-1] * size % 16:
         got = f"{shape[-1] * size} bytes (shape {shape}, {x.dtype.name})" if shape else "a tensor without axes"
-        fail(op, "input", "has a last axis of the wrong length", got, "a multiple of 16 bytes", "Pad the hidden dimension.")
+        fail(
+            op,
+            "input",
+            "has a last axis of the wrong length",
+            got,
+            "a multiple of 16 bytes",
+            "Pad the hidden dimension.",
+        )
     width = shape[-1] // 2
     out_shape = (*shape[:-1], width)
     if out is None:
@@ -104,7 +111,12 @@ def _act_and_mul_kernel(device: int, act: str, dtype: str, width: int, vec: int)
     from pyinfer.jit.activation import act_config, gen_act_and_mul
 
     config = act_config(width // vec)
-    return gen_act_and_mul(act, dtype, width, vec).build_and_load(device), config.rows, config.chunks, pdl_supported(device)
+    return (
+        gen_act_and_mul(act, dtype, width, vec).build_and_load(device),
+        config.rows,
+        config.chunks,
+        pdl_supported(device),
+    )
 
 
 def gen_act_and_mul_module(act_func_name: str) -> JitModule:

@@ -55,7 +55,9 @@ def gemma_rmsnorm(input: Any, weight: Any, eps: float = 1e-6, out: Any = None, e
     return _rmsnorm("gemma_rmsnorm", input, weight, eps, out, enable_pdl, True)
 
 
-def fused_add_rmsnorm(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
+def fused_add_rmsnorm(
+    input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
+) -> None:
     """Add and normalise, both in place: ``residual += input``, then ``input = rmsnorm(residual) * weight``.
 
     The norm is taken of the float32 sum, before the sum is rounded to the residual's dtype.
@@ -79,7 +81,9 @@ def fused_add_rmsnorm(input: Any, residual: Any, weight: Any, eps: float = 1e-6,
     _fused_add_rmsnorm("fused_add_rmsnorm", input, residual, weight, eps, enable_pdl, False)
 
 
-def gemma_fused_add_rmsnorm(input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None) -> None:
+def gemma_fused_add_rmsnorm(
+    input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
+) -> None:
     """As `fused_add_rmsnorm`, multiplied by ``weight + 1``."""
     _fused_add_rmsnorm("gemma_fused_add_rmsnorm", input, residual, weight, eps, enable_pdl, True)
 
@@ -133,7 +137,9 @@ def _rmsnorm(op: str, input: Any, weight: Any, eps: float, out: Any, enable_pdl:
     return out
 
 
-def _fused_add_rmsnorm(op: str, input: Any, residual: Any, weight: Any, eps: float, enable_pdl: bool | None, gemma: bool) -> None:
+def _fused_add_rmsnorm(
+    op: str, input: Any, residual: Any, weight: Any, eps: float, enable_pdl: bool | None, gemma: bool
+) -> None:
     x, r, w = view(input, op, "input"), view(residual, op, "residual"), view(weight, op, "weight")
     _check(op, x, w, "residual", r)
     rows, residual_rows = common_row_layout(op, "input", x, "residual", r)

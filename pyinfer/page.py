@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from pyinfer._attention import check_layout, paged_views
 from pyinfer.core.dtypes import INT32, INT64
-from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, check_ndim, check_same_device, check_same_dtype, check_shape, fail
+from pyinfer.core.errors import (
+    check_dtype,
+    check_last_dim_contiguous,
+    check_ndim,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    fail,
+)
 from pyinfer.core.rows import vector_length
 from pyinfer.core.tensor import TensorView, as_numpy, current_stream, empty, view
 
@@ -24,7 +32,8 @@ def get_batch_indices_positions(
 ) -> tuple[Any, Any]:
     """Request and position of every appended token.
 
-    Row t belongs to request b with append_indptr[b] <= t < append_indptr[b + 1]; a request's last appended token has position seq_lens[b] - 1. Never synchronises on a GPU.
+    Row t belongs to request b with append_indptr[b] <= t < append_indptr[b + 1]; a request's last appended token has position
+    seq_lens[b] - 1. Never synchronises on a GPU.
 
     Parameters
     ----------
@@ -126,7 +135,9 @@ def get_seq_lens(kv_indptr: Any, kv_last_page_len: Any, page_size: int) -> Any:
         return out
     kernel, has_pdl = _kernel(indptr.device, "seq_lens")
     wide = (indptr.dtype is INT64) | (last.dtype is INT64) << 1
-    kernel(current_stream(indptr), -(-batch // 128), (indptr.ptr, last.ptr, view(out).ptr, page_size, batch, wide), has_pdl)
+    kernel(
+        current_stream(indptr), -(-batch // 128), (indptr.ptr, last.ptr, view(out).ptr, page_size, batch, wide), has_pdl
+    )
     return out
 
 
@@ -143,7 +154,8 @@ def append_paged_kv_cache(
 ) -> None:
     """Write new keys and values into a paged KV cache, whose page table already counts them.
 
-    Token t goes to page ``kv_indices[kv_indptr[b] + positions[t] // page_size]``, slot ``positions[t] % page_size``, ``b = batch_indices[t]``. Tokens with a negative batch index or position are left out.
+    Token t goes to page ``kv_indices[kv_indptr[b] + positions[t] // page_size]``, slot ``positions[t] % page_size``, with
+    ``b = batch_indices[t]``. Tokens with a negative batch index or position are left out.
 
     Parameters
     ----------
@@ -229,7 +241,15 @@ def append_paged_mla_kv_cache(
 
 def _with_head_axis(x: TensorView, axis: int) -> TensorView:
     shape, strides = tuple(x.shape), tuple(x.strides)
-    return TensorView(x.obj, x.ptr, (*shape[:axis], 1, *shape[axis:]), (*strides[:axis], 0, *strides[axis:]), x.dtype, x.device, x.framework)
+    return TensorView(
+        x.obj,
+        x.ptr,
+        (*shape[:axis], 1, *shape[axis:]),
+        (*strides[:axis], 0, *strides[axis:]),
+        x.dtype,
+        x.device,
+        x.framework,
+    )
 
 
 def _index(op: str, arg: str, x: Any) -> TensorView:
@@ -287,7 +307,12 @@ def _append(
     batch = _batch(op, "kv_indptr", kv_indptr)
     check_shape(op, "kv_last_page_len", last_page_len, (batch,))
     if not (batch_indices.device == positions.device == kv_indices.device == kv_indptr.device == device):
-        indices = {"batch_indices": batch_indices, "positions": positions, "kv_indices": kv_indices, "kv_indptr": kv_indptr}
+        indices = {
+            "batch_indices": batch_indices,
+            "positions": positions,
+            "kv_indices": kv_indices,
+            "kv_indptr": kv_indptr,
+        }
         check_same_device(op, {names[0]: key, **indices})
     if not nnz or not heads:
         return
@@ -334,7 +359,14 @@ def _fail_token(op: str, what: int, token: int, arrays: list[Any], batch: int, p
     pages = int(kv_indptr[request + 1]) - int(kv_indptr[request])
     if what == cpu.BAD_POSITION:
         fix = "The page table must already count the appended tokens."
-        fail(op, "positions", f"lies beyond the pages of request {request} (token {token})", position, f"less than {pages} pages of {page_size}", fix)
+        fail(
+            op,
+            "positions",
+            f"lies beyond the pages of request {request} (token {token})",
+            position,
+            f"less than {pages} pages of {page_size}",
+            fix,
+        )
     page = int(kv_indices[int(kv_indptr[request]) + position // page_size])
     fail(op, "kv_indices", f"names no page (token {token} of request {request})", page, f"0 to {num_pages - 1}")
 

@@ -1,7 +1,8 @@
 """Rotary position embedding of queries and keys, plain and as in Llama 3.1.
 
-Pairs of the first `rotary_dim` elements of every head are rotated by ``position * f_i``, ``f_i = rope_theta^(-2 i / rotary_dim) / rope_scale``; the rest is copied. All arithmetic is
-in float32, but for the angles: those are fractions of a turn in 64-bit integers, exact at any position (see `pyinfer.jit.rope.frequency_table`).
+Pairs of the first `rotary_dim` elements of every head are rotated by ``position * f_i``, ``f_i = rope_theta^(-2 i / rotary_dim) / rope_scale``;
+the rest is copied. All arithmetic is in float32, but for the angles: those are fractions of a turn in 64-bit integers, exact at any
+position (see `pyinfer.jit.rope.frequency_table`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64
-from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, check_ndim, check_same_device, check_same_dtype, check_shape, fail
+from pyinfer.core.errors import (
+    check_dtype,
+    check_last_dim_contiguous,
+    check_ndim,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    fail,
+)
 from pyinfer.core.rows import vector_length
 from pyinfer.core.tensor import TensorView, as_numpy, current_stream, empty, view
 
@@ -33,7 +42,9 @@ __all__ = [
 _DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 _INTEGERS = (INT32, INT64)
 _MAX_ROTARY_DIM = 512  # the table of frequencies is a kernel parameter, of which there are 4 KiB
-_MANY_TOKENS = 2048  # from here on a block takes all heads of its token: the sines are computed once, and there are blocks enough
+_MANY_TOKENS = (
+    2048  # from here on a block takes all heads of its token: the sines are computed once, and there are blocks enough
+)
 
 
 def apply_rope(
@@ -252,7 +263,13 @@ def _check_indices(op: str, arg: str, x: TensorView, n: int, q: TensorView) -> N
 
 def _check_rotary(op: str, arg: str, rotary_dim: int, head_dim: int) -> None:
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > min(head_dim, _MAX_ROTARY_DIM):
-        fail(op, arg, "cannot be rotated", rotary_dim, f"an even number from 2 to {min(head_dim, _MAX_ROTARY_DIM)} (head_dim {head_dim})")
+        fail(
+            op,
+            arg,
+            "cannot be rotated",
+            rotary_dim,
+            f"an even number from 2 to {min(head_dim, _MAX_ROTARY_DIM)} (head_dim {head_dim})",
+        )
 
 
 def _check_scales(op: str, scales: tuple[float, ...]) -> None:
@@ -275,7 +292,14 @@ def _outputs(q: TensorView, k: TensorView, in_place: bool) -> tuple[Any, Any, Te
 
 
 def _pos_ids(
-    op: str, q_: Any, k_: Any, pos_ids: Any, rotary_dim: int | None, interleave: bool, scales: tuple[float, ...], in_place: bool
+    op: str,
+    q_: Any,
+    k_: Any,
+    pos_ids: Any,
+    rotary_dim: int | None,
+    interleave: bool,
+    scales: tuple[float, ...],
+    in_place: bool,
 ) -> Any:
     q, k, positions = view(q_, op, "q"), view(k_, op, "k"), view(pos_ids, op, "pos_ids")
     _check(op, ("q", "k"), q, k, 3)
@@ -289,14 +313,29 @@ def _pos_ids(
             _run_cpu(q, k, q_out, k_out, as_numpy(positions), rotary_dim, interleave, scales, in_place)
         else:
             first = (_frequency_bytes(rotary_dim, *scales), positions.ptr)
-            _launch("pos_ids", q, k, q_out, k_out, rotary_dim, interleave, in_place, positions.dtype is INT64, first, (), 0)
+            _launch(
+                "pos_ids", q, k, q_out, k_out, rotary_dim, interleave, in_place, positions.dtype is INT64, first, (), 0
+            )
     return None if in_place else (q_obj, k_obj)
 
 
 def _indptr(
-    op: str, q_: Any, k_: Any, indptr_: Any, offsets_: Any, rotary_dim: int | None, interleave: bool, scales: tuple[float, ...], in_place: bool
+    op: str,
+    q_: Any,
+    k_: Any,
+    indptr_: Any,
+    offsets_: Any,
+    rotary_dim: int | None,
+    interleave: bool,
+    scales: tuple[float, ...],
+    in_place: bool,
 ) -> Any:
-    q, k, indptr, offsets = view(q_, op, "q"), view(k_, op, "k"), view(indptr_, op, "indptr"), view(offsets_, op, "offsets")
+    q, k, indptr, offsets = (
+        view(q_, op, "q"),
+        view(k_, op, "k"),
+        view(indptr_, op, "indptr"),
+        view(offsets_, op, "offsets"),
+    )
     _check(op, ("q", "k"), q, k, 3)
     check_ndim(op, "indptr", indptr, 1)
     if not indptr.shape[0]:
@@ -320,17 +359,39 @@ def _indptr(
             _run_cpu(q, k, q_out, k_out, positions, rotary_dim, interleave, scales, in_place)
         else:
             first = (_frequency_bytes(rotary_dim, *scales), indptr.ptr, offsets.ptr)
-            _launch("indptr", q, k, q_out, k_out, rotary_dim, interleave, in_place, indptr.dtype is INT64, first, (requests,), 0)
+            _launch(
+                "indptr",
+                q,
+                k,
+                q_out,
+                k_out,
+                rotary_dim,
+                interleave,
+                in_place,
+                indptr.dtype is INT64,
+                first,
+                (requests,),
+                0,
+            )
     return None if in_place else (q_obj, k_obj)
 
 
-def _cached(op: str, positions_: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool, in_place: bool) -> Any:
+def _cached(
+    op: str, positions_: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool, in_place: bool
+) -> Any:
     positions, q, k = view(positions_, op, "positions"), view(query, op, "query"), view(key, op, "key")
     cache = view(cos_sin_cache, op, "cos_sin_cache")
     _check(op, ("query", "key"), q, k, 2)
     _check_indices(op, "positions", positions, q.shape[0], q)
     if cache.dtype is not FLOAT32:  # ValueError, as users of FlashInfer expect
-        fail(op, "cos_sin_cache", "has the wrong dtype", cache.dtype.name, "float32", "Keep the cache in float32: angles need it.")
+        fail(
+            op,
+            "cos_sin_cache",
+            "has the wrong dtype",
+            cache.dtype.name,
+            "float32",
+            "Keep the cache in float32: angles need it.",
+        )
     check_ndim(op, "cos_sin_cache", cache, 2)
     check_last_dim_contiguous(op, "cos_sin_cache", cache)
     if cache.device != q.device:
@@ -340,7 +401,9 @@ def _cached(op: str, positions_: Any, query: Any, key: Any, head_size: int, cos_
         fail(op, "head_size", "is too small", head_size, "1 or more")
     for name, x in (("query", q), ("key", k)):
         if x.shape[1] % head_size:
-            fail(op, name, "does not divide into heads", f"{x.shape[1]} columns", f"a multiple of head_size {head_size}")
+            fail(
+                op, name, "does not divide into heads", f"{x.shape[1]} columns", f"a multiple of head_size {head_size}"
+            )
     rotary_dim = cache.shape[1]
     _check_rotary(op, "cos_sin_cache (second axis)", rotary_dim, head_size)
     q_obj, k_obj, q_out, k_out = _outputs(q, k, in_place)
@@ -363,16 +426,41 @@ def _cached(op: str, positions_: Any, query: Any, key: Any, head_size: int, cos_
 
 def _by_heads(x: TensorView, head_size: int) -> TensorView:
     """[rows, heads * head_size] as [rows, heads, head_size]."""
-    return TensorView(x.obj, x.ptr, (x.shape[0], x.shape[1] // head_size, head_size), (x.strides[0], head_size, 1), x.dtype, x.device, x.framework)
+    return TensorView(
+        x.obj,
+        x.ptr,
+        (x.shape[0], x.shape[1] // head_size, head_size),
+        (x.strides[0], head_size, 1),
+        x.dtype,
+        x.device,
+        x.framework,
+    )
 
 
 def _run_cpu(
-    q: TensorView, k: TensorView, q_out: TensorView, k_out: TensorView, positions: Any, rotary_dim: int, interleave: bool, scales: tuple[float, ...], in_place: bool
+    q: TensorView,
+    k: TensorView,
+    q_out: TensorView,
+    k_out: TensorView,
+    positions: Any,
+    rotary_dim: int,
+    interleave: bool,
+    scales: tuple[float, ...],
+    in_place: bool,
 ) -> None:
     from pyinfer.cpu import rope as cpu
     from pyinfer.jit.rope import frequency_table
 
-    cpu.rope(q, k, q_out, k_out, positions, frequency=frequency_table(rotary_dim, *scales), interleave=bool(interleave), in_place=in_place)
+    cpu.rope(
+        q,
+        k,
+        q_out,
+        k_out,
+        positions,
+        frequency=frequency_table(rotary_dim, *scales),
+        interleave=bool(interleave),
+        in_place=in_place,
+    )
 
 
 def _frequency_bytes(*key: float) -> bytes:
@@ -409,12 +497,28 @@ def _launch(
     kernel, at_once, has_pdl = _rope_kernel(q.device, mode, q.dtype.name, rotary_dim, bool(interleave), num_heads, vec)
     heads_per_block = num_heads if tokens >= _MANY_TOKENS else at_once
     parts = -(-num_heads // heads_per_block)
-    values = (*first, q.ptr, k.ptr, q_out.ptr, k_out.ptr, *strides, q_heads, num_heads, parts, heads_per_block, tail, wide, *last)
+    values = (
+        *first,
+        q.ptr,
+        k.ptr,
+        q_out.ptr,
+        k_out.ptr,
+        *strides,
+        q_heads,
+        num_heads,
+        parts,
+        heads_per_block,
+        tail,
+        wide,
+        *last,
+    )
     kernel(current_stream(q), tokens * parts, values, has_pdl)
 
 
 @functools.cache
-def _rope_kernel(device: int, mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads: int, vec: int) -> tuple[Kernel, int, bool]:
+def _rope_kernel(
+    device: int, mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads: int, vec: int
+) -> tuple[Kernel, int, bool]:
     """Kernel, heads a block works on at a time, whether it was built for programmatic dependent launch."""
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.rope import gen_rope

@@ -19,10 +19,14 @@ TINY = {"float16": 2.0**-24, "bfloat16": 2.0**-125, "float32": 2.0**-125}  # flo
 def assert_elementwise(got: np.ndarray, want: np.ndarray, dtype: str, name: str) -> None:
     """Every element for itself: a small result beside large ones must be right too."""
     assert got.shape == want.shape
-    allowed = np.abs(want) * (EPSILON[dtype] * 1.02 + 2e-5) + TINY[dtype]  # 2e-5: e^x multiplies the error of a float32 argument by x
+    allowed = (
+        np.abs(want) * (EPSILON[dtype] * 1.02 + 2e-5) + TINY[dtype]
+    )  # 2e-5: e^x multiplies the error of a float32 argument by x
     excess = np.abs(got - want) - allowed
     worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
-    assert excess.flat[worst] <= 0, f"{name}: at {np.unravel_index(worst, got.shape)} got {got.flat[worst]!r}, expected {want.flat[worst]!r}"
+    assert excess.flat[worst] <= 0, (
+        f"{name}: at {np.unravel_index(worst, got.shape)} got {got.flat[worst]!r}, expected {want.flat[worst]!r}"
+    )
 
 
 @pytest.mark.parametrize("act", OPERATORS)
@@ -62,7 +66,9 @@ def test_every_float16_gate(backend_arrays: Backend, act: str) -> None:
         want = reference.ACTIVATIONS[act](np.where(finite, g, 0.0))
         rounded = want.astype(np.float16).astype(np.float64)
     ok = np.isinf(rounded) | (np.abs(got - want) <= np.abs(want) * 1.02 * EPSILON["float16"] + 2.0**-24)
-    assert ok[finite].all(), f"gate {g[finite & ~ok][:4]}: got {got[finite & ~ok][:4]}, expected {want[finite & ~ok][:4]}"
+    assert ok[finite].all(), (
+        f"gate {g[finite & ~ok][:4]}: got {got[finite & ~ok][:4]}, expected {want[finite & ~ok][:4]}"
+    )
     assert np.isnan(got[np.isnan(g)]).all()
     assert (got[g == np.inf] == np.inf).all()
 
@@ -83,7 +89,9 @@ def test_leading_axes_and_strides(backend: Backend, rng: np.random.Generator) ->
         assert_elementwise(host[..., 3:67], want, dtype, "strided out")
         assert np.isnan(host[..., :3]).all() and np.isnan(host[..., 67:]).all()
     one = b.array(rng.standard_normal(16), dtype)
-    assert_elementwise(b.float64(pyinfer.silu_and_mul(one)), reference.act_and_mul("silu", b.float64(one)), dtype, "1 axis")
+    assert_elementwise(
+        b.float64(pyinfer.silu_and_mul(one)), reference.act_and_mul("silu", b.float64(one)), dtype, "1 axis"
+    )
 
 
 def test_out_over_the_gate(backend_arrays: Backend, rng: np.random.Generator) -> None:
@@ -98,7 +106,9 @@ def test_out_over_the_gate(backend_arrays: Backend, rng: np.random.Generator) ->
 def test_many_rows(backend_arrays: Backend, rng: np.random.Generator) -> None:
     b = backend_arrays
     x = b.array(rng.standard_normal((66000, 16)), "float16")
-    assert_elementwise(b.float64(pyinfer.gelu_and_mul(x)), reference.act_and_mul("gelu", b.float64(x)), "float16", "66000 rows")
+    assert_elementwise(
+        b.float64(pyinfer.gelu_and_mul(x)), reference.act_and_mul("gelu", b.float64(x)), "float16", "66000 rows"
+    )
 
 
 def test_empty(backend: Backend) -> None:
@@ -139,6 +149,8 @@ def test_flashinfers_names() -> None:
     from pyinfer.activation import act_func_def_str, gen_act_and_mul_module
 
     assert set(act_func_def_str) == set(OPERATORS)
-    assert all(spec.name.startswith(f"{act}_and_mul") for act in act_func_def_str for spec in gen_act_and_mul_module(act).specs)
+    assert all(
+        spec.name.startswith(f"{act}_and_mul") for act in act_func_def_str for spec in gen_act_and_mul_module(act).specs
+    )
     with pytest.raises(ValueError, match="relu"):
         gen_act_and_mul_module("relu")

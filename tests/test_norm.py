@@ -132,7 +132,11 @@ def test_rows_do_not_influence_each_other(backend_arrays: Backend, rng: np.rando
     x[2, 5], x[4, 7], x[6] = np.nan, np.inf, 0.0
     w = b.array(rng.standard_normal(576), "float16")
     got = b.numpy(pyinfer.rmsnorm(b.array(x, "float16"), w))
-    assert np.isnan(got[2]).all() and not np.isnan(got[[0, 1, 3, 5, 6, 7]].astype(np.float32)).any() and (got[6] == 0).all()
+    assert (
+        np.isnan(got[2]).all()
+        and not np.isnan(got[[0, 1, 3, 5, 6, 7]].astype(np.float32)).any()
+        and (got[6] == 0).all()
+    )
     alone = b.numpy(pyinfer.rmsnorm(b.array(x[3:4], "float16"), w))
     assert_same_bits(alone[0], got[3], "row 3")
 
@@ -142,7 +146,11 @@ def test_eps_and_huge_values(backend_arrays: Backend, rng: np.random.Generator) 
     x = b.array(rng.standard_normal((4, 300)) * 1e-4, "float32")
     w = b.array(rng.standard_normal(300), "float32")
     for eps in (1e-12, 1e-5, 0.1):
-        assert_close(b.float64(pyinfer.rmsnorm(x, w, eps)), reference.rmsnorm(b.float64(x), b.float64(w), eps), rtol=RTOL["float32"])
+        assert_close(
+            b.float64(pyinfer.rmsnorm(x, w, eps)),
+            reference.rmsnorm(b.float64(x), b.float64(w), eps),
+            rtol=RTOL["float32"],
+        )
     x = b.array(rng.choice([-60000.0, 60000.0], (3, 512)), "float16")  # squares beyond float16
     one = b.full((512,), 1.0, "float16")
     assert_close(b.float64(pyinfer.rmsnorm(x, one)), np.sign(b.float64(x)), rtol=RTOL["float16"])

@@ -62,7 +62,18 @@ def test_seq_lens(backend: Backend, rng: np.random.Generator, page_size: int, in
 class Case:
     """Requests of random lengths, of which the last few tokens are appended, in one of the cache's forms."""
 
-    def __init__(self, b: Backend, rng: np.random.Generator, dtype: str, layout: str, combined: bool, page_size: int, heads: int, dim: int, integer: str = "int32") -> None:
+    def __init__(
+        self,
+        b: Backend,
+        rng: np.random.Generator,
+        dtype: str,
+        layout: str,
+        combined: bool,
+        page_size: int,
+        heads: int,
+        dim: int,
+        integer: str = "int32",
+    ) -> None:
         lengths = rng.integers(0, 40, 6)
         self.table = reference.PageTable(rng, lengths, page_size)
         new = np.minimum(lengths, rng.integers(0, 12, 6))
@@ -73,7 +84,9 @@ class Case:
         self.before = [bits(rng, (self.table.num_pages, page_size, heads, dim), dtype) for _ in range(2)]
         self.layout, self.combined, self.b = layout, combined, b
         caches = [c if layout == "NHD" else c.swapaxes(1, 2) for c in self.before]
-        self.cache = b.array(np.stack(caches, axis=1)) if combined else tuple(b.array(np.ascontiguousarray(c)) for c in caches)
+        self.cache = (
+            b.array(np.stack(caches, axis=1)) if combined else tuple(b.array(np.ascontiguousarray(c)) for c in caches)
+        )
         t = self.table
         self.indices = [b.array(x, integer) for x in (self.batch_indices, self.positions)]
         self.page_table = [b.array(x, integer) for x in (t.kv_indices, t.kv_indptr, t.last_page_len)]
@@ -91,7 +104,16 @@ class Case:
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("combined", [False, True])
 @pytest.mark.parametrize("page_size,heads,dim", [(1, 2, 64), (16, 3, 64), (5, 1, 36), (16, 8, 128), (4, 2, 3)])
-def test_append(backend_arrays: Backend, rng: np.random.Generator, page_size: int, heads: int, dim: int, combined: bool, layout: str, dtype: str) -> None:
+def test_append(
+    backend_arrays: Backend,
+    rng: np.random.Generator,
+    page_size: int,
+    heads: int,
+    dim: int,
+    combined: bool,
+    layout: str,
+    dtype: str,
+) -> None:
     b = backend_arrays
     case = Case(b, rng, dtype, layout, combined, page_size, heads, dim, rng.choice(["int32", "int64"]))
     key, value = b.array(case.key), b.array(case.value)
@@ -108,7 +130,10 @@ def test_append_strided(backend: Backend, rng: np.random.Generator, layout: str)
     qkv = bits(rng, (nnz, 8, 70), dtype)
     qkv[:, 4:6, 3:67], qkv[:, 6:8, 3:67] = case.key, case.value
     qkv = b.array(qkv)
-    wide = [bits(rng, (c.shape[0] * 2, *c.shape[1:-1], c.shape[-1] + 9), dtype) for c in (case.before if layout == "NHD" else [x.swapaxes(1, 2) for x in case.before])]
+    wide = [
+        bits(rng, (c.shape[0] * 2, *c.shape[1:-1], c.shape[-1] + 9), dtype)
+        for c in (case.before if layout == "NHD" else [x.swapaxes(1, 2) for x in case.before])
+    ]
     for w, before in zip(wide, case.before, strict=True):
         w[::2, ..., 5:69] = before if layout == "NHD" else before.swapaxes(1, 2)
     tensors = [b.array(w) for w in wide]
@@ -140,7 +165,10 @@ def test_different_head_dims(backend_arrays: Backend, rng: np.random.Generator) 
     for heads, dims in ((3, (192, 128)), (1, (512, 64))):
         before = [bits(rng, (table.num_pages, 4, heads, d), "bfloat16") for d in dims]
         new = [bits(rng, (4, heads, d), "bfloat16") for d in dims]
-        want = [reference.append(c, n, batch_indices, positions, table.kv_indices, table.kv_indptr) for c, n in zip(before, new, strict=True)]
+        want = [
+            reference.append(c, n, batch_indices, positions, table.kv_indices, table.kv_indptr)
+            for c, n in zip(before, new, strict=True)
+        ]
         caches = tuple(b.array(c) for c in before)
         pyinfer.append_paged_kv_cache(*(b.array(n) for n in new), *index, caches, *pages)
         for got, w in zip(caches, want, strict=True):
@@ -185,7 +213,9 @@ def test_nothing_to_append(backend: Backend) -> None:
     b = backend
     empty, cache = b.full((0, 2, 64), 0.0, "float16"), b.full((3, 2, 4, 2, 64), 1.0, "float16")
     none = b.array(np.zeros(0), "int32")
-    pyinfer.append_paged_kv_cache(empty, empty, none, none, cache, b.array([0], "int32"), b.array([0, 1], "int32"), b.array([1], "int32"))
+    pyinfer.append_paged_kv_cache(
+        empty, empty, none, none, cache, b.array([0], "int32"), b.array([0, 1], "int32"), b.array([1], "int32")
+    )
     assert (b.float64(cache) == 1).all()
 
 

@@ -29,10 +29,26 @@ def check(b: Backend, got, x, positions: np.ndarray, freq: np.ndarray, interleav
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "heads,kv_heads,head_dim,rotary_dim",
-    [(9, 3, 64, None), (4, 1, 128, None), (32, 8, 128, 64), (1, 1, 256, None), (3, 2, 80, 20), (2, 1, 7, 6), (5, 5, 2, None), (8, 2, 96, 96)],
+    [
+        (9, 3, 64, None),
+        (4, 1, 128, None),
+        (32, 8, 128, 64),
+        (1, 1, 256, None),
+        (3, 2, 80, 20),
+        (2, 1, 7, 6),
+        (5, 5, 2, None),
+        (8, 2, 96, 96),
+    ],
 )
 def test_pos_ids(
-    backend_arrays: Backend, rng: np.random.Generator, heads: int, kv_heads: int, head_dim: int, rotary_dim: int | None, dtype: str, interleave: bool
+    backend_arrays: Backend,
+    rng: np.random.Generator,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotary_dim: int | None,
+    dtype: str,
+    interleave: bool,
 ) -> None:
     b = backend_arrays
     n = int(rng.integers(1, 9))
@@ -53,9 +69,11 @@ def test_pos_ids(
 
 @pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
 def test_far_positions(backend_arrays: Backend, rng: np.random.Generator, theta: float) -> None:
-    """Angles at positions of a million and of 2^31 are as good as at 1. In float32 the product position * frequency would be off by up to 0.06 radians at 10^6."""
+    """Angles at a million and at 2^31 are as good as at 1. The float32 product position * frequency would be off by up to 0.06 radians at 10^6."""
     b = backend_arrays
-    positions = np.concatenate([[0, 1, 100003, 131072, 999999, 1048575, 16777217, 2**31 - 1, -5], rng.integers(100_000, 2_000_000, 23)])
+    positions = np.concatenate(
+        [[0, 1, 100003, 131072, 999999, 1048575, 16777217, 2**31 - 1, -5], rng.integers(100_000, 2_000_000, 23)]
+    )
     q, k = draw(b, rng, (32, 2, 128), "float32"), draw(b, rng, (32, 1, 128), "float32")
     q_out, k_out = pyinfer.apply_rope_pos_ids(q, k, b.array(positions, "int64"), rope_theta=theta)
     # The reference's own float64 product is off by 2^31 * 2^-53 = 2e-7 radians at the farthest position.
@@ -78,7 +96,11 @@ def test_indptr(backend_arrays: Backend, rng: np.random.Generator, integer: str,
         positions[indptr[r] : indptr[r] + length] = offsets[r] + np.arange(length)
     q, k = draw(b, rng, (n, 4, 64), dtype), draw(b, rng, (n, 2, 64), dtype)
     args = (b.array(indptr, integer), b.array(offsets, integer))
-    out_of_place, in_place = (pyinfer.apply_llama31_rope, pyinfer.apply_llama31_rope_inplace) if llama31 else (pyinfer.apply_rope, pyinfer.apply_rope_inplace)
+    out_of_place, in_place = (
+        (pyinfer.apply_llama31_rope, pyinfer.apply_llama31_rope_inplace)
+        if llama31
+        else (pyinfer.apply_rope, pyinfer.apply_rope_inplace)
+    )
     freq = reference.llama31_frequencies(64) if llama31 else reference.frequencies(64)
     q_out, k_out = out_of_place(q, k, *args)
     check(b, q_out, q, positions, freq, False, dtype, "q")
@@ -124,13 +146,25 @@ def test_llama31_other_factors(backend_arrays: Backend, rng: np.random.Generator
 
 @pytest.mark.parametrize("is_neox", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads,kv_heads,head_size,rotary_dim", [(4, 2, 64, 64), (32, 8, 128, 128), (3, 1, 128, 32), (2, 2, 36, 20), (2, 1, 6, 2)])
+@pytest.mark.parametrize(
+    "heads,kv_heads,head_size,rotary_dim",
+    [(4, 2, 64, 64), (32, 8, 128, 128), (3, 1, 128, 32), (2, 2, 36, 20), (2, 1, 6, 2)],
+)
 def test_cos_sin_cache(
-    backend_arrays: Backend, rng: np.random.Generator, heads: int, kv_heads: int, head_size: int, rotary_dim: int, dtype: str, is_neox: bool
+    backend_arrays: Backend,
+    rng: np.random.Generator,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    rotary_dim: int,
+    dtype: str,
+    is_neox: bool,
 ) -> None:
     b = backend_arrays
     n = int(rng.integers(1, 9))
-    table = rng.standard_normal((50, rotary_dim)).astype(np.float32)  # any numbers: cos and sin must not be mixed up or recomputed
+    table = rng.standard_normal((50, rotary_dim)).astype(
+        np.float32
+    )  # any numbers: cos and sin must not be mixed up or recomputed
     positions = rng.integers(0, 50, n)
     positions[0] = 49
     q, k = draw(b, rng, (n, heads * head_size), dtype), draw(b, rng, (n, kv_heads * head_size), dtype)
@@ -237,7 +271,9 @@ def test_errors(backend: Backend) -> None:
 def test_position_outside_the_cache_is_visible(backend_arrays: Backend, rng: np.random.Generator) -> None:
     b = backend_arrays
     q, k = draw(b, rng, (3, 128), "float16"), draw(b, rng, (3, 64), "float16")
-    q_out, _ = pyinfer.apply_rope_with_cos_sin_cache(b.array([1, 9, -1], "int64"), q, k, 64, b.full((4, 64), 1.0, "float32"))
+    q_out, _ = pyinfer.apply_rope_with_cos_sin_cache(
+        b.array([1, 9, -1], "int64"), q, k, 64, b.full((4, 64), 1.0, "float32")
+    )
     assert np.isnan(b.float64(q_out)).all(axis=1).tolist() == [False, True, True]
 
 

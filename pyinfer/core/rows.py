@@ -33,7 +33,14 @@ def row_layout(op: str, arg: str, x: TensorView, inner: int = 0) -> tuple[int, i
     if 0 in shape:
         return 0, inner or 1, 0, 0
     if n and shape[-1] > 1 and strides[-1] != 1:
-        fail(op, arg, "is not contiguous in its last axis", f"strides {tuple(strides)} for shape {tuple(shape)}", "last stride 1", "Call .contiguous() on it.")
+        fail(
+            op,
+            arg,
+            "is not contiguous in its last axis",
+            f"strides {tuple(strides)} for shape {tuple(shape)}",
+            "last stride 1",
+            "Call .contiguous() on it.",
+        )
     if n == 2:
         rows, stride = shape[0], strides[0]
         if not inner or inner == rows:
@@ -61,10 +68,19 @@ def row_layout(op: str, arg: str, x: TensorView, inner: int = 0) -> tuple[int, i
         return rows, inner, stride * inner, stride
     if len(levels) == 2 and (not inner or inner == levels[0][0]):
         return rows, levels[0][0], levels[1][1], levels[0][1]
-    fail(op, arg, "has too many independent strides", f"strides {tuple(strides)} for shape {tuple(shape)}", "leading axes that collapse into two", "Call .contiguous() on it.")
+    fail(
+        op,
+        arg,
+        "has too many independent strides",
+        f"strides {tuple(strides)} for shape {tuple(shape)}",
+        "leading axes that collapse into two",
+        "Call .contiguous() on it.",
+    )
 
 
-def common_row_layout(op: str, first_arg: str, first: TensorView, second_arg: str, second: TensorView) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+def common_row_layout(
+    op: str, first_arg: str, first: TensorView, second_arg: str, second: TensorView
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """`row_layout` of two tensors of equal leading shape, under one grouping."""
     a = row_layout(op, first_arg, first)
     b = row_layout(op, second_arg, second)

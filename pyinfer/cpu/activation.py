@@ -47,4 +47,6 @@ def act_and_mul(act: str, x: TensorView, out: TensorView, rows: tuple, out_rows:
     _, _, o_outer, o_inner = out_rows
     width = out.shape[-1]
     grain = max(1, (1 << 13) // width)
-    threads.run(_act_and_mul, n, KINDS[act], *flat(x), *flat(out), width, inner, x_outer, x_inner, o_outer, o_inner, grain=grain)
+    threads.run(
+        _act_and_mul, n, KINDS[act], *flat(x), *flat(out), width, inner, x_outer, x_inner, o_outer, o_inner, grain=grain
+    )

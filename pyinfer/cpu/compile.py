@@ -32,7 +32,8 @@ def _module_digest(name: str) -> str:
 
 
 def _callee_modules(root: str) -> list[str]:
-    """The pyinfer modules that a kernel in module `root` can reach through module-level names, itself left out."""
+    """The modules of the same package that a kernel in module `root` can reach through module-level names, itself left out."""
+    package = root.partition(".")[0]
     seen: set[str] = set()
     queue = [root]
     while queue:
@@ -42,7 +43,7 @@ def _callee_modules(root: str) -> list[str]:
         seen.add(name)
         for value in list(vars(sys.modules[name]).values()):
             owner = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            if isinstance(owner, str) and owner.startswith("pyinfer."):
+            if isinstance(owner, str) and owner.partition(".")[0] == package:
                 queue.append(owner)
     return sorted(seen - {root})
 
@@ -101,7 +102,12 @@ def kernel(function: Callable[..., Any] | None = None, *, fastmath: Any = FASTMA
     """
 
     def decorate(f: Callable[..., Any]) -> Callable[..., Any]:
-        dispatcher = njit(nogil=True, error_model="numpy", fastmath=set(fastmath) if isinstance(fastmath, frozenset) else fastmath, inline=inline)(f)
+        dispatcher = njit(
+            nogil=True,
+            error_model="numpy",
+            fastmath=set(fastmath) if isinstance(fastmath, frozenset) else fastmath,
+            inline=inline,
+        )(f)
         if inline == "never" and hasattr(dispatcher, "py_func"):  # with NUMBA_DISABLE_JIT njit gives the function back
             _enable_cache(dispatcher)
         return dispatcher

@@ -31,7 +31,9 @@ def _rmsnorm(begin, end, x, x0, weight, w0, out, o0, hidden, inner, x_outer, x_i
 
 
 @kernel
-def _fused_add_rmsnorm(begin, end, x, x0, residual, r0, weight, w0, hidden, inner, x_outer, x_inner, r_outer, r_inner, eps, bias):
+def _fused_add_rmsnorm(
+    begin, end, x, x0, residual, r0, weight, w0, hidden, inner, x_outer, x_inner, r_outer, r_inner, eps, bias
+):
     sums = np.empty(hidden, np.float32)  # the row before rounding to the residual's type: that is what is normalised
     for row in range(begin, end):
         major, minor = row // inner, row % inner
@@ -56,7 +58,9 @@ def _grain(hidden: int, itemsize: int) -> int:
     return max(1, _GRAIN_BYTES // (hidden * itemsize))
 
 
-def rmsnorm(x: TensorView, weight: TensorView, out: TensorView, rows: tuple, out_rows: tuple, eps: float, weight_bias: float) -> None:
+def rmsnorm(
+    x: TensorView, weight: TensorView, out: TensorView, rows: tuple, out_rows: tuple, eps: float, weight_bias: float
+) -> None:
     """out = x / rms(x) * (weight + weight_bias), row by row.
 
     `rows` and `out_rows` are (number of rows, rows per outer step, outer stride, inner stride) in elements, as `core.rows.row_layout` gives them.
@@ -70,7 +74,15 @@ def rmsnorm(x: TensorView, weight: TensorView, out: TensorView, rows: tuple, out
     )  # fmt: skip
 
 
-def fused_add_rmsnorm(x: TensorView, residual: TensorView, weight: TensorView, rows: tuple, residual_rows: tuple, eps: float, weight_bias: float) -> None:
+def fused_add_rmsnorm(
+    x: TensorView,
+    residual: TensorView,
+    weight: TensorView,
+    rows: tuple,
+    residual_rows: tuple,
+    eps: float,
+    weight_bias: float,
+) -> None:
     """In place: residual += x, then x = residual / rms(residual) * (weight + weight_bias), the norm taken of the float32 sum before it is rounded."""
     n, inner, x_outer, x_inner = rows
     _, _, r_outer, r_inner = residual_rows

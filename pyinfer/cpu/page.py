@@ -54,7 +54,12 @@ def _append(begin, end, page_of, slot_of, heads, source, s0, s_layout, cache, c0
 
 
 def locate(
-    batch_indices: np.ndarray, positions: np.ndarray, kv_indices: np.ndarray, kv_indptr: np.ndarray, page_size: int, num_pages: int
+    batch_indices: np.ndarray,
+    positions: np.ndarray,
+    kv_indices: np.ndarray,
+    kv_indptr: np.ndarray,
+    page_size: int,
+    num_pages: int,
 ) -> tuple[int, int, np.ndarray, np.ndarray]:
     """(what is wrong or OK, with which token, page of every token or -1, slot of every token)."""
     page_of, slot_of = np.empty(len(batch_indices), np.int64), np.zeros(len(batch_indices), np.int64)
@@ -71,10 +76,23 @@ def append(
     _, heads, dim = source.shape
     grain = max(1, (1 << 15) // max(1, heads * dim * source.dtype.itemsize))
     layout = (dim, source.strides[0], source.strides[1])
-    threads.run(_append, len(page_of), page_of, slot_of, heads, *flat(source, carrier), layout, *flat(cache, carrier), cache_strides, grain=grain)
+    threads.run(
+        _append,
+        len(page_of),
+        page_of,
+        slot_of,
+        heads,
+        *flat(source, carrier),
+        layout,
+        *flat(cache, carrier),
+        cache_strides,
+        grain=grain,
+    )
 
 
-def batch_indices_positions(append_indptr: np.ndarray, seq_lens: np.ndarray, batch_indices: np.ndarray, positions: np.ndarray) -> None:
+def batch_indices_positions(
+    append_indptr: np.ndarray, seq_lens: np.ndarray, batch_indices: np.ndarray, positions: np.ndarray
+) -> None:
     """Fill both outputs: request and position of every appended row, -1 for rows of no request."""
     batch_indices.fill(-1)
     positions.fill(-1)

@@ -12,7 +12,9 @@ from pyinfer.cpu.vmath import sincos_turns
 
 
 @kernel
-def _rotate_heads(x, base, out, out_base, heads, stride, out_stride, pairs, head_dim, interleave, copy_tail, cosine, sine):
+def _rotate_heads(
+    x, base, out, out_base, heads, stride, out_stride, pairs, head_dim, interleave, copy_tail, cosine, sine
+):
     for h in range(heads):
         row = x[base + h * stride : base + h * stride + head_dim]
         target = out[out_base + h * out_stride : out_base + h * out_stride + head_dim]
@@ -34,7 +36,26 @@ def _rotate_heads(x, base, out, out_base, heads, stride, out_stride, pairs, head
 
 
 @kernel
-def _rope(begin, end, positions, frequency, cos_sin, interleave, copy_tail, head_dim, q, q0, qo, qo0, q_layout, k, k0, ko, ko0, k_layout):
+def _rope(
+    begin,
+    end,
+    positions,
+    frequency,
+    cos_sin,
+    interleave,
+    copy_tail,
+    head_dim,
+    q,
+    q0,
+    qo,
+    qo0,
+    q_layout,
+    k,
+    k0,
+    ko,
+    ko0,
+    k_layout,
+):
     # layout: (heads, stride_n, stride_h, out_stride_n, out_stride_h)
     from_cache = cos_sin.shape[0] > 0
     pairs = cos_sin.shape[1] // 2 if from_cache else frequency.shape[0]
@@ -52,9 +73,37 @@ def _rope(begin, end, positions, frequency, cos_sin, interleave, copy_tail, head
                 cosine[i] = c
                 sine[i] = s
         heads, n, h, out_n, out_h = q_layout
-        _rotate_heads(q, q0 + token * n, qo, qo0 + token * out_n, heads, h, out_h, pairs, head_dim, interleave, copy_tail, cosine, sine)
+        _rotate_heads(
+            q,
+            q0 + token * n,
+            qo,
+            qo0 + token * out_n,
+            heads,
+            h,
+            out_h,
+            pairs,
+            head_dim,
+            interleave,
+            copy_tail,
+            cosine,
+            sine,
+        )
         heads, n, h, out_n, out_h = k_layout
-        _rotate_heads(k, k0 + token * n, ko, ko0 + token * out_n, heads, h, out_h, pairs, head_dim, interleave, copy_tail, cosine, sine)
+        _rotate_heads(
+            k,
+            k0 + token * n,
+            ko,
+            ko0 + token * out_n,
+            heads,
+            h,
+            out_h,
+            pairs,
+            head_dim,
+            interleave,
+            copy_tail,
+            cosine,
+            sine,
+        )
 
 
 _NO_TABLE = np.zeros(0, np.uint64)
@@ -73,13 +122,18 @@ def rope(
     interleave: bool,
     in_place: bool,
 ) -> None:
-    """Rotate q [tokens, heads, head_dim] and k by `positions` (integers [tokens]), with `frequency` (`jit.rope.frequency_table`) or a table of cosines and sines."""
+    """Rotate q [tokens, heads, head_dim] and k by `positions` (integers [tokens]).
+
+    Angles come from `frequency` (`jit.rope.frequency_table`), or cosines and sines from `cos_sin_cache` (float32 [max_position, rotary_dim]).
+    """
     head_dim = q.shape[2]
     layouts = [(x.shape[1], *x.strides[:2], *out.strides[:2]) for x, out in ((q, q_out), (k, k_out))]
     grain = max(1, (1 << 13) // max(1, (q.shape[1] + k.shape[1]) * head_dim))
     threads.run(
-        _rope, q.shape[0], positions.astype(np.int64, copy=False), _NO_TABLE if frequency is None else frequency, _NO_CACHE if cos_sin_cache is None else cos_sin_cache,
-        interleave, not in_place, head_dim, *flat(q), *flat(q_out), layouts[0], *flat(k), *flat(k_out), layouts[1], grain=grain,
+        _rope, q.shape[0], positions.astype(np.int64, copy=False),
+        _NO_TABLE if frequency is None else frequency, _NO_CACHE if cos_sin_cache is None else cos_sin_cache,
+        interleave, not in_place, head_dim, *flat(q), *flat(q_out), layouts[0], *flat(k), *flat(k_out), layouts[1],
+        grain=grain,
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ class _Job:
                 try:
                     begin = i * self.chunk
                     self.kernel(begin, min(begin + self.chunk, self.n_items), *self.args)
-                except BaseException as error:  # noqa: BLE001 - handed to the caller
+                except BaseException as error:
                     with self.lock:
                         self.error = self.error or error
             count += 1
@@ -83,7 +83,13 @@ def get_num_threads() -> int:
             if not text.isdecimal() or int(text) < 1:
                 from pyinfer.core.errors import fail
 
-                fail("pyinfer", "PYINFER_NUM_THREADS", "is no positive integer", repr(text), "a number of threads, 1 or more")
+                fail(
+                    "pyinfer",
+                    "PYINFER_NUM_THREADS",
+                    "is no positive integer",
+                    repr(text),
+                    "a number of threads, 1 or more",
+                )
             _num_threads = int(text)
         elif hasattr(os, "sched_getaffinity"):
             _num_threads = len(os.sched_getaffinity(0))

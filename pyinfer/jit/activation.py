@@ -12,7 +12,11 @@ from pyinfer.jit.spec import JitModule, JitSpec
 
 ACT_AND_MUL = ParamStruct(
     "ActAndMulParams",
-    ptr("x", "const scalar_t", "[rows, 2 * width], row r at (r / inner) * x_outer + (r % inner) * x_inner: gate, then factor"),
+    ptr(
+        "x",
+        "const scalar_t",
+        "[rows, 2 * width], row r at (r / inner) * x_outer + (r % inner) * x_inner: gate, then factor",
+    ),
     ptr("out", "scalar_t", "[rows, width]"),
     i64("x_outer", "strides in elements"),
     i64("x_inner"),
@@ -78,7 +82,9 @@ def gen_act_and_mul(act: str, dtype: str, width: int, vec: int | None = None) ->
         ("activation", act_func_def_str[act]),
     )
     name = f"{act}_and_mul_{d.short}_v{v}_{config.lanes}x{config.rows}_u{config.unroll}"
-    return JitSpec(name, "activation/act_and_mul.cu.jinja", ACT_AND_MUL, constants, block=(config.lanes, config.rows, 1))
+    return JitSpec(
+        name, "activation/act_and_mul.cu.jinja", ACT_AND_MUL, constants, block=(config.lanes, config.rows, 1)
+    )
 
 
 _WIDTHS = (1536, 8192, 14336)  # SmolLM2, Llama 3 1B, 8B
@@ -94,5 +100,9 @@ def gen_act_and_mul_module(act_func_name: str) -> JitModule:
 def all_specs() -> list[JitSpec]:
     """What is worth building ahead, and what is compiled for every architecture by the tests."""
     specs = [spec for act in act_func_def_str for spec in gen_act_and_mul_module(act).specs]
-    specs += [gen_act_and_mul("silu", "float32", 1536), gen_act_and_mul("gelu", "bfloat16", 4), gen_act_and_mul("gelu_tanh", "float16", 4096, 1)]
+    specs += [
+        gen_act_and_mul("silu", "float32", 1536),
+        gen_act_and_mul("gelu", "bfloat16", 4),
+        gen_act_and_mul("gelu_tanh", "float16", 4096, 1),
+    ]
     return list(dict.fromkeys(specs))

@@ -132,7 +132,9 @@ def gen_rmsnorm(dtype: str, hidden: int, vec: int | None = None, gemma: bool = F
     v = _vec(d, hidden, vec)
     config = row_config(hidden // v, 4, (512, 12))
     name = _name("rmsnorm", d, v, config, gemma)
-    return JitSpec(name, "norm/rmsnorm.cu.jinja", RMSNORM, _constants(d, v, config, gemma), block=(config.lanes, config.rows, 1))
+    return JitSpec(
+        name, "norm/rmsnorm.cu.jinja", RMSNORM, _constants(d, v, config, gemma), block=(config.lanes, config.rows, 1)
+    )
 
 
 @functools.cache
@@ -143,7 +145,11 @@ def gen_fused_add_rmsnorm(dtype: str, hidden: int, vec: int | None = None, gemma
     config = row_config(hidden // v, 2, (1024, 4))
     name = _name("fused_add_rmsnorm", d, v, config, gemma)
     return JitSpec(
-        name, "norm/fused_add_rmsnorm.cu.jinja", FUSED_ADD_RMSNORM, _constants(d, v, config, gemma), block=(config.lanes, config.rows, 1)
+        name,
+        "norm/fused_add_rmsnorm.cu.jinja",
+        FUSED_ADD_RMSNORM,
+        _constants(d, v, config, gemma),
+        block=(config.lanes, config.rows, 1),
     )
 
 
@@ -166,7 +172,15 @@ def gen_norm_module() -> JitModule:
 
 def all_specs() -> list[JitSpec]:
     """What is worth building ahead, and what is compiled for every architecture by the tests: each shape of row at least once."""
-    specs = [gen(d, h) for gen in (gen_rmsnorm, gen_fused_add_rmsnorm) for d in ("float16", "bfloat16") for h in _HIDDEN]
+    specs = [
+        gen(d, h) for gen in (gen_rmsnorm, gen_fused_add_rmsnorm) for d in ("float16", "bfloat16") for h in _HIDDEN
+    ]
     for gen in (gen_rmsnorm, gen_fused_add_rmsnorm):
-        specs += [gen("bfloat16", 4096, gemma=True), gen("float16", 111), gen("bfloat16", 65536), gen("float32", 4096), gen("float16", 65535)]
+        specs += [
+            gen("bfloat16", 4096, gemma=True),
+            gen("float16", 111),
+            gen("bfloat16", 65536),
+            gen("float32", 4096),
+            gen("float16", 65535),
+        ]
     return list(dict.fromkeys(specs))

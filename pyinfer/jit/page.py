@@ -63,13 +63,25 @@ def gen_append(access_bytes: int, chunks: int) -> JitSpec:
     """The append kernel for tokens of `chunks` accesses of `access_bytes` (16, 8, 4, 2 or 1) bytes. It moves bytes: any element type."""
     block, unroll = append_config(chunks)
     constants = (("BYTES", access_bytes), ("BLOCK", block), ("UNROLL", unroll))
-    return JitSpec(f"append_paged_kv_cache_v{access_bytes}_t{block}_u{unroll}", "page/append.cu.jinja", APPEND, constants, block=(block, 1, 1))
+    return JitSpec(
+        f"append_paged_kv_cache_v{access_bytes}_t{block}_u{unroll}",
+        "page/append.cu.jinja",
+        APPEND,
+        constants,
+        block=(block, 1, 1),
+    )
 
 
 @functools.cache
 def gen_batch_positions() -> JitSpec:
     """The kernel of get_batch_indices_positions."""
-    return JitSpec("batch_indices_positions", "page/batch_positions.cu.jinja", BATCH_POSITIONS, (("BLOCK", 256),), block=(256, 1, 1))
+    return JitSpec(
+        "batch_indices_positions",
+        "page/batch_positions.cu.jinja",
+        BATCH_POSITIONS,
+        (("BLOCK", 256),),
+        block=(256, 1, 1),
+    )
 
 
 @functools.cache
@@ -90,4 +102,11 @@ def gen_page_module() -> JitModule:
 
 def all_specs() -> list[JitSpec]:
     """What is worth building ahead, and what is compiled for every architecture by the tests."""
-    return [*gen_page_module().specs, gen_append(16, 1024), gen_append(8, 64), gen_append(4, 64), gen_append(2, 64), gen_append(1, 300)]
+    return [
+        *gen_page_module().specs,
+        gen_append(16, 1024),
+        gen_append(8, 64),
+        gen_append(4, 64),
+        gen_append(2, 64),
+        gen_append(1, 300),
+    ]

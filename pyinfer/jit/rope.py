@@ -38,7 +38,10 @@ def rope_params(mode: str, pairs: int) -> ParamStruct:
     if mode == "indptr":
         requests = (ptr("indptr", "const void", "[num_requests + 1]"), ptr("offsets", "const void", "[num_requests]"))
         return ParamStruct("RopeIndptrParams", table, *requests, *common, i32("num_requests"))
-    cache = (ptr("positions", "const void", "[tokens]"), ptr("cos_sin_cache", "const float", "[max_position, 2 * PAIRS]: cosines, then sines"))
+    cache = (
+        ptr("positions", "const void", "[tokens]"),
+        ptr("cos_sin_cache", "const float", "[max_position, 2 * PAIRS]: cosines, then sines"),
+    )
     return ParamStruct("RopeCacheParams", *cache, i64("cache_stride", "elements"), i64("max_position"), *common)
 
 
@@ -61,7 +64,9 @@ def frequency_table(
     """
     f = np.float64(rope_theta) ** (np.arange(0, rotary_dim, 2, dtype=np.float64) / -rotary_dim)
     if old_context_len:
-        smooth = np.clip((old_context_len * f / (2.0 * math.pi) - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
+        smooth = np.clip(
+            (old_context_len * f / (2.0 * math.pi) - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0
+        )
         f = (1.0 - smooth) * (f / rope_scale) + smooth * f
     else:
         f = f / rope_scale
@@ -84,7 +89,9 @@ def heads_config(slots: int, num_heads: int) -> int:
 
 
 @functools.cache
-def gen_rope(mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads: int, vec: int | None = None) -> JitSpec:
+def gen_rope(
+    mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads: int, vec: int | None = None
+) -> JitSpec:
     """The kernel for a rotary dimension.
 
     Parameters
@@ -104,7 +111,14 @@ def gen_rope(mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads
     pairs = rotary_dim // 2
     v = vec or min(16 // d.itemsize, pairs & -pairs)
     heads = heads_config(pairs // v, num_heads)
-    constants = (("scalar_t", d.ctype), ("MODE", mode), ("VEC", v), ("PAIRS", pairs), ("HEADS", heads), ("INTERLEAVE", interleave))
+    constants = (
+        ("scalar_t", d.ctype),
+        ("MODE", mode),
+        ("VEC", v),
+        ("PAIRS", pairs),
+        ("HEADS", heads),
+        ("INTERLEAVE", interleave),
+    )
     name = f"rope_{mode}_{d.short}_d{rotary_dim}_v{v}_h{heads}{'_interleave' if interleave else ''}"
     return JitSpec(name, "rope/rope.cu.jinja", rope_params(mode, pairs), constants, block=(pairs // v, heads, 1))
 
@@ -113,7 +127,13 @@ def gen_rope(mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads
 def gen_rope_module() -> JitModule:
     """Every mode in float16 and bfloat16 for heads of 64 (SmolLM2's 9 + 3) and 128 (Llama 3 8B's 32 + 8)."""
     shapes = ((64, 12), (128, 40))
-    specs = [gen_rope(m, d, rd, inter, h) for m in MODES for d in ("float16", "bfloat16") for rd, h in shapes for inter in (False, True)]
+    specs = [
+        gen_rope(m, d, rd, inter, h)
+        for m in MODES
+        for d in ("float16", "bfloat16")
+        for rd, h in shapes
+        for inter in (False, True)
+    ]
     return JitModule("rope", tuple(dict.fromkeys(specs)))
 
 
@@ -121,5 +141,9 @@ def all_specs() -> list[JitSpec]:
     """What is worth building ahead, and what is compiled for every architecture by the tests."""
     specs = [gen_rope(m, "bfloat16", rd, False, h) for m in MODES for rd, h in ((64, 12), (128, 40))]
     specs += [gen_rope(m, "float16", 128, True, 40) for m in MODES]
-    specs += [gen_rope("pos_ids", "float32", 96, True, 8), gen_rope("pos_ids", "float16", 6, False, 3), gen_rope("pos_ids", "bfloat16", 256, False, 2)]
+    specs += [
+        gen_rope("pos_ids", "float32", 96, True, 8),
+        gen_rope("pos_ids", "float16", 6, False, 3),
+        gen_rope("pos_ids", "bfloat16", 256, False, 2),
+    ]
     return list(dict.fromkeys(specs))

@@ -11,7 +11,9 @@ def rmsnorm(x: np.ndarray, weight: np.ndarray, eps: float = 1e-6) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
-def fused_add_rmsnorm(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
+def fused_add_rmsnorm(
+    x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float = 1e-6
+) -> tuple[np.ndarray, np.ndarray]:
     """(normalised sum, sum), neither rounded."""
     total = x.astype(np.float64) + residual.astype(np.float64)
     return rmsnorm(total, weight, eps), total
