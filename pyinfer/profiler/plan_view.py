@@ -135,11 +135,13 @@ def draw_plan(
     palette = plt.get_cmap("tab20").colors
     request = plan.work[:, _REQUEST] if len(plan.work) else plan.work.reshape(-1)
     y = timeline.sm * ctas_per_sm + timeline.lane
+    crowded = num_sms * ctas_per_sm > 48  # a row is then a pixel or two: no gaps, no outlines
+    half = 0.5 if crowded else 0.42
     bars, colours = [], []
     for row, begin, end, item in zip(y, timeline.start, timeline.stop, timeline.item, strict=True):
-        bars.append(((begin, row - 0.42), (end, row - 0.42), (end, row + 0.42), (begin, row + 0.42)))
+        bars.append(((begin, row - half), (end, row - half), (end, row + half), (begin, row + half)))
         colours.append(palette[int(request[item]) % len(palette)])
-    ax.add_collection(PolyCollection(bars, facecolors=colours, edgecolors="white", linewidths=0.4))
+    ax.add_collection(PolyCollection(bars, facecolors=colours, edgecolors="white", linewidths=0.0 if crowded else 0.4))
     ax.set_xlim(0, max(timeline.length, 1))
     ax.set_ylim(num_sms * ctas_per_sm - 0.5, -0.5)
     ax.set_xlabel(f"time (kv tokens read by a block; {overhead} for a block's own cost)")
