@@ -453,12 +453,12 @@ def run_single(
         rows, kv_len, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_vo=dv, tile_q=config.tile_q, tile_kv=config.tile_kv,
         num_sms=num_sms(q.device), ctas_per_sm=config.ctas_per_sm, causal=causal, window_left=window_left,
     )  # fmt: skip
-    workspace = 0
+    workspace, stream = 0, current_stream(q)
     if schedule.workspace_bytes:
-        workspace = shared_workspace(q.device, q.framework, "single attention").reserve(
+        workspace = shared_workspace(q.device, q.framework, "single attention", stream).reserve(
             schedule.workspace_bytes, zero=True
         )
     launchers()[1](
-        q.device, current_stream(q), q, k, v, kv_layout, out, lse, workspace, causal=causal, window_left=window_left, sm_scale=sm_scale,
+        q.device, stream, q, k, v, kv_layout, out, lse, workspace, causal=causal, window_left=window_left, sm_scale=sm_scale,
         logits_soft_cap=logits_soft_cap, v_scale=v_scale, kv_chunk=schedule.kv_chunk, num_splits=schedule.num_splits,
     )  # fmt: skip

@@ -73,7 +73,13 @@ def shapes(device: str, seed: int, count: int, *, prefill: bool) -> list[Shape]:
         rng.shuffle(lens)
         if prefill:  # empty requests, more queries than keys, one query, and rows enough for several tiles
             qo = [int(rng.integers(0, 2 * n + 2)) if i % 2 else int(rng.integers(0, max(n, 1) + 1)) for n in lens]
-            options = [{"causal": True}, {}, {"causal": True, "window_left": 7}, {"causal": True, "logits_soft_cap": 3.0}, {"window_left": 20}, {"causal": True, "sm_scale": 0.3}]
+            options = [
+                {"causal": True},
+                {},
+                {"causal": True, "window_left": 7},
+                {"causal": True, "logits_soft_cap": 3.0},
+            ]
+            options += [{"window_left": 20}, {"causal": True, "sm_scale": 0.3}]
         else:
             qo = [1] * len(lens)
             options = [{}, {"window_left": 0}, {"logits_soft_cap": 2.0}, {"window_left": 37}, {"sm_scale": 0.2}]
@@ -86,7 +92,9 @@ def shapes(device: str, seed: int, count: int, *, prefill: bool) -> list[Shape]:
     return found
 
 
-def page_table(rng: np.random.Generator, lens: Any, page_size: int, spare: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def page_table(
+    rng: np.random.Generator, lens: Any, page_size: int, spare: int = 3
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """(indptr, indices, last_page_len, pages in the cache) with shuffled pages, `spare` of them used by nobody."""
     lens = np.asarray(lens, np.int64)
     pages = -(-lens // page_size)
@@ -137,7 +145,9 @@ def paged_cache(rng: np.random.Generator, backend: Backend, shape: Shape, *, mag
     return Paged(cache, indptr, indices, last, k, v, np.asarray(shape.lens), ps, shape.layout)
 
 
-def expected(q: np.ndarray, qo_lens: Any, k: list[np.ndarray], v: list[np.ndarray], **options: Any) -> tuple[np.ndarray, np.ndarray]:
+def expected(
+    q: np.ndarray, qo_lens: Any, k: list[np.ndarray], v: list[np.ndarray], **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """The float64 reference of a batch: q [rows, heads, dim], one request after another."""
     outs, lses, row = [], [], 0
     for n, keys, values in zip(qo_lens, k, v, strict=True):

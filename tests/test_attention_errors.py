@@ -1,5 +1,6 @@
 """Bad input to attention: what, got, wanted, before any launch."""
 
+# ruff: noqa: E501 - the tables below hold one case a line
 from __future__ import annotations
 
 import numpy as np
@@ -30,7 +31,16 @@ class Inputs:
     def decode(self, **changes):
         wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper(None, changes.pop("kv_layout", "NHD"))
         indptr, indices, last = self.table
-        args = dict(indptr=indptr, indices=indices, last_page_len=last, num_qo_heads=4, num_kv_heads=2, head_dim=64, page_size=16, q_data_type=self.dtype)
+        args = dict(
+            indptr=indptr,
+            indices=indices,
+            last_page_len=last,
+            num_qo_heads=4,
+            num_kv_heads=2,
+            head_dim=64,
+            page_size=16,
+            q_data_type=self.dtype,
+        )
         wrapper.plan(**{**args, **changes})
         return wrapper
 
@@ -45,7 +55,14 @@ class Inputs:
 
     def ragged(self, **changes):
         wrapper = pyinfer.BatchPrefillWithRaggedKVCacheWrapper()
-        args = dict(qo_indptr=[0, 1, 2], kv_indptr=[0, 4, 9], num_qo_heads=4, num_kv_heads=2, head_dim_qk=64, q_data_type=self.dtype)
+        args = dict(
+            qo_indptr=[0, 1, 2],
+            kv_indptr=[0, 4, 9],
+            num_qo_heads=4,
+            num_kv_heads=2,
+            head_dim_qk=64,
+            q_data_type=self.dtype,
+        )
         wrapper.plan(**{**args, **changes})
         return wrapper
 
@@ -192,7 +209,10 @@ def graph_decode(x, batch=2, pages=4, **changes):
 
 
 def test_graph_mode_messages(x):
-    with pytest.raises(ValueError, match=f"{DECODE}: paged_kv_indices_buffer is missing: got None, wanted an int32 tensor. CUDA graph mode needs"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{DECODE}: paged_kv_indices_buffer is missing: got None, wanted an int32 tensor\. CUDA graph mode needs",
+    ):
         graph_decode(x, paged_kv_indices_buffer=None)
     with pytest.raises(TypeError, match="paged_kv_indptr_buffer has the wrong dtype: got int64, wanted int32"):
         graph_decode(x, paged_kv_indptr_buffer=x.b.array(np.zeros(3), "int64"))
@@ -200,14 +220,20 @@ def test_graph_mode_messages(x):
         graph_decode(x, paged_kv_indptr_buffer=x.b.array(np.zeros(5), "int32"))
     shape = dict(num_qo_heads=4, num_kv_heads=2, head_dim=64, page_size=16, q_data_type=x.dtype)
     wrapper = graph_decode(x)
-    with pytest.raises(ValueError, match="paged_kv_indptr_buffer does not fit the plan: got 3 entries, wanted 2 for this plan. The buffers fix the batch size"):
+    with pytest.raises(
+        ValueError,
+        match=r"paged_kv_indptr_buffer does not fit the plan: got 3 entries, wanted 2 for this plan\. The buffers fix the batch size",
+    ):
         wrapper.plan([0, 1], [0], [1], **shape)
     with pytest.raises(ValueError, match="paged_kv_indices_buffer is too small: got 4 entries, wanted 5 for this plan"):
         wrapper.plan([0, 3, 5], [0, 1, 2, 3, 4], [1, 1], **shape)
     with pytest.raises(ValueError, match="holds a negative page"):  # a bad first plan fixes nothing
         wrapper.plan([0, 1, 2], [0, -1], [1, 1], **{**shape, "num_qo_heads": 8})
     wrapper.plan([0, 1, 2], [0, 1], [1, 1], **shape)
-    with pytest.raises(ValueError, match="num_qo_heads differs from the first plan: got 8, wanted 4. In CUDA graph mode the first plan fixes it"):
+    with pytest.raises(
+        ValueError,
+        match=r"num_qo_heads differs from the first plan: got 8, wanted 4\. In CUDA graph mode the first plan fixes it",
+    ):
         wrapper.plan([0, 1, 2], [0, 1], [1, 1], **{**shape, "num_qo_heads": 8})
 
 
@@ -218,7 +244,10 @@ def test_graph_mode_prefill_rows(x):
     args = ([0, 1, 2], [0, 1], [16, 16], 4, 2, 64, 16)
     wrapper.plan([0, 4, 8], *args, q_data_type=x.dtype)
     wrapper.plan([0, 8, 8], *args, q_data_type=x.dtype)
-    with pytest.raises(ValueError, match=f"{PAGED}: qo_indptr has more query rows than the first plan: got 9, wanted at most 8. In CUDA graph mode"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{PAGED}: qo_indptr has more query rows than the first plan: got 9, wanted at most 8\. In CUDA graph mode",
+    ):
         wrapper.plan([0, 4, 9], *args, q_data_type=x.dtype)
 
 
@@ -227,7 +256,9 @@ def test_devices_must_agree(x):
     import torch
 
     cpu = torch.zeros(2, 4, 64, dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"paged_kv_cache \(K\) is on another device: got cpu, wanted cuda:0 \(where q is\)"):
+    with pytest.raises(
+        ValueError, match=r"paged_kv_cache \(K\) is on another device: got cpu, wanted cuda:0 \(where q is\)"
+    ):
         x.decode().run(x.q, (torch.zeros(6, 16, 2, 64, dtype=torch.float16),) * 2)
     with pytest.raises(ValueError, match="k is on another device: got cpu, wanted cuda:0"):
         pyinfer.single_prefill_with_kv_cache(x.q, torch.zeros(9, 2, 64, dtype=torch.float16), x.k)
@@ -241,7 +272,10 @@ def test_devices_must_agree(x):
         wrapper.run(x.q, x.cache, k_scale=torch.ones((), device="cuda"))
     with pytest.raises(TypeError, match="has no CUDA kernel: got float32"):
         pyinfer.single_prefill_with_kv_cache(*(torch.zeros(4, 2, 64, device="cuda"),) * 3)
-    with pytest.raises(ValueError, match=r"head_dim has no CUDA kernel: got 80 \(qk\), 80 \(vo\), wanted equal dimensions of 64, 128 or 256"):
+    with pytest.raises(
+        ValueError,
+        match=r"head_dim has no CUDA kernel: got 80 \(qk\), 80 \(vo\), wanted equal dimensions of 64, 128 or 256",
+    ):
         pyinfer.single_prefill_with_kv_cache(*(torch.zeros(4, 2, 80, dtype=torch.float16, device="cuda"),) * 3)
 
 

@@ -1,5 +1,6 @@
 """Merging attention states against the float64 reference, and against attention over all keys."""
 
+# ruff: noqa: E501 - a table of cases, one a line
 from __future__ import annotations
 
 import numpy as np

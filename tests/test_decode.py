@@ -77,7 +77,9 @@ def test_single_decode_options(rng, backend_arrays, device):
     b, dtype = backend_arrays, cases.dtypes(device)[0]
     q, k, v = (b.array(rng.standard_normal(s), dtype) for s in ((6, 128), (90, 2, 128), (90, 2, 128)))
     got = pyinfer.single_decode_with_kv_cache(q, k, v, "NHD", "NONE", True, 0.5, 3.0, 0.25, 20, 4.0, 0.1)
-    want, _ = attention(b.float64(q)[None], b.float64(k), b.float64(v), window_left=20, logits_soft_cap=4.0, sm_scale=0.15, v_scale=0.25)
+    want, _ = attention(
+        b.float64(q)[None], b.float64(k), b.float64(v), window_left=20, logits_soft_cap=4.0, sm_scale=0.15, v_scale=0.25
+    )
     assert_close(b.float64(got), want[0], **cases.tolerance(dtype, device))
 
 
@@ -90,7 +92,9 @@ def test_scales(rng, backend_arrays, device):
     assert_close(backend_arrays.float64(got), want, **cases.tolerance(shape.dtype, device))
 
 
-@pytest.mark.parametrize("plan", [{}, {"fixed_split_size": 2}, {"fixed_split_size": 7}, {"disable_split_kv": True}], ids=str)
+@pytest.mark.parametrize(
+    "plan", [{}, {"fixed_split_size": 2}, {"fixed_split_size": 7}, {"disable_split_kv": True}], ids=str
+)
 def test_split_kv(rng, backend_arrays, device, plan, monkeypatch):
     if device == "cpu":  # few heads, many threads: what makes a plan split
         from pyinfer.cpu import threads
@@ -106,7 +110,9 @@ def test_split_kv(rng, backend_arrays, device, plan, monkeypatch):
         want, want_lse = reference(q64, paged, shape, v_scale=0.5)
         assert_close(backend_arrays.float64(out), want, **cases.tolerance(dtype, device))
         assert_close(backend_arrays.float64(lse), want_lse, **cases.lse_tolerance(device))
-        assert_same_bits(backend_arrays.numpy(wrapper.run(q, paged.cache, v_scale=0.5)), backend_arrays.numpy(out), "second run")
+        assert_same_bits(
+            backend_arrays.numpy(wrapper.run(q, paged.cache, v_scale=0.5)), backend_arrays.numpy(out), "second run"
+        )
 
 
 @pytest.mark.parametrize("plan", [{"fixed_split_size": 3}, {"disable_split_kv": True}], ids=str)
@@ -118,7 +124,9 @@ def test_batched_equals_one_by_one(rng, backend_arrays, device, plan):
     for b in range(6):
         wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper()
         pages = paged.indices[paged.indptr[b] : paged.indptr[b + 1]]
-        wrapper.plan([0, len(pages)], pages, paged.last_page_len[b : b + 1], 6, 2, 64, 16, q_data_type=shape.dtype, **plan)
+        wrapper.plan(
+            [0, len(pages)], pages, paged.last_page_len[b : b + 1], 6, 2, 64, 16, q_data_type=shape.dtype, **plan
+        )
         alone = wrapper.run(q[b : b + 1], paged.cache)
         assert_same_bits(backend_arrays.numpy(alone), backend_arrays.numpy(together)[b : b + 1], f"request {b}")
 
@@ -171,7 +179,13 @@ def test_metadata_forms(rng, backend_arrays, device):
     q, _ = draw_q(rng, backend_arrays, shape, 2)
     results = []
     table = (paged.indptr, paged.indices, paged.last_page_len)
-    for convert in (lambda x: x, lambda x: x.tolist(), lambda x: x.astype(np.int64), torch.from_numpy, lambda x: torch.from_numpy(x).to(device)):
+    for convert in (
+        lambda x: x,
+        lambda x: x.tolist(),
+        lambda x: x.astype(np.int64),
+        torch.from_numpy,
+        lambda x: torch.from_numpy(x).to(device),
+    ):
         for workspace in (None, backend_arrays.array(np.zeros(1 << 16, np.uint8))):
             wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
             wrapper.plan(*map(convert, table), 4, 2, 64, 16, "NONE", -1, None, getattr(torch, shape.dtype))
@@ -221,7 +235,9 @@ def test_graph_mode_plans_stay_in_their_buffers(rng, backend_arrays, device):
     assert wrapper.is_cuda_graph_enabled
     fixed = None
     for _ in range(6):
-        shape = Shape(cases.dtypes(device)[0], 4, 2, 64, lens=tuple(int(n) for n in rng.integers(0, 200, 4)), qo_lens=(1,) * 4)
+        shape = Shape(
+            cases.dtypes(device)[0], 4, 2, 64, lens=tuple(int(n) for n in rng.integers(0, 200, 4)), qo_lens=(1,) * 4
+        )
         paged = cases.paged_cache(rng, b, shape)
         wrapper.plan(paged.indptr, paged.indices, paged.last_page_len, 4, 2, 64, 16, q_data_type=shape.dtype)
         plan = wrapper.plan_info
@@ -286,7 +302,9 @@ def test_two_wrappers_share_a_workspace(rng, backend_arrays):
         runs.append((wrapper, q, paged, reference(q64, paged, shape)[0]))
     for _ in range(3):
         for wrapper, q, paged, want in runs:
-            assert_close(backend_arrays.float64(wrapper.run(q, paged.cache)), want, **cases.tolerance("float16", "cuda"))
+            assert_close(
+                backend_arrays.float64(wrapper.run(q, paged.cache)), want, **cases.tolerance("float16", "cuda")
+            )
 
 
 @pytest.mark.gpu

@@ -52,7 +52,9 @@ def test_batch_prefill_paged(rng, backend, device, i):
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_left": 33, "logits_soft_cap": 4.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"causal": True, "window_left": 33, "logits_soft_cap": 4.0}], ids=str
+)
 def test_batch_prefill_ragged(rng, backend, device, layout, options):
     for dtype, (hq, hk, d) in zip(cases.dtypes(device), ((6, 2, 64), (7, 1, 128), (4, 4, 256)), strict=False):
         qo_lens, kv_lens = (5, 0, 40, 1, 130, 3), (5, 9, 40, 0, 300, 200)
@@ -66,18 +68,24 @@ def test_batch_prefill_ragged(rng, backend, device, layout, options):
         wrapper.plan(indptr_of(qo_lens), at, hq, hk, d, q_data_type=dtype, **options)
         out, lse = wrapper.run_return_lse(q, k, v)
         batch = range(len(qo_lens))
-        want, want_lse = cases.expected(q64, qo_lens, [k64[at[b] : at[b + 1]] for b in batch], [v64[at[b] : at[b + 1]] for b in batch], **options)
+        want, want_lse = cases.expected(
+            q64, qo_lens, [k64[at[b] : at[b + 1]] for b in batch], [v64[at[b] : at[b + 1]] for b in batch], **options
+        )
         assert_close(backend.float64(out), want, **cases.tolerance(dtype, device))
         assert_close(backend.float64(lse), want_lse, **cases.lse_tolerance(device))
 
 
 @pytest.mark.parametrize("qo_len,kv_len", [(1, 1), (1, 500), (7, 3), (64, 64), (33, 300), (300, 300), (200, 129)])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_left": 0}, {"window_left": 50}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"causal": True, "window_left": 0}, {"window_left": 50}], ids=str
+)
 def test_single_prefill(rng, backend_arrays, device, qo_len, kv_len, options):
     b = backend_arrays
     dtype = str(rng.choice(cases.dtypes(device)))
     hk, group = [(1, 7), (2, 3), (3, 1), (1, 8), (2, 4)][int(rng.integers(5))]
-    (q, q64), (k, k64), (v, v64) = (draw(rng, b, dtype, *s) for s in ((qo_len, hk * group, 64), (kv_len, hk, 64), (kv_len, hk, 64)))
+    (q, q64), (k, k64), (v, v64) = (
+        draw(rng, b, dtype, *s) for s in ((qo_len, hk * group, 64), (kv_len, hk, 64), (kv_len, hk, 64))
+    )
     out, lse = single_prefill_with_kv_cache_return_lse(q, k, v, **options)
     want, want_lse = attention(q64, k64, v64, **options)
     assert b.is_own(out) and b.is_own(lse)
@@ -100,7 +108,9 @@ def test_single_prefill_positional_scales(rng, backend_arrays, device):
 def test_unequal_and_odd_head_dims(rng, backend_arrays, dims):
     b = backend_arrays
     for rows in (1, 70):
-        (q, q64), (k, k64), (v, v64) = (draw(rng, b, "float32", *s) for s in ((rows, 4, dims[0]), (150, 2, dims[0]), (150, 2, dims[1])))
+        (q, q64), (k, k64), (v, v64) = (
+            draw(rng, b, "float32", *s) for s in ((rows, 4, dims[0]), (150, 2, dims[0]), (150, 2, dims[1]))
+        )
         got = pyinfer.single_prefill_with_kv_cache(q, k, v, causal=True)
         assert_close(b.float64(got), attention(q64, k64, v64, causal=True)[0], rtol=5e-6, atol=1e-6)
 
@@ -112,7 +122,9 @@ def test_split_kv(rng, backend_arrays, device, plan, monkeypatch):
 
         monkeypatch.setattr(threads, "_num_threads", 9)
     for dtype in cases.dtypes(device):
-        shape = Shape(dtype, 3, 1, 64, lens=(1200, 40), qo_lens=(50, 2), options={"causal": True, "logits_soft_cap": 6.0})
+        shape = Shape(
+            dtype, 3, 1, 64, lens=(1200, 40), qo_lens=(50, 2), options={"causal": True, "logits_soft_cap": 6.0}
+        )
         paged = cases.paged_cache(rng, backend_arrays, shape)
         q, q64 = draw(rng, backend_arrays, dtype, 52, 3, 64)
         wrapper = make_wrapper(shape, paged, **plan)
@@ -126,7 +138,9 @@ def test_split_kv(rng, backend_arrays, device, plan, monkeypatch):
 @pytest.mark.parametrize("plan", [{"fixed_split_size": 3}, {"disable_split_kv": True}], ids=str)
 def test_batched_equals_one_by_one(rng, backend_arrays, device, plan):
     b = backend_arrays
-    shape = Shape(cases.dtypes(device)[0], 6, 2, 64, lens=(300, 1, 33, 0, 128), qo_lens=(90, 1, 2, 3, 1), options={"causal": True})
+    shape = Shape(
+        cases.dtypes(device)[0], 6, 2, 64, lens=(300, 1, 33, 0, 128), qo_lens=(90, 1, 2, 3, 1), options={"causal": True}
+    )
     paged = cases.paged_cache(rng, b, shape)
     q, _ = draw(rng, b, shape.dtype, sum(shape.qo_lens), 6, 64)
     together = b.numpy(make_wrapper(shape, paged, **plan).run(q, paged.cache))
@@ -134,8 +148,22 @@ def test_batched_equals_one_by_one(rng, backend_arrays, device, plan):
     for i, n in enumerate(shape.qo_lens):
         wrapper = pyinfer.BatchPrefillWithPagedKVCacheWrapper()
         pages = paged.indices[paged.indptr[i] : paged.indptr[i + 1]]
-        wrapper.plan([0, n], [0, len(pages)], pages, paged.last_page_len[i : i + 1], 6, 2, 64, 16, causal=True, q_data_type=shape.dtype, **plan)
-        assert_same_bits(b.numpy(wrapper.run(q[at[i] : at[i + 1]], paged.cache)), together[at[i] : at[i + 1]], f"request {i}")
+        wrapper.plan(
+            [0, n],
+            [0, len(pages)],
+            pages,
+            paged.last_page_len[i : i + 1],
+            6,
+            2,
+            64,
+            16,
+            causal=True,
+            q_data_type=shape.dtype,
+            **plan,
+        )
+        assert_same_bits(
+            b.numpy(wrapper.run(q[at[i] : at[i + 1]], paged.cache)), together[at[i] : at[i + 1]], f"request {i}"
+        )
 
 
 def test_prefill_of_one_row_is_decode(rng, backend_arrays, device):
@@ -150,7 +178,9 @@ def test_prefill_of_one_row_is_decode(rng, backend_arrays, device):
 
 def test_strided(rng, backend, device):
     dtype = cases.dtypes(device)[0]
-    q, k, v = (cases.strided(backend, rng.standard_normal(s), dtype, rng) for s in ((40, 6, 64), (90, 2, 64), (90, 2, 64)))
+    q, k, v = (
+        cases.strided(backend, rng.standard_normal(s), dtype, rng) for s in ((40, 6, 64), (90, 2, 64), (90, 2, 64))
+    )
     got = pyinfer.single_prefill_with_kv_cache(q, k, v, causal=True)
     want, _ = attention(*(backend.float64(x) for x in (q, k, v)), causal=True)
     assert_close(backend.float64(got), want, **cases.tolerance(dtype, device))
@@ -216,12 +246,25 @@ def test_graph_mode_plans_stay_in_their_buffers(rng, backend_arrays, device):
         lens = tuple(int(n) for n in rng.integers(0, 300, 3))
         shape = Shape(cases.dtypes(device)[0], 4, 2, 64, lens=lens, qo_lens=qo_lens, options={"causal": True})
         paged = cases.paged_cache(rng, b, shape)
-        wrapper.plan(indptr_of(qo_lens), paged.indptr, paged.indices, paged.last_page_len, 4, 2, 64, 16, causal=True, q_data_type=shape.dtype)
+        wrapper.plan(
+            indptr_of(qo_lens),
+            paged.indptr,
+            paged.indices,
+            paged.last_page_len,
+            4,
+            2,
+            64,
+            16,
+            causal=True,
+            q_data_type=shape.dtype,
+        )
         plan = wrapper.plan_info
         now = (plan.max_work, plan.max_partials, plan.workspace_bytes, plan.offsets, plan.tile_q)
         assert fixed in (None, now)
         fixed = now
-        for buffer, values in zip(buffers, (indptr_of(qo_lens), paged.indptr, paged.indices, paged.last_page_len), strict=True):
+        for buffer, values in zip(
+            buffers, (indptr_of(qo_lens), paged.indptr, paged.indices, paged.last_page_len), strict=True
+        ):
             assert_same_bits(b.numpy(buffer)[: len(values)], values)
         q, q64 = draw(rng, b, shape.dtype, 150, 4, 64)  # room for more rows than the plan has
         out = b.full((150, 4, 64), np.nan, shape.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -11,10 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyinfer import schedulers
-from pyinfer.schedulers import AttentionPlan, PlanCapacity, decode_capacity, decode_plan, prefill_capacity, prefill_plan, single_schedule
+from pyinfer.schedulers import (
+    AttentionPlan,
+    PlanCapacity,
+    decode_capacity,
+    decode_plan,
+    prefill_capacity,
+    prefill_plan,
+    single_schedule,
+)
 
 LENGTHS = st.lists(st.integers(0, 700), min_size=0, max_size=9)
-DEVICE = st.fixed_dictionaries({"tile_kv": st.sampled_from([16, 64, 128]), "num_sms": st.sampled_from([1, 2, 7, 132]), "ctas_per_sm": st.integers(1, 3)})
+DEVICE = st.fixed_dictionaries(
+    {
+        "tile_kv": st.sampled_from([16, 64, 128]),
+        "num_sms": st.sampled_from([1, 2, 7, 132]),
+        "ctas_per_sm": st.integers(1, 3),
+    }
+)
 HEADS = st.sampled_from([(1, 1), (8, 8), (8, 2), (7, 1), (6, 2), (32, 4)])
 SPLIT = st.sampled_from([{}, {"disable_split_kv": True}, {"fixed_split_size": 1}, {"fixed_split_size": 5}])
 
@@ -30,7 +45,9 @@ def table(lens, page_size):
 def visible(token: int, qo_len: int, kv_len: int, causal: bool, window_left: int) -> tuple[int, int]:
     """From the definition: the keys query `token` sees, as a range."""
     position = kv_len - qo_len + token
-    keys = [j for j in range(kv_len) if (not causal or j <= position) and (window_left < 0 or j >= position - window_left)]
+    keys = [
+        j for j in range(kv_len) if (not causal or j <= position) and (window_left < 0 or j >= position - window_left)
+    ]
     return (keys[0], keys[-1] + 1) if keys else (0, 0)
 
 
@@ -43,7 +60,7 @@ def check_plan(plan: AttentionPlan, qo_lens, kv_lens) -> None:
     tiles = {}
     for request, row, rows, kv0, kv1, split, splits, slot in plan.work.tolist():
         assert 0 <= request < plan.batch_size and 1 <= rows <= plan.tile_q
-        assert 0 <= row and row + rows <= qo_lens[request] * group
+        assert row >= 0 and row + rows <= qo_lens[request] * group
         assert 0 <= kv0 <= kv1 <= kv_lens[request]
         assert 0 <= split < splits
         tiles.setdefault((request, row), []).append((split, splits, slot, kv0, kv1))
@@ -59,7 +76,7 @@ def check_plan(plan: AttentionPlan, qo_lens, kv_lens) -> None:
         items.sort()
         assert [s for s, *_ in items] == list(range(items[0][1])), f"tile {request, row} lacks a split"
         assert len({(n, slot) for _, n, slot, _, _ in items}) == 1
-        for (_, _, _, _, end), (_, _, _, begin, _) in zip(items, items[1:], strict=False):
+        for (*_, end), (_, _, _, begin, _) in itertools.pairwise(items):
             assert end == begin, "the splits of a tile follow one another"
     assert len(semaphores) == sum(items[0][1] > 1 for items in tiles.values())
     assert set(covered) == {(b, r) for b, n in enumerate(qo_lens) for r in range(n * group)}
@@ -67,7 +84,9 @@ def check_plan(plan: AttentionPlan, qo_lens, kv_lens) -> None:
         begin, end = visible(r // group, qo_lens[b], kv_lens[b], plan.causal, plan.window_left)
         low, high = min(x for x, _ in ranges), max(y for _, y in ranges)
         assert sum(y - x for x, y in ranges) == high - low, "no key twice"
-        assert begin == end or (low <= begin and end <= high), f"request {b} row {r} sees {begin}..{end}, planned {low}..{high}"
+        assert begin == end or (low <= begin and end <= high), (
+            f"request {b} row {r} sees {begin}..{end}, planned {low}..{high}"
+        )
     lengths = plan.work[:, 4] - plan.work[:, 3]
     assert (np.diff(lengths) <= 0).all(), "longest first"
     if plan.kv_chunk:
@@ -82,7 +101,12 @@ def check_packing(plan: AttentionPlan) -> None:
     assert packed.dtype == np.int32 and packed.size == at.total and not packed.flags.writeable
     assert packed[:3].tolist() == [plan.n_work, plan.num_partials, plan.batch_size] and not packed[3:16].any()
     assert all(offset % 4 == 0 for offset in at if offset >= 0)
-    for offset, values in ((at.work, plan.work), (at.qo_indptr, plan.qo_indptr), (at.kv_indptr, plan.kv_indptr), (at.kv_len, plan.kv_len)):
+    for offset, values in (
+        (at.work, plan.work),
+        (at.qo_indptr, plan.qo_indptr),
+        (at.kv_indptr, plan.kv_indptr),
+        (at.kv_len, plan.kv_len),
+    ):
         assert (packed[offset : offset + values.size] == values.reshape(-1)).all()
     if at.kv_indices >= 0:
         assert (packed[at.kv_indices : at.kv_indices + len(plan.kv_indices)] == plan.kv_indices).all()
@@ -93,10 +117,22 @@ def check_packing(plan: AttentionPlan) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(lens=LENGTHS, heads=HEADS, page_size=st.sampled_from([1, 3, 16]), tile_q=st.sampled_from([1, 4, 16]), window=st.sampled_from([-1, 0, 50]), device=DEVICE, split=SPLIT)
+@given(
+    lens=LENGTHS, heads=HEADS, page_size=st.sampled_from([1, 3, 16]), tile_q=st.sampled_from([1, 4, 16]), window=st.sampled_from([-1, 0, 50]),
+    device=DEVICE, split=SPLIT,
+)  # fmt: skip
 def test_decode_plan(lens, heads, page_size, tile_q, window, device, split):
     indptr, indices, last = table(lens, page_size)
-    kw = dict(num_qo_heads=heads[0], num_kv_heads=heads[1], head_dim_qk=64, page_size=page_size, tile_q=tile_q, window_left=window, **device, **split)
+    kw = dict(
+        num_qo_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim_qk=64,
+        page_size=page_size,
+        tile_q=tile_q,
+        window_left=window,
+        **device,
+        **split,
+    )
     plan = decode_plan(indptr, indices, last, **kw)
     assert plan.kv_len.tolist() == lens and plan.max_page == (len(indices) - 1)
     # A decode query stands at the last key: without a mask, and with or without one it sees the same.
@@ -143,7 +179,15 @@ def test_prefill_plan(requests, heads, page_size, causal, tile_q, window, device
 )  # fmt: skip
 def test_single_schedule_covers_every_tile(qo_len, kv_len, heads, tile_q, causal, window, device):
     s = single_schedule(
-        qo_len, kv_len, num_qo_heads=heads[0], num_kv_heads=heads[1], head_dim_vo=64, tile_q=tile_q, causal=causal, window_left=window, **device
+        qo_len,
+        kv_len,
+        num_qo_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim_vo=64,
+        tile_q=tile_q,
+        causal=causal,
+        window_left=window,
+        **device,
     )
     group = heads[0] // heads[1]
     rows = qo_len * group
@@ -187,13 +231,34 @@ def makespan(plan: AttentionPlan, workers: int, cost: int) -> int:
 )
 def test_decode_work_is_balanced(lens, within):
     indptr, indices, last = table(lens, 16)
-    plan = decode_plan(indptr, indices, last, num_qo_heads=32, num_kv_heads=8, head_dim_qk=128, page_size=16, tile_q=16, tile_kv=64, num_sms=132, ctas_per_sm=2)
+    plan = decode_plan(
+        indptr,
+        indices,
+        last,
+        num_qo_heads=32,
+        num_kv_heads=8,
+        head_dim_qk=128,
+        page_size=16,
+        tile_q=16,
+        tile_kv=64,
+        num_sms=132,
+        ctas_per_sm=2,
+    )
     ideal = (sum(lens) * 8 + 64 * 8 * len(lens)) / 264
     assert makespan(plan, 264, 64) <= within * max(ideal, 65 + 64)
 
 
 def test_fixed_split_does_not_look_at_the_batch():
-    kw = dict(num_qo_heads=4, num_kv_heads=1, head_dim_qk=64, page_size=16, tile_q=4, tile_kv=64, num_sms=8, fixed_split_size=4)
+    kw = dict(
+        num_qo_heads=4,
+        num_kv_heads=1,
+        head_dim_qk=64,
+        page_size=16,
+        tile_q=4,
+        tile_kv=64,
+        num_sms=8,
+        fixed_split_size=4,
+    )
     alone = decode_plan(*table([1000], 16), **kw)
     among = decode_plan(*table([30, 1000, 5000], 16), **kw)
     mine = among.work[among.work[:, 0] == 1]
@@ -208,7 +273,10 @@ def test_capacity_is_respected(field):
     enough = PlanCapacity(plan.n_work, plan.num_partials, 2, len(tab[1]))
     decode_plan(*tab, capacity=enough, **kw)
     short = enough._replace(**{field: getattr(enough, field) - 1})
-    with pytest.raises(ValueError, match=rf"outgrows the plan's capacity: got \d+, wanted at most {getattr(short, field)} \(capacity\.{field}\)"):
+    with pytest.raises(
+        ValueError,
+        match=rf"outgrows the plan's capacity: got \d+, wanted at most {getattr(short, field)} \(capacity\.{field}\)",
+    ):
         decode_plan(*tab, capacity=short, **kw)
 
 
@@ -226,17 +294,38 @@ def _set(array, at, value):
     "change,message",
     [
         (lambda p, i, n: _set(p, 0, 1), "paged_kv_indptr does not start at 0: got 1, wanted 0"),
-        (lambda p, i, n: _set(p, 2, 1), "paged_kv_indptr decreases: got 1 at entry 2 after 3, wanted a non-decreasing sequence"),
-        (lambda p, i, n: _set(n, 1, 17), r"paged_kv_last_page_len is out of range: got 17 for request 1 \(2 pages\), wanted 1..16"),
-        (lambda p, i, n: _set(n, 2, 0), r"paged_kv_last_page_len is out of range: got 0 for request 2 \(1 pages\), wanted 1..16"),
+        (
+            lambda p, i, n: _set(p, 2, 1),
+            "paged_kv_indptr decreases: got 1 at entry 2 after 3, wanted a non-decreasing sequence",
+        ),
+        (
+            lambda p, i, n: _set(n, 1, 17),
+            r"paged_kv_last_page_len is out of range: got 17 for request 1 \(2 pages\), wanted 1..16",
+        ),
+        (
+            lambda p, i, n: _set(n, 2, 0),
+            r"paged_kv_last_page_len is out of range: got 0 for request 2 \(1 pages\), wanted 1..16",
+        ),
         (lambda p, i, n: _set(n, 0, -1), "paged_kv_last_page_len is out of range: got -1 for request 0"),
-        (lambda p, i, n: _set(p, 3, 9), r"paged_kv_indices is too short: got 6, wanted at least 9 \(paged_kv_indptr\[-1\]\)"),
+        (
+            lambda p, i, n: _set(p, 3, 9),
+            r"paged_kv_indices is too short: got 6, wanted at least 9 \(paged_kv_indptr\[-1\]\)",
+        ),
         (lambda p, i, n: _set(i, 4, -3), "paged_kv_indices holds a negative page: got -3 at entry 4, wanted 0 or more"),
     ],
 )
 def test_malformed_page_tables(change, message):
     with pytest.raises(ValueError, match=f"decode_plan: {message}"):
-        decode_plan(*broken(change), num_qo_heads=4, num_kv_heads=1, head_dim_qk=64, page_size=16, tile_q=4, tile_kv=64, num_sms=8)
+        decode_plan(
+            *broken(change),
+            num_qo_heads=4,
+            num_kv_heads=1,
+            head_dim_qk=64,
+            page_size=16,
+            tile_q=4,
+            tile_kv=64,
+            num_sms=8,
+        )
 
 
 def test_more_malformed_metadata():
@@ -248,7 +337,9 @@ def test_more_malformed_metadata():
     ):
         with pytest.raises(ValueError, match=message):
             decode_plan(*args, **kw)
-    with pytest.raises(ValueError, match="num_qo_heads does not divide among the kv heads: got 4 query heads, 3 kv heads"):
+    with pytest.raises(
+        ValueError, match="num_qo_heads does not divide among the kv heads: got 4 query heads, 3 kv heads"
+    ):
         decode_plan(indptr, indices, last, **{**kw, "num_kv_heads": 3})
     with pytest.raises(ValueError, match="page_size is no page size: got 0"):
         decode_plan(indptr, indices, last, **{**kw, "page_size": 0})
@@ -257,14 +348,18 @@ def test_more_malformed_metadata():
     with pytest.raises(ValueError, match=r"qo_indptr has the wrong length: got 2, wanted 3 \(as kv_indptr\)"):
         prefill_plan(np.array([0, 3], np.int32), np.array([0, 3, 5], np.int32), **{**kw, "page_size": 0})
     plan = decode_plan(indptr, indices, last, **kw)
-    with pytest.raises(ValueError, match=r"AttentionPlan.copy_into: buffer is too small: got 3 int32, wanted at least \d+"):
+    with pytest.raises(
+        ValueError, match=r"AttentionPlan.copy_into: buffer is too small: got 3 int32, wanted at least \d+"
+    ):
         plan.copy_into(np.zeros(3, np.int32))
     with pytest.raises(TypeError, match="buffer has the wrong dtype: got float32, wanted int32"):
         plan.copy_into(np.zeros(3, np.float32))
 
 
 def test_plan_is_immutable():
-    plan = decode_plan(*table([40], 16), num_qo_heads=4, num_kv_heads=1, head_dim_qk=64, page_size=16, tile_q=4, tile_kv=64, num_sms=8)
+    plan = decode_plan(
+        *table([40], 16), num_qo_heads=4, num_kv_heads=1, head_dim_qk=64, page_size=16, tile_q=4, tile_kv=64, num_sms=8
+    )
     with pytest.raises(AttributeError):
         plan.tile_q = 5
     with pytest.raises(ValueError, match="read-only"):
