@@ -11,7 +11,7 @@ from pyinfer.core.tensor import TensorView
 class DeviceBuffer:
     """Bytes on one device from the framework's own allocator, so that its memory accounting and stream ordering see them.
 
-    Grows, at least twofold, and never shrinks; the memory it grew out of is kept until the next growth, since launches under way may still use it (no synchronisation).
+    Grows, at least twofold, and never shrinks. The memory it grew out of is kept: launches under way and captured CUDA graphs may still use it, and nothing is synchronised.
 
     Parameters
     ----------
@@ -27,13 +27,13 @@ class DeviceBuffer:
         self.nbytes = 0
         self.ptr = 0
         self._owner: Any = None
-        self._retired: Any = None
+        self._retired: list[Any] = []
 
     def reserve(self, nbytes: int, *, zero: bool = False) -> int:
         """Make it at least `nbytes` large (with `zero`, new memory is zeroed in stream order) and return the pointer."""
         if nbytes > self.nbytes:
-            nbytes = -(-max(nbytes, min(2 * self.nbytes, 1 << 28)) // 512) * 512
-            self._retired = self._owner
+            nbytes = -(-max(nbytes, 2 * self.nbytes) // 512) * 512
+            self._retired.append(self._owner)
             if self.framework == "torch":
                 torch = sys.modules["torch"]
                 make = torch.zeros if zero else torch.empty
@@ -51,7 +51,8 @@ class DeviceBuffer:
     def release(self) -> None:
         """Give the memory back to the framework."""
         self.nbytes = self.ptr = 0
-        self._owner = self._retired = None
+        self._owner = None
+        self._retired.clear()
 
 
 class PlanBuffer:
@@ -104,12 +105,12 @@ class PlanBuffer:
         return ptr
 
 
-_shared: dict[tuple[int, str, str], DeviceBuffer] = {}
+_shared: dict[tuple[int, str, str, int], DeviceBuffer] = {}
 
 
-def shared_workspace(device: int, framework: str, tag: str = "single") -> DeviceBuffer:
-    """The per-device buffer that calls without a wrapper share (their launches are ordered by the stream)."""
-    key = (device, framework, tag)
+def shared_workspace(device: int, framework: str, tag: str = "single", stream: int = 0) -> DeviceBuffer:
+    """The buffer that calls without a wrapper share: one per device and stream, whose launches the stream orders."""
+    key = (device, framework, tag, stream)
     found = _shared.get(key)
     if found is None:
         found = _shared[key] = DeviceBuffer(device, framework)
