@@ -16,7 +16,7 @@ run_suite() {  # NAME ARCH_LIST pytest arguments…
         export PYINFER_WORKSPACE_BASE=/tmp/pyinfer-cache-$name
         [ -z "$arch" ] || export PYINFER_CUDA_ARCH_LIST=$arch
         timeout -k 10 "$limit" python3 -m pytest --device cuda --seed "$seed" -q -p no:cacheprovider "${parallel[@]}" --junit-xml "$OUT/junit_$name.xml" \
-            -o junit_logging=no --durations=8 --tb=short "$@" >"$OUT/pytest_$name.log" 2>&1
+            -o junit_logging=no --durations=8 --tb=short --disable-warnings "$@" >"$OUT/pytest_$name.log" 2>&1
         code=$?
         [ $code != 124 ] && [ $code != 137 ] || echo "TIMED OUT after $limit s" >>"$OUT/pytest_$name.log"
         python3 tools/gpu/record.py --name "$name" --arch-list "$arch" --seed "$seed" --junit "$OUT/junit_$name.xml" --exit-code $code --out "$OUT" \
@@ -35,7 +35,7 @@ esac
 for name in native ptx; do
     log=$OUT/pytest_$name.log
     [ -e "$log" ] || continue
-    echo "=== $name: first failures"; awk '/^=+ FAILURES =+$|^=+ ERRORS =+$/ {on = 1} on' "$log" | head -c "${SHOW:-3500}"
+    echo "=== $name: first failures"; awk '/^=+ (FAILURES|ERRORS) =+$/ {on = 1} /^=+ (warnings summary|slowest|short test summary)/ {on = 0} on' "$log" | head -c "${SHOW:-3500}"
     echo; echo "=== $name: summary"; grep -E '^(FAILED|ERROR)|TIMED OUT|^E  ' "$log" | cut -c1-260 | sort -u | head -40; tail -3 "$log" | cut -c1-300
     cat "$OUT/record_$name.txt"
 done
