@@ -108,7 +108,7 @@ def _argument(
     if isinstance(x, numbers.Real) and not isinstance(x, bool):
         if integer and not isinstance(x, numbers.Integral):
             fail_type(op, arg, "is no integer", repr(x), "an integer or an int32 or int64 tensor")
-        value = int(x) if integer else float(x)
+        value = x.__index__() if isinstance(x, numbers.Integral) and integer else float(x)
         if not low <= value <= high:
             fail(op, arg, "is out of range", value, f"{low:g} to {high:g}")
         return _Argument(value)
@@ -280,7 +280,7 @@ class _Call(NamedTuple):
     input: TensorView
     source: str
     filter: int
-    index: TensorView | None
+    indices: TensorView | None
     top_k: _Argument
     top_p: _Argument
     min_p: _Argument
@@ -341,7 +341,7 @@ def _sample_cuda(c: _Call) -> None:
         out.shape[0],
         (
             v.ptr, v.strides[0], v.shape[0], v.shape[1], out.ptr, 0 if c.valid is None else view(c.valid).ptr,
-            0 if c.index is None else c.index.ptr, int(c.index is not None and c.index.dtype is INT64),
+            0 if c.indices is None else c.indices.ptr, int(c.indices is not None and c.indices.dtype is INT64),
             k.ptr, k.wide, k.spread, k.value, p.ptr, p.spread, p.value, m.ptr, m.spread, m.value,
             c.seed.ptr, c.seed.wide, c.offset.ptr, c.offset.wide, c.seed.value, c.offset.value,
         ),
@@ -364,7 +364,7 @@ def _sample_cpu(c: _Call) -> None:
 
     ids, flags = as_numpy(c.out), as_numpy(c.valid).view(np.uint8)
     outputs = ids.shape[0]
-    rows = np.arange(outputs) if c.index is None else np.ascontiguousarray(as_numpy(c.index), np.int64)
+    rows = np.arange(outputs) if c.indices is None else np.ascontiguousarray(as_numpy(c.indices), np.int64)
     apart = c.seed.view is None and c.offset.view is None
     run(
         kernels.sample_rows, outputs, *_rows_of(c.input), c.source == "logits", c.filter, rows,
