@@ -147,7 +147,11 @@ def single_schedule(
     Parameters as `prefill_plan`; num_sms * ctas_per_sm blocks run at a time.
     """
     tiles = -(-qo_len * (num_qo_heads // num_kv_heads) // tile_q)
-    longest = kv_len if window_left < 0 else min(kv_len, window_left + max(tile_q, 1))
+    longest = kv_len
+    if (
+        window_left >= 0
+    ):  # a tile spans at most tile_q tokens; without causality its first token's window opens up to the last key
+        longest = min(kv_len, window_left + (min(qo_len, tile_q) if causal else qo_len))
     room = device_slots(num_sms, ctas_per_sm, num_kv_heads) // max(tiles, 1)
     if room < 2 or longest <= 2 * tile_kv or tiles * num_kv_heads * 4 > SINGLE_SEMAPHORE_BYTES:
         return SingleSchedule(tiles, 0, 1, 0)
