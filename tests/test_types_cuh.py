@@ -100,7 +100,8 @@ def _floats(rng):
     """Bit patterns of every kind: random ones, and all around the values where a rounding to 16 bits tips over."""
     patterns = [rng.integers(0, 2**32, 2**20, dtype=np.uint32)]
     for kind in (np.float16, ml_dtypes.bfloat16):
-        every = np.arange(32768, dtype=np.uint16).view(kind).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            every = np.arange(32768, dtype=np.uint16).view(kind).astype(np.float64)
         every = every[np.isfinite(every)]
         last = 2 * every[-1] - every[-2]  # what would follow the largest value: half-way there begins infinity
         middles = (every + np.append(every[1:], last)) / 2
