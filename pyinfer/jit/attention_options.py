@@ -1,0 +1,102 @@
+"""What distinguishes one attention from another beyond shapes: the options that select a kernel, and the values that come with each run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pyinfer.core.errors import fail
+from pyinfer.core.params import Field
+
+
+class UserVariant(NamedTuple):
+    """Functions of the user's, compiled into the attention kernels.
+
+    Attributes
+    ----------
+    name
+        Part of the kernel's name: letters, digits and underscores.
+    source
+        CUDA source that defines the hooks (`common/attention_variant.cuh` lists their signatures).
+    hooks
+        Which ones it defines: of "logits", "mask", "output".
+    fields
+        Extra parameters, read in the source as `p.NAME`; their values come with each run in `AttentionExtras.user`, in this order.
+    """
+
+    name: str
+    source: str
+    hooks: tuple[str, ...] = ("logits",)
+    fields: tuple[Field, ...] = ()
+
+
+class AttentionOptions(NamedTuple):
+    """What selects a kernel or is fixed by a plan. All off by default.
+
+    Attributes
+    ----------
+    alibi
+        Bias slope[q_head] * (kv_idx - q_row), the slopes by the ALiBi paper's formula from the number of query heads.
+    rope
+        (rope_scale, rope_theta): queries and keys are rotated on the fly. None: not.
+    mask
+        A custom mask in packed bits.
+    multi_item
+        Multi-item scoring: items behind a shared prefix do not see each other.
+    sinks
+        A logit per query head that joins the denominator.
+    user
+        Functions of the user's.
+    """
+
+    alibi: bool = False
+    rope: tuple[float, float] | None = None
+    mask: bool = False
+    multi_item: bool = False
+    sinks: bool = False
+    user: UserVariant | None = None
+
+
+class AttentionExtras(NamedTuple):
+    """What the options need at each run: device addresses (0: none) and numbers.
+
+    Attributes
+    ----------
+    mask_ptr, mask_indptr_ptr
+        uint8 bits, little-endian, rows of kv_len bits without padding between them; int32 [batch + 1] byte offsets (0: one request, from byte 0).
+    sinks_ptr
+        float32 [num_qo_heads], natural-log logits.
+    prefix_len_ptr, token_pos_ptr, token_pos_len
+        uint32 [batch]; uint16 [batch, token_pos_len].
+    user
+        Values of `UserVariant.fields`, pointers as ints.
+    """
+
+    mask_ptr: int = 0
+    mask_indptr_ptr: int = 0
+    sinks_ptr: int = 0
+    prefix_len_ptr: int = 0
+    token_pos_ptr: int = 0
+    token_pos_len: int = 0
+    user: tuple[int | float, ...] = ()
+
+
+PLAIN = AttentionOptions()
+NO_EXTRAS = AttentionExtras()
+
+
+def check_extras(op: str, options: AttentionOptions, extras: AttentionExtras) -> None:
+    """ValueError if an option lacks its tensor, or a tensor its option: nothing is accepted and ignored."""
+    needs = (
+        ("mask", options.mask, extras.mask_ptr),
+        ("sinks", options.sinks, extras.sinks_ptr),
+        ("prefix_len_ptr", options.multi_item, extras.prefix_len_ptr),
+        ("token_pos_in_items_ptr", options.multi_item, extras.token_pos_ptr),
+    )
+    for name, wanted, given in needs:
+        if wanted and not given:
+            fail(op, name, "is missing", "no address", "a tensor on the device")
+        if given and not wanted:
+            fail(op, name, "was not planned", "an address", "none", "Ask for it in the options.")
+    expected = len(options.user.fields) if options.user is not None else 0
+    if len(extras.user) != expected:
+        fail(op, "extra arguments", "do not fit the variant", len(extras.user), expected)
