@@ -31,6 +31,7 @@ CUDA_DTYPES = (FLOAT16, BFLOAT16)
 CPU_DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 CUDA_HEAD_DIMS = (64, 128, 256)
 CPU_MAX_HEAD_DIM = 256
+MANY_ROWS = 1024  # no kernel distinguishes more packed rows; keeps the cache of configurations small
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +393,7 @@ def batch_tiles(
         return tile_q, tile_kv, threads, 1
     from pyinfer.core.device import num_sms
 
-    config = tile_config(device, dtype, head_dim_qk, head_dim_vo, max_packed_rows)
+    config = tile_config(device, dtype, head_dim_qk, head_dim_vo, min(max_packed_rows, MANY_ROWS))
     return config.tile_q, config.tile_kv, num_sms(device), config.ctas_per_sm
 
 
@@ -448,7 +449,7 @@ def run_single(
     from pyinfer.core.workspace import shared_workspace
     from pyinfer.schedulers.prefill import single_schedule
 
-    config = tile_config(q.device, q.dtype, dk, dv, rows * group)
+    config = tile_config(q.device, q.dtype, dk, dv, min(rows * group, MANY_ROWS))
     schedule = single_schedule(
         rows, kv_len, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_vo=dv, tile_q=config.tile_q, tile_kv=config.tile_kv,
         num_sms=num_sms(q.device), ctas_per_sm=config.ctas_per_sm, causal=causal, window_left=window_left,
@@ -460,5 +461,5 @@ def run_single(
         )
     launchers()[1](
         q.device, stream, q, k, v, kv_layout, out, lse, workspace, causal=causal, window_left=window_left, sm_scale=sm_scale,
-        logits_soft_cap=logits_soft_cap, v_scale=v_scale, kv_chunk=schedule.kv_chunk, num_splits=schedule.num_splits,
+        logits_soft_cap=logits_soft_cap, v_scale=v_scale, kv_chunk=schedule.kv_chunk, num_splits=schedule.num_splits, pdl=use_pdl(q.device, None),
     )  # fmt: skip

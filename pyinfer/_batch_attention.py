@@ -67,6 +67,7 @@ class BatchAttention:
         self._sm_scale, self._soft_cap = 1.0, 0.0
         self._q_shape = (0, 0, 0)
         self._kv_tokens = 0
+        self._kv_known: tuple[Any, ...] | None = None  # the last cache's layout, found good for the plan
         self._indices: TensorView | None = None  # page indices that lie on the device
         if float_workspace_buffer is not None:
             self.reset_workspace_buffer(float_workspace_buffer)
@@ -176,6 +177,7 @@ class BatchAttention:
         self._plan, self._planned_device = plan, device
         self._q_shape = (plan.total_rows, plan.num_qo_heads, plan.head_dim_qk)
         self._kv_tokens = int(plan.kv_indptr[-1])
+        self._kv_known = None
         if device >= 0:
             self._upload(plan)
 
@@ -348,6 +350,28 @@ class BatchAttention:
                 "It is an argument of plan().",
             )
         return v
+
+    def _paged_kv(self, q: TensorView, cache: Any) -> tuple[TensorView, TensorView]:
+        """Checked views of the caches. Layers share one layout: what was checked for the last cache is not checked again."""
+        known = self._kv_known
+        if type(cache) is not tuple:
+            both = view(cache, self._op, "paged_kv_cache")
+            if known is not None and known[:4] == (both.shape, both.strides, both.dtype, both.device):
+                _, _, dtype, device, shape, strides, v_offset = known
+                owner, framework, ptr = both.obj, both.framework, both.ptr
+                k = TensorView(owner, ptr, shape, strides, dtype, device, framework)
+                return k, TensorView(owner, ptr + v_offset, shape, strides, dtype, device, framework)
+        assert self._plan is not None
+        k, v = common.paged_views(self._op, cache, self._kv_layout, self._plan.page_size)
+        if type(cache) is tuple:
+            now: tuple[Any, ...] = (k.shape, k.strides, k.dtype, k.device, v.shape, v.strides, v.dtype, v.device)
+            if now == known:
+                return k, v
+        else:
+            now = (both.shape, both.strides, both.dtype, both.device, k.shape, k.strides, v.ptr - k.ptr)
+        self._check_kv(q, k, v, "paged_kv_cache (K)", "paged_kv_cache (V)")
+        self._kv_known = now
+        return k, v
 
     def _check_kv(self, q: TensorView, k: TensorView, v: TensorView, k_name: str, v_name: str) -> None:
         plan = self._plan

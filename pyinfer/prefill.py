@@ -268,9 +268,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         qv = self._check_run(q, window_left, args)
         if sinks is not None:
             common.check_options(self._op, sinks=sinks)
-        assert self._plan is not None
-        k, v = common.paged_views(self._op, paged_kv_cache, self._kv_layout, self._plan.page_size)
-        self._check_kv(qv, k, v, "paged_kv_cache (K)", "paged_kv_cache (V)")
+        k, v = self._paged_kv(qv, paged_kv_cache)
         sm_scale = self._sm_scale
         if q_scale is not None:
             sm_scale *= common.scale(self._op, "q_scale", q_scale)
