@@ -130,32 +130,24 @@ def _in_elements(strides: tuple[int, ...], size: int, op: str, arg: str) -> tupl
 
 
 def _view_dlpack(x: Any, op: str, arg: str) -> TensorView:
-    kind, _ = x.__dlpack_device__()
+    kind = int(x.__dlpack_device__()[0])
+    if kind not in (1, 2, 3, 13):  # kDLCPU, kDLCUDA, kDLCUDAHost, kDLCUDAManaged
+        fail(op, arg, "is on a device pyinfer does not run on", f"DLPack device type {kind}", "a CPU or CUDA tensor")
+    on_gpu = kind in (2, 13)
     try:
-        if int(kind) in (2, 13):  # kDLCUDA, kDLCUDAManaged
-            import cupy
-
-            v = _view_cupy(cupy.from_dlpack(x), op, arg)
-        elif int(kind) in (1, 3):  # kDLCPU, kDLCUDAHost
-            v = _view_numpy(_numpy_from_dlpack(x), op, arg)
-        else:
-            fail(
-                op,
-                arg,
-                "is on a device pyinfer does not run on",
-                f"DLPack device type {int(kind)}",
-                "a CPU or CUDA tensor",
-            )
-    except (BufferError, RuntimeError) as error:  # what exporters and importers raise for a dtype they do not know
-        fail_type(
-            op,
-            arg,
-            "cannot be read through DLPack",
-            f"{type(x).__qualname__} ({error})",
-            "a tensor of a dtype listed in core/dtypes.py",
-        )
+        array = _cupy_from_dlpack(x) if on_gpu else _numpy_from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:  # as exporters and importers please
+        got, wanted = f"{type(x).__qualname__} ({error})", "a tensor of a dtype listed in core/dtypes.py"
+        fail_type(op, arg, "cannot be read through DLPack", got, wanted)
+    v = _view_cupy(array, op, arg) if on_gpu else _view_numpy(array, op, arg)
     v.framework = "dlpack"
     return v
+
+
+def _cupy_from_dlpack(x: Any) -> Any:
+    import cupy
+
+    return cupy.from_dlpack(x)
 
 
 class _DLTensor(ctypes.Structure):
