@@ -156,3 +156,35 @@ def test_no_rows(backend):
     rows = backend.array(np.ones((3, 40)), "float32")
     none = S.sampling_from_probs(rows, backend.array(np.zeros(0, np.int32)), seed=1)
     assert backend.numpy(none).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_boundaries_on_exact_probabilities(backend, dtype):
+    """The sums here are exact, so `<` and `<=` differ; the two tokens of 1/8 stand or fall together."""
+    x = backend.array([[0.5, 0.125, 0.25, 0.125]], dtype)
+
+    def support(y):
+        return np.flatnonzero(backend.float64(y)[0]).tolist()
+
+    for top_p, want in (
+        (0.0, [0]),
+        (0.5, [0]),
+        (0.5001, [0, 2]),
+        (0.75, [0, 2]),
+        (0.7501, [0, 1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ):
+        assert support(S.top_p_renorm_probs(x, top_p)) == want, top_p
+    for top_k, want in ((1, [0]), (2, [0, 2]), (3, [0, 1, 2, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])):
+        assert support(S.top_k_renorm_probs(x, top_k)) == want, top_k
+    rows = backend.array(np.zeros(200, np.int32))
+
+    def drawn(top_k, top_p, order):
+        ids = S.top_k_top_p_sampling_from_probs(x, top_k, top_p, rows, filter_apply_order=order, seed=12)
+        return sorted(set(backend.numpy(ids).tolist()))
+
+    # Of {0, 2} renormalised, token 0 holds two thirds; of all, a half.
+    assert drawn(2, 0.625, "top_k_first") == [0]
+    assert drawn(2, 0.625, "joint") == [0, 2]
+    assert drawn(2, 0.75, "top_k_first") == [0, 2]
+    assert drawn(4, 0.5, "joint") == [0]
