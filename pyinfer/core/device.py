@@ -37,7 +37,14 @@ def device_info(index: int) -> DeviceInfo:
 
     p = cupy.cuda.runtime.getDeviceProperties(index)
     name = p["name"].decode() if isinstance(p["name"], bytes) else str(p["name"])
-    return DeviceInfo(index, name, p["major"] * 10 + p["minor"], p["multiProcessorCount"], p["sharedMemPerBlockOptin"], p["l2CacheSize"])
+    return DeviceInfo(
+        index,
+        name,
+        p["major"] * 10 + p["minor"],
+        p["multiProcessorCount"],
+        p["sharedMemPerBlockOptin"],
+        p["l2CacheSize"],
+    )
 
 
 @functools.cache
