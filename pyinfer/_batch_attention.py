@@ -354,7 +354,7 @@ class BatchAttention:
     def _paged_kv(self, q: TensorView, cache: Any) -> tuple[TensorView, TensorView]:
         """Checked views of the caches. Layers share one layout: what was checked for the last cache is not checked again."""
         known = self._kv_known
-        if type(cache) is not tuple:
+        if type(cache) is not tuple and type(cache) is not list:  # a list is refused below
             both = view(cache, self._op, "paged_kv_cache")
             if known is not None and known[:4] == (both.shape, both.strides, both.dtype, both.device):
                 _, _, dtype, device, shape, strides, v_offset = known
