@@ -321,11 +321,14 @@ def _append(
         from pyinfer.cpu import page as cpu
 
         index_arrays = [as_numpy(x) for x in (batch_indices, positions, kv_indices, kv_indptr)]
-        what, token, page_of, slot_of = cpu.locate(*index_arrays, page_size, num_pages)
+        batch_array, position_array, page_array, indptr_array = index_arrays
+        what, token, page_of, slot_of = cpu.locate(
+            batch_array, position_array, page_array, indptr_array, page_size, num_pages
+        )
         if what != cpu.OK:
             _fail_token(op, what, token, index_arrays, batch, page_size, num_pages)
-        for source, cache, strides in zip(sources, caches, cache_strides, strict=True):
-            cpu.append(source, cache, strides, page_of, slot_of)
+        for source, cache, cache_stride in zip(sources, caches, cache_strides, strict=True):
+            cpu.append(source, cache, cache_stride, page_of, slot_of)
         return
     size = key.dtype.itemsize
     strides = [s * size for s in (*key.strides[:2], *value.strides[:2], *cache_strides[0], *cache_strides[1])]

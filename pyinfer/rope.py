@@ -408,7 +408,7 @@ def _cached(
     _check_rotary(op, "cos_sin_cache (second axis)", rotary_dim, head_size)
     q_obj, k_obj, q_out, k_out = _outputs(q, k, in_place)
     if q.shape[0]:
-        heads = [_by_heads(x, head_size) for x in (q, k, q_out, k_out)]
+        q, k, q_out, k_out = (_by_heads(x, head_size) for x in (q, k, q_out, k_out))
         if q.device < 0:
             from pyinfer.cpu import rope as cpu
 
@@ -416,11 +416,14 @@ def _cached(
             if int(where.min()) < 0 or int(where.max()) >= limit:
                 bad = int(where.min()) if int(where.min()) < 0 else int(where.max())
                 fail(op, "positions", "lies outside cos_sin_cache", bad, f"0 to {limit - 1}")
-            cpu.rope(*heads, where, cos_sin_cache=as_numpy(cache), interleave=not is_neox, in_place=in_place)
+            cpu.rope(
+                q, k, q_out, k_out, where, cos_sin_cache=as_numpy(cache), interleave=not is_neox, in_place=in_place
+            )
         else:
             first = (positions.ptr, cache.ptr, cache.strides[0], cache.shape[0])
             bits = cache.ptr | (cache.strides[0] | rotary_dim // 2) * 4
-            _launch("cache", *heads, rotary_dim, not is_neox, in_place, positions.dtype is INT64, first, (), bits)
+            wide = positions.dtype is INT64
+            _launch("cache", q, k, q_out, k_out, rotary_dim, not is_neox, in_place, wide, first, (), bits)
     return None if in_place else (q_obj, k_obj)
 
 

@@ -97,7 +97,9 @@ def assert_close(got: Any, want: Any, *, rtol: float, atol: float = 0.0, name: s
         here, there = test(got), test(want)
         if (here != there).any():
             at = tuple(int(i) for i in np.argwhere(here != there)[0])
-            raise AssertionError(f"{name}: {label} at {int(here.sum())} positions, expected at {int(there.sum())}; first difference at {at}: got {got[at]}, expected {want[at]}")
+            raise AssertionError(
+                f"{name}: {label} at {int(here.sum())} positions, expected at {int(there.sum())}; first difference at {at}: got {got[at]}, expected {want[at]}"
+            )
     finite = np.isfinite(want)
     error = np.where(finite, np.abs(np.where(finite, got, 0.0) - np.where(finite, want, 0.0)), 0.0)
     magnitude = np.where(finite, np.abs(want), 0.0)
@@ -107,7 +109,8 @@ def assert_close(got: Any, want: Any, *, rtol: float, atol: float = 0.0, name: s
         at = np.unravel_index(int(np.argmax(excess)), got.shape)
         position = tuple(int(i) for i in at)
         raise AssertionError(
-            f"{name}: {int((excess > 0).sum())} of {got.size} values off; worst at {position}: got {got[at]!r}, expected {want[at]!r}, error {error[at]:.3e}, allowed {(atol + rtol * scale + 0 * error)[at]:.3e}; "
+            f"{name}: {int((excess > 0).sum())} of {got.size} values off; worst at {position}: got {got[at]!r}, "
+            f"expected {want[at]!r}, error {error[at]:.3e}, allowed {(atol + rtol * scale + 0 * error)[at]:.3e}; "
             f"relative error of the whole {np.linalg.norm(error) / max(np.linalg.norm(magnitude), 1e-300):.3e}"
         )
 
@@ -115,10 +118,14 @@ def assert_close(got: Any, want: Any, *, rtol: float, atol: float = 0.0, name: s
 def assert_same_bits(got: np.ndarray, want: np.ndarray, name: str = "result") -> None:
     """Fail unless both arrays hold the same bits (NaN payloads and signed zeros count)."""
     got, want = np.ascontiguousarray(got), np.ascontiguousarray(want)
-    assert got.shape == want.shape and got.dtype == want.dtype, f"{name}: {got.shape} {got.dtype}, expected {want.shape} {want.dtype}"
+    assert got.shape == want.shape and got.dtype == want.dtype, (
+        f"{name}: {got.shape} {got.dtype}, expected {want.shape} {want.dtype}"
+    )
     a, b = got.view(np.uint8).reshape(-1), want.view(np.uint8).reshape(-1)
     different = np.flatnonzero(a != b)
     if different.size:
         index = int(different[0]) // got.dtype.itemsize
         at = tuple(int(i) for i in np.unravel_index(index, got.shape))
-        raise AssertionError(f"{name}: bits differ at {len(np.unique(different // got.dtype.itemsize))} of {got.size} values, first at {at}: {got[at]!r} and {want[at]!r}")
+        raise AssertionError(
+            f"{name}: bits differ at {len(np.unique(different // got.dtype.itemsize))} of {got.size} values, first at {at}: {got[at]!r} and {want[at]!r}"
+        )

@@ -1,7 +1,7 @@
 """One suite, two devices: `pytest` runs on the CPU backend, `pytest --device cuda` the same tests on a GPU.
 
-Markers: `gpu` needs a GPU (skipped on the CPU), `cpu` concerns the CPU backend alone (skipped with --device cuda), `compile` only compiles (runs in the CPU suite),
-`slow` may take more than ten seconds.
+Markers: `gpu` needs a GPU (skipped on the CPU), `cpu` concerns the CPU backend alone (skipped with --device cuda),
+`compile` only compiles (runs in the CPU suite), `slow` may take more than ten seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ GPU_MISSING = "needs a GPU: run with --device cuda"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the operators run")
-    parser.addoption("--seed", type=int, default=None, help="seed of the rng fixture (default: fresh every run, shown on failure)")
+    parser.addoption(
+        "--seed", type=int, default=None, help="seed of the rng fixture (default: fresh every run, shown on failure)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -78,7 +80,11 @@ def pytest_runtest_call(item: pytest.Item):
     """Out of memory on a GPU skips; nothing else does."""
     outcome = yield
     error = outcome.excinfo
-    if error is not None and item.config.getoption("--device") == "cuda" and type(error[1]).__name__ == "OutOfMemoryError":
+    if (
+        error is not None
+        and item.config.getoption("--device") == "cuda"
+        and type(error[1]).__name__ == "OutOfMemoryError"
+    ):
         pytest.skip(f"out of GPU memory: {error[1]}")
 
 

@@ -42,7 +42,9 @@ extern "C" __global__ void {{ kernel_name }}(const __grid_constant__ Params p) {
 def make_kernel(monkeypatch):
     """Builds and loads the test kernel with the given JitSpec fields."""
     original = compiler.read_source
-    monkeypatch.setattr(compiler, "read_source", lambda name: _SOURCE if name == "launch_test.cu.jinja" else original(name))
+    monkeypatch.setattr(
+        compiler, "read_source", lambda name: _SOURCE if name == "launch_test.cu.jinja" else original(name)
+    )
     compiler._template.cache_clear()
     count = [0]
 
@@ -51,7 +53,9 @@ def make_kernel(monkeypatch):
         smem, cluster = fields.get("smem", 0), fields.get("cluster")
         pdl = fields.pop("pdl", False)
         name = f"launch_test_{count[0]}_{smem}_{'c' if cluster else ''}{'p' if pdl else ''}"
-        return JitSpec(name, "launch_test.cu.jinja", _PARAMS, (("smem", smem), ("cluster", bool(cluster)), ("pdl", pdl)), **fields).build_and_load()
+        return JitSpec(
+            name, "launch_test.cu.jinja", _PARAMS, (("smem", smem), ("cluster", bool(cluster)), ("pdl", pdl)), **fields
+        ).build_and_load()
 
     yield make
     compiler._template.cache_clear()
@@ -110,7 +114,12 @@ def test_dependent_launches_see_each_other(make_kernel, torch):
     kernel = make_kernel(pdl=True)
     buffers = [torch.zeros(1 << 20, dtype=torch.int32, device="cuda") for _ in range(2)]
     for step in range(50):
-        kernel(_stream(torch), (1 << 20) // 128, (buffers[1 - step % 2].data_ptr(), 1 << 20, 1, buffers[step % 2].data_ptr()), pdl=True)
+        kernel(
+            _stream(torch),
+            (1 << 20) // 128,
+            (buffers[1 - step % 2].data_ptr(), 1 << 20, 1, buffers[step % 2].data_ptr()),
+            pdl=True,
+        )
     assert buffers[0].eq(50).all()
 
 
@@ -155,7 +164,9 @@ def test_graph_capture(make_kernel, torch):
 
 def test_bad_launch_is_a_clear_error(make_kernel, torch):
     kernel = make_kernel()
-    with pytest.raises(RuntimeError, match=r"launching launch_test_1_0_ with grid \(1, 70000, 1\).*CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(
+        RuntimeError, match=r"launching launch_test_1_0_ with grid \(1, 70000, 1\).*CUDA_ERROR_INVALID_VALUE"
+    ):
         kernel(_stream(torch), (1, 70000, 1), (0, 0, 0, 0))
 
 

@@ -1,8 +1,9 @@
 """Load a compiled kernel and launch it. The one place where a kernel is launched.
 
-NOTE: measured on an H100 host, a launch costs 11.0 us of CPU time through CuPy (8 arguments), 6.4 through cuda.core, and the driver alone most of the rest. Here the parameter struct and
-the launch configuration are packed with one `struct.pack_into` each into buffers that belong to the calling thread, and one call, cuLaunchKernelEx, serves every kind of launch
-(cluster, cooperative, programmatic dependent launch), inside CUDA graph capture too.
+NOTE: measured on an H100 host, a launch costs 11.0 us of CPU time through CuPy (8 arguments), 6.4 through cuda.core, and
+the driver alone most of the rest. Here the parameter struct and the launch configuration are packed with one
+`struct.pack_into` each into buffers that belong to the calling thread, and one call, cuLaunchKernelEx, serves every kind
+of launch (cluster, cooperative, programmatic dependent launch), inside CUDA graph capture too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ def _driver() -> Any:
     library.cuFuncSetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     library.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
     library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
-    library.cuOccupancyMaxActiveBlocksPerMultiprocessor.argtypes = [ctypes.POINTER(ctypes.c_int), ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    library.cuOccupancyMaxActiveBlocksPerMultiprocessor.argtypes = [
+        ctypes.POINTER(ctypes.c_int),
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_size_t,
+    ]
     return library
 
 
@@ -78,7 +84,10 @@ class Kernel:
             fixed.append(struct.pack("@II3I52x", _CLUSTER, 0, *spec.cluster))
         self._attributes, self._pdl_attributes = self._attribute_arrays(fixed)
         if spec.smem:  # static shared memory counts towards the 48 KiB that need no opt-in, so 48 KiB of dynamic memory already may
-            _check(_driver().cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SMEM, spec.smem), f"{spec.name}: {spec.smem} bytes of shared memory")
+            _check(
+                _driver().cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SMEM, spec.smem),
+                f"{spec.name}: {spec.smem} bytes of shared memory",
+            )
 
     def _attribute_arrays(self, fixed: list[bytes]) -> tuple[tuple[Any, int, int], tuple[Any, int, int]]:
         def build(items: list[bytes]) -> tuple[Any, int, int]:
@@ -89,7 +98,9 @@ class Kernel:
 
         return build(fixed), build([*fixed, struct.pack("@III60x", _PDL, 0, 1)])
 
-    def __call__(self, stream: int, grid: int | tuple[int, int, int], values: tuple[Any, ...], pdl: bool = False) -> None:
+    def __call__(
+        self, stream: int, grid: int | tuple[int, int, int], values: tuple[Any, ...], pdl: bool = False
+    ) -> None:
         """Launch on `stream`.
 
         Parameters
@@ -105,7 +116,7 @@ class Kernel:
         """
         slot = self._slot
         self._pack(slot.params, 0, *values)
-        x, y, z = (grid, 1, 1) if type(grid) is int else grid
+        x, y, z = (grid, 1, 1) if isinstance(grid, int) else grid
         if not (x and y and z):
             return
         _, attributes, count = self._pdl_attributes if pdl else self._attributes
@@ -125,13 +136,21 @@ class Kernel:
                 cupy.cuda.runtime.free(0)
                 code = self._launch(slot.config_address, self._handle, slot.argv_address, None)
         if code:
-            _check(code, f"launching {self.spec.name} with grid {(x, y, z)}, block {self._block}, {self._smem} bytes of shared memory")
+            _check(
+                code,
+                f"launching {self.spec.name} with grid {(x, y, z)}, block {self._block}, {self._smem} bytes of shared memory",
+            )
 
     def blocks_per_sm(self) -> int:
         """How many blocks of this kernel fit on one multiprocessor."""
         found = ctypes.c_int()
         bx, by, bz = self._block
-        _check(_driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(ctypes.byref(found), self._handle, bx * by * bz, self._smem), self.spec.name)
+        _check(
+            _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                ctypes.byref(found), self._handle, bx * by * bz, self._smem
+            ),
+            self.spec.name,
+        )
         return found.value
 
     def __repr__(self) -> str:

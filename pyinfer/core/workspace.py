@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from pyinfer.core.tensor import TensorView
-
 
 class DeviceBuffer:
     """Bytes on one device from the framework's own allocator, so that its memory accounting and stream ordering see them.
 
-    Grows, at least twofold, and never shrinks. The memory it grew out of is kept: launches under way and captured CUDA graphs may still use it, and nothing is synchronised.
+    Grows, at least twofold, and never shrinks. The memory it grew out of is kept: launches under way and captured CUDA
+    graphs may still use it, and nothing is synchronised.
 
     Parameters
     ----------
@@ -68,6 +67,7 @@ class PlanBuffer:
 
     @property
     def ptr(self) -> int:
+        """Device pointer, 0 before the first upload."""
         return self.memory.ptr
 
     def upload(self, data: Any, stream: int, *, capacity: int = 0) -> int:

@@ -72,7 +72,7 @@ def flat(view: TensorView, carrier: Any = None) -> tuple[np.ndarray, int]:
         else:
             low += (n - 1) * stride
     buffer = (ctypes.c_char * ((high - low + 1) * size)).from_address(view.ptr + low * size)
-    return np.frombuffer(buffer, carrier), -low
+    return np.frombuffer(buffer, carrier), -low  # type: ignore[call-overload]  # its stubs do not know ctypes arrays
 
 
 def _has_half_conversions(context: Any) -> bool:
