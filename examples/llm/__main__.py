@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 START = time.perf_counter()  # before the imports below, so that "after start" counts them
+# OpenBLAS (in NumPy) lets its threads spin for some 25 ms after each matrix product, on the cores that pyinfer's kernels want next, and on a
+# busy machine they keep even each other from running: 4x slower there. 2**4 cycles, its minimum, means: sleep. Read when NumPy loads.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import argparse  # noqa: E402
 import sys  # noqa: E402
