@@ -121,7 +121,8 @@ struct AttentionTile {
                 for (int n = 0; n < KV_BLOCKS; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        const ScoreIndex at{index.request, index.packed_row + m * 16 + i / 2 * 8, index.kv_token + n * 8 + i % 2, index.kv_head};
+                        const ScoreIndex at{index.request, index.packed_row + m * 16 + i / 2 * 8, index.kv_token + n * 8 + i % 2,
+                                            index.kv_head};
                         score[m][n][i] = variant.logits_transform(score[m][n][i], at);
                     }
                 }
@@ -131,7 +132,8 @@ struct AttentionTile {
 
     // Scores that the row may not see become -inf. `token_of(packed_row)` gives a row's query token.
     template <bool BY_RANGE, typename Variant, typename TokenOf>
-    PYINFER_DEVICE void mask_scores(const Variant& variant, const ScoreIndex& index, const RowVisibility& visibility, const TokenOf& token_of) {
+    PYINFER_DEVICE void mask_scores(const Variant& variant, const ScoreIndex& index, const RowVisibility& visibility,
+                                    const TokenOf& token_of) {
 #pragma unroll
         for (int m = 0; m < M_BLOCKS; ++m) {
 #pragma unroll
@@ -174,7 +176,7 @@ struct AttentionTile {
             for (int m = 0; m < M_BLOCKS; ++m) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float(&s)[4] = score[m][2 * step + half];
+                    const float (&s)[4] = score[m][2 * step + half];
                     float w[4];
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {

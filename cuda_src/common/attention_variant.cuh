@@ -24,12 +24,8 @@ struct RowVisibility {
     int window_left;  // keys to the left of the diagonal that stay visible; negative: all
     bool causal;
 
-    PYINFER_DEVICE int begin(int token) const {
-        return window_left >= 0 ? diagonal + token - window_left : 0;
-    }
-    PYINFER_DEVICE int end(int token) const {
-        return causal ? min_of(kv_end, diagonal + token + 1) : kv_end;
-    }
+    PYINFER_DEVICE int begin(int token) const { return window_left >= 0 ? diagonal + token - window_left : 0; }
+    PYINFER_DEVICE int end(int token) const { return causal ? min_of(kv_end, diagonal + token + 1) : kv_end; }
 };
 
 // softmax(sm_scale * q·k) v. Causality and sliding windows are RowVisibility's.
@@ -41,15 +37,9 @@ struct PlainVariant {
     float v_scale;
 
     PYINFER_DEVICE explicit PlainVariant(const Params& p) : scale(p.logit_scale), v_scale(p.v_scale) {}
-    PYINFER_DEVICE float logits_transform(float score, const ScoreIndex&) const {
-        return score;
-    }
-    PYINFER_DEVICE bool visible(const ScoreIndex&) const {
-        return true;
-    }
-    PYINFER_DEVICE float output_transform(float value) const {
-        return value * v_scale;
-    }
+    PYINFER_DEVICE float logits_transform(float score, const ScoreIndex&) const { return score; }
+    PYINFER_DEVICE bool visible(const ScoreIndex&) const { return true; }
+    PYINFER_DEVICE float output_transform(float value) const { return value * v_scale; }
 };
 
 // Logits capped as cap * tanh(sm_scale * q·k / cap). The host folds base 2 into both constants:
@@ -69,10 +59,6 @@ struct SoftCapVariant {
         // tanh(x) = 1 - 2 / (1 + e^2x): right at both ends, where e^2x is 0 or infinity.
         return cap - 2.0f * cap * rcp_approx(1.0f + exp2_approx(score * rate));
     }
-    PYINFER_DEVICE bool visible(const ScoreIndex&) const {
-        return true;
-    }
-    PYINFER_DEVICE float output_transform(float value) const {
-        return value * v_scale;
-    }
+    PYINFER_DEVICE bool visible(const ScoreIndex&) const { return true; }
+    PYINFER_DEVICE float output_transform(float value) const { return value * v_scale; }
 };

@@ -10,8 +10,7 @@ PYINFER_DEVICE uint32_t smem_address(const void* p) {
 // Copies 16 bytes, or writes 16 zero bytes without reading if not `valid` (`source` must still be a mapped address). Bypasses
 // L1 (.cg); L2 fetches whole 128-byte lines.
 PYINFER_DEVICE void cp_async_16(uint32_t destination, const void* source, bool valid) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0) : "memory");
 }
 
 // Closes the calling thread's group of copies; an empty group is legal and completes at once.

@@ -91,12 +91,8 @@ struct OnlineSoftmax {
     }
 
     // What `exponent` subtracts. A row without any key yet takes 0: its scores are all -inf and give weights 0.
-    PYINFER_DEVICE float offset(int m, int h) const {
-        return reference[m][h] == -infinity() ? 0.0f : -reference[m][h];
-    }
-    PYINFER_DEVICE static float weight(float score, float scale, float offset) {
-        return exp2_approx(fmaf(score, scale, offset));
-    }
+    PYINFER_DEVICE float offset(int m, int h) const { return reference[m][h] == -infinity() ? 0.0f : -reference[m][h]; }
+    PYINFER_DEVICE static float weight(float score, float scale, float offset) { return exp2_approx(fmaf(score, scale, offset)); }
 
     // Completes the sums over the quad.
     PYINFER_DEVICE void finish() {

@@ -125,19 +125,11 @@ template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) vec_t {
     T data[N];
 
-    PYINFER_DEVICE T& operator[](int i) {
-        return data[i];
-    }
-    PYINFER_DEVICE const T& operator[](int i) const {
-        return data[i];
-    }
+    PYINFER_DEVICE T& operator[](int i) { return data[i]; }
+    PYINFER_DEVICE const T& operator[](int i) const { return data[i]; }
     // `p` must be aligned to the vector's own alignment.
-    PYINFER_DEVICE static vec_t load(const T* p) {
-        return *reinterpret_cast<const vec_t*>(p);
-    }
-    PYINFER_DEVICE void store(T* p) const {
-        *reinterpret_cast<vec_t*>(p) = *this;
-    }
+    PYINFER_DEVICE static vec_t load(const T* p) { return *reinterpret_cast<const vec_t*>(p); }
+    PYINFER_DEVICE void store(T* p) const { *reinterpret_cast<vec_t*>(p) = *this; }
 };
 
 // The 128-byte descriptor that TMA instructions take; encoded on the host, passed by value.

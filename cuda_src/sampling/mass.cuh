@@ -28,9 +28,7 @@ struct Mass {
     uint32_t digits;
     int shift;
 
-    PYINFER_DEVICE uint64_t units() const {
-        return static_cast<uint64_t>(digits) << shift;
-    }
+    PYINFER_DEVICE uint64_t units() const { return static_cast<uint64_t>(digits) << shift; }
 };
 
 PYINFER_DEVICE int mass_shift(uint32_t bits, int s) {

@@ -13,7 +13,7 @@ struct Row {
     static constexpr int IN_FLIGHT = 16 / VEC;  // vectors a thread loads before it uses the first: 32 KB a block and more cover the latency
     using Vec = vec_t<T, VEC>;
 
-    const T* base;    // the 16-byte boundary; elements [begin, end) from there are the row
+    const T* base;  // the 16-byte boundary; elements [begin, end) from there are the row
     int begin, end;
     int num_vecs;
 
@@ -68,16 +68,10 @@ template <typename T>
 struct Probs {
     static constexpr bool SHORT_KEYS = sizeof(T) == 2;  // the low ten bits of every key are zero
 
-    PYINFER_DEVICE static T fill() {
-        return T{};
-    }
+    PYINFER_DEVICE static T fill() { return T{}; }
     // Also for elements not yet known to be valid: NaN, infinity and negative values give keys from key_of_bits(INF_BITS) on. -0 becomes +0.
-    PYINFER_DEVICE static uint32_t raw_bits(T x) {
-        return __float_as_uint(__fadd_rn(to_float(x), 0.f));
-    }
-    PYINFER_DEVICE uint32_t key(T x) const {
-        return key_of_bits(raw_bits(x));
-    }
+    PYINFER_DEVICE static uint32_t raw_bits(T x) { return __float_as_uint(__fadd_rn(to_float(x), 0.f)); }
+    PYINFER_DEVICE uint32_t key(T x) const { return key_of_bits(raw_bits(x)); }
 };
 
 // Keys of float logits: ascending with the value, 0 for NaN (below -infinity's).
@@ -95,25 +89,19 @@ template <typename T>
 struct Logits {
     static constexpr bool SHORT_KEYS = false;
 
-    float top;                  // the largest logit
+    float top;  // the largest logit
     float inverse_temperature;
     float inverse_sum;
 
-    PYINFER_DEVICE static T fill() {
-        return from_float<T>(-infinity());
-    }
+    PYINFER_DEVICE static T fill() { return from_float<T>(-infinity()); }
     // exp((x - top) / temperature); x == top first, for top may be infinite.
     PYINFER_DEVICE float weight(T x) const {
         const float v = to_float(x);
         const float w = exp_nonpositive(__fmul_rn(__fadd_rn(v, -top), inverse_temperature));
         return v == top ? 1.f : w;
     }
-    PYINFER_DEVICE float prob(T x) const {
-        return __fmul_rn(weight(x), inverse_sum);
-    }
-    PYINFER_DEVICE uint32_t key(T x) const {
-        return key_of_bits(__float_as_uint(prob(x)));
-    }
+    PYINFER_DEVICE float prob(T x) const { return __fmul_rn(weight(x), inverse_sum); }
+    PYINFER_DEVICE uint32_t key(T x) const { return key_of_bits(__float_as_uint(prob(x))); }
 };
 
 struct LogitsState {
@@ -140,7 +128,8 @@ PYINFER_DEVICE LogitsState prepare_logits(const Row<T>& row, float inverse_tempe
         return state;
     }
     uint64_t sum = 0;
-    row.walk(0, row.num_vecs, threadIdx.x, BLOCK, Logits<T>::fill(), [&](T x, int) { sum += mass_of(__float_as_uint(logits.weight(x)), SCALE_BITS).units(); });
+    row.walk(0, row.num_vecs, threadIdx.x, BLOCK, Logits<T>::fill(),
+             [&](T x, int) { sum += mass_of(__float_as_uint(logits.weight(x)), SCALE_BITS).units(); });
     sum = block_sum(sum, scratch);
     logits.inverse_sum = __frcp_rn(mass_to_float(sum, SCALE_BITS));
     return state;

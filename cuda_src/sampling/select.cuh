@@ -10,24 +10,22 @@
 
 #include "sampling/row.cuh"
 
-constexpr int DIGITS = 2048;           // bins of a histogram: 11, 11 and 10 bits of the key
+constexpr int DIGITS = 2048;  // bins of a histogram: 11, 11 and 10 bits of the key
 constexpr int TOP_SHIFT = 21;
 constexpr int MAX_CANDIDATES = 4096;
-constexpr uint32_t LOWEST_KEY = 2u;    // of the smallest positive float
+constexpr uint32_t LOWEST_KEY = 2u;  // of the smallest positive float
 constexpr uint32_t HIGHEST_KEY = 0xffffffffu;
 
 struct Filter {
     uint64_t k;
     uint64_t limit;
 
-    PYINFER_DEVICE bool accepts(uint64_t count_above, uint64_t mass_above) const {
-        return count_above < k && mass_above < limit;
-    }
+    PYINFER_DEVICE bool accepts(uint64_t count_above, uint64_t mass_above) const { return count_above < k && mass_above < limit; }
 };
 
 struct SelectShared {
     uint32_t count[DIGITS];
-    uint32_t mass_low[DIGITS];   // sums of the low and high 12 bits of Mass::digits: with up to 2^18 elements neither overflows
+    uint32_t mass_low[DIGITS];  // sums of the low and high 12 bits of Mass::digits: with up to 2^18 elements neither overflows
     uint32_t mass_high[DIGITS];
     uint32_t candidates[MAX_CANDIDATES];
     uint32_t num_candidates;
@@ -68,7 +66,7 @@ PYINFER_DEVICE void clear_bins(uint32_t* bins) {
 
 struct Selection {
     uint32_t lowest;  // accepted are the keys >= lowest
-    uint64_t mass;    // of the accepted elements
+    uint64_t mass;  // of the accepted elements
 };
 
 // The exact search over the keys in [low, ...]. Keys above `high` are known to be accepted, and to lie above the boundary's bin. All threads call it.
@@ -117,7 +115,8 @@ PYINFER_DEVICE Selection search(const Keys& keys, const Filter& filter, uint32_t
             count[i] = sh.count[digit];
             if constexpr (WITH_MASS) {
                 const uint64_t digits = (static_cast<uint64_t>(sh.mass_high[digit]) << 12) + sh.mass_low[digit];
-                mass[i] = digits << min_of(mass_shift(bits_of_key(base + (digit << shift)), s), 63);  // 63: an empty bin above the row's largest value
+                // 63: an empty bin above the row's largest value
+                mass[i] = digits << min_of(mass_shift(bits_of_key(base + (digit << shift)), s), 63);
             }
         }
         uint64_t all_counts, all_masses = 0;
@@ -197,7 +196,8 @@ PYINFER_DEVICE Bracket bracket(const Filter& filter, int s, SelectShared& sh) {
         above_most += most[i];
     }
     __syncthreads();
-    const Bracket result{max_of(sh.digit << TOP_SHIFT, LOWEST_KEY), (sh.sure_digit << TOP_SHIFT) | ((1u << TOP_SHIFT) - 1u), static_cast<uint32_t>(sh.count_in)};
+    const Bracket result{max_of(sh.digit << TOP_SHIFT, LOWEST_KEY), (sh.sure_digit << TOP_SHIFT) | ((1u << TOP_SHIFT) - 1u),
+                         static_cast<uint32_t>(sh.count_in)};
     __syncthreads();
     return result;
 }
@@ -228,7 +228,8 @@ PYINFER_DEVICE CandidateKeys collect(const Keys& keys, uint32_t low, SelectShare
 
 // One search, or two (top-k first): `then_top_p` below 1 is applied to what `filter` keeps, renormalised.
 template <int LEVELS, typename Keys>
-PYINFER_DEVICE Selection search_in_turn(const Keys& keys, Filter filter, float then_top_p, uint32_t low, uint32_t high, int s, SelectShared& sh) {
+PYINFER_DEVICE Selection search_in_turn(const Keys& keys, Filter filter, float then_top_p, uint32_t low, uint32_t high, int s,
+                                        SelectShared& sh) {
     Selection kept{low, 0};
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {  // a loop, for the search to be compiled once
