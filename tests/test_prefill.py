@@ -308,3 +308,30 @@ def test_cuda_graph_replays_follow_plans(rng, backend_arrays):
         rows = int(qo_lens.sum())
         assert_same_bits(b.numpy(out)[:rows], b.numpy(eager.run(q, cache))[:rows], f"replay {i}")
         assert np.isnan(b.numpy(out)[rows:]).all()
+
+
+@pytest.mark.cpu
+def test_one_compiled_kernel_serves_every_layout(rng, backend_arrays):
+    """First use costs a compile of seconds: paged or ragged, strided, read-only, split, with an LSE or not must not cost another."""
+    code = """
+import numpy as np, pyinfer
+from pyinfer.cpu import decode, prefill, threads
+threads.set_num_threads(4)
+rng = np.random.default_rng(0)
+draw = lambda *s: rng.standard_normal(s).astype(np.float32)
+for rows in (1, 60):
+    q, k = draw(rows, 4, 64), draw(300, 1, 64)
+    pyinfer.single_prefill_with_kv_cache(q, k, k, causal=True, return_lse=True)
+    q.flags.writeable = False
+    pyinfer.single_prefill_with_kv_cache(q, k[::-1], k, logits_soft_cap=2.0)
+    for layout, shape in (("NHD", (20, 2, 16, 1, 64)), ("HND", (20, 2, 1, 16, 64))):
+        w = pyinfer.BatchPrefillWithPagedKVCacheWrapper(None, layout)
+        w.plan([0, rows], [0, 20], np.arange(20), [16], 4, 1, 64, 16, q_data_type="float32")
+        w.run(q, draw(*shape), return_lse=layout == "NHD")
+for kernel in (decode.decode_items, prefill.prefill_items):
+    assert len(kernel.signatures) == 1, kernel.signatures
+"""
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-c", code], check=True)
