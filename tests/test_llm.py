@@ -43,7 +43,8 @@ NEW_TOKENS = 64
 TOLERANCE = (
     2e-3  # CPU, float32: largest difference of a logit, and the gap below which the reference's best token is a toss-up
 )
-COSINE = 0.999  # GPU, bfloat16: of each row of logits with the reference's
+COSINE = 0.999  # GPU, bfloat16: of a sequence's logits with the reference's
+ROW_COSINE = 0.99
 BF16_TOSS_UP = 0.5  # GPU: logits reach 25 and bfloat16 activations carry 8 bits through 30 layers
 TRICKY = (
     "",
@@ -165,9 +166,13 @@ def assert_logits_close(got: np.ndarray, wanted: np.ndarray, device: str, what: 
             f"{what}: row {row}, token {token}: got {got[row, token]}, wanted {wanted[row, token]}"
         )
     else:
+        # The bar is on the logits of a sequence together. Single rows scatter: rounding the residual stream alone to bfloat16, in an otherwise float32
+        # NumPy run of this model, leaves 16 of 182 rows below 0.999 and the worst at 0.9947. So rows have a bound of their own.
         a, b = got.astype(np.float64), wanted.astype(np.float64)
-        cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        assert cosine.min() >= COSINE, f"{what}: row {cosine.argmin()} has cosine {cosine.min()}"
+        whole = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+        assert whole >= COSINE, f"{what}: cosine {whole}"
+        rows = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        assert rows.min() >= ROW_COSINE, f"{what}: row {rows.argmin()} has cosine {rows.min()}"
 
 
 def same_until_toss_up(got: list[int], wanted: list[int], logits: np.ndarray, gap: float) -> bool:
