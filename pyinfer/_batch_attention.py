@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ class BatchAttention:
         self._workspace: TensorView | None = None
         self._own_workspace: Any = None
         self._plan: AttentionPlan | None = None
-        self._make_plan: Callable[[int, int, bool], AttentionPlan] | None = None
+        self._plan_key: tuple[Any, ...] = ()  # what plan() was told besides the metadata, as `_schedule` takes it
         self._planned_device = CPU
         self._graph_state: dict[str, Any] | None = None  # what the first plan fixed, in CUDA graph mode
         self._graph_proposal: dict[str, Any] | None = None
@@ -133,7 +134,8 @@ class BatchAttention:
     # ---- plan
     def _set_plan(
         self,
-        make: Callable[[int, int, bool], AttentionPlan],
+        metadata: tuple[Any, ...],
+        key: tuple[Any, ...],
         dtype: DType,
         window_left: int,
         causal: bool,
@@ -144,7 +146,8 @@ class BatchAttention:
     ) -> None:
         """Schedule, for the wrapper's device if that is known (else for the CPU until run() shows q), and send the plan there.
 
-        Nothing of the wrapper changes if `make(device, window_left, causal)` raises. `buffers` are the values of the caller's buffers, in CUDA graph mode.
+        Nothing of the wrapper changes if this raises. `metadata` are the host arrays that `_schedule` takes: the plan holds its own copy of them, and none are
+        kept. `buffers` are the values of the caller's buffers, in CUDA graph mode.
         """
         on_device = indices if isinstance(indices, TensorView) else None
         ref = self._ref
@@ -161,16 +164,47 @@ class BatchAttention:
         device = CPU if ref is None else ref.device
         common.check_kernel(self._op, device, dtype, *self._dims)
         self._graph_proposal = None
-        plan = make(device, window_left, causal)
+        plan = self._schedule(*metadata, key, device, window_left, causal)
         if self._use_cuda_graph:
             self._graph_state = self._graph_proposal or self._graph_state
             for arg, values in buffers.items():
                 common.copy_to_buffer(self._buffers[arg], values)
             if device >= 0 and self._paged:
                 on_device = self._buffers[self._indices_arg]
-        self._ref, self._make_plan, self._dtype, self._indices = ref, make, dtype, on_device
+        self._ref, self._plan_key, self._dtype, self._indices = ref, key, dtype, on_device
         self._soft_cap, self._sm_scale = soft_cap, sm_scale
         self._adopt(plan, device)
+
+    def _schedule(
+        self,
+        qo_indptr: Any,
+        kv_indptr: np.ndarray,
+        indices: np.ndarray | None,
+        last_page_len: Any,
+        key: tuple[Any, ...],
+        device: int,
+        window_left: int,
+        causal: bool,
+    ) -> AttentionPlan:
+        """Plan host metadata for a device."""
+        raise NotImplementedError
+
+    def _replan(self, device: int, window_left: int, causal: bool) -> AttentionPlan:
+        """The current plan's batch, planned for another device or mask.
+
+        The metadata comes out of the plan, which holds a copy: the caller's own arrays may have changed since plan().
+        """
+        plan = self._plan
+        assert plan is not None
+        qo_indptr, kv_indptr = plan.qo_indptr.copy(), plan.kv_indptr.copy()  # copies because the plan's are read-only,
+        last = indices = None  # a type that Numba would compile the planner for once more
+        if plan.page_size:
+            pages = kv_indptr[1:] - kv_indptr[:-1]
+            last = plan.kv_len - (pages - (pages > 0)) * plan.page_size
+        if plan.offsets.kv_indices >= 0 and plan.kv_indices is not None:
+            indices = plan.kv_indices.copy()
+        new = self._schedule(qo_indptr, kv_indptr, indices, last, self._plan_key, device, window_left, causal)
+        return new if indices is not None else dataclasses.replace(new, max_page=plan.max_page)
 
     def _adopt(self, plan: AttentionPlan, device: int) -> None:
         """Make `plan` the current one: what run() compares with, and on a GPU everything it needs."""
@@ -198,8 +232,7 @@ class BatchAttention:
         self._soft_cap = common.check_soft_cap(self._op, logits_soft_cap)
         self._sm_scale = common.softmax_scale(self._op, sm_scale, plan.head_dim_qk)
         if window != plan.window_left or causal != plan.causal:
-            assert self._make_plan is not None
-            self._adopt(self._make_plan(self._planned_device, window, causal), self._planned_device)
+            self._adopt(self._replan(self._planned_device, window, causal), self._planned_device)
 
     def _upload(self, plan: AttentionPlan) -> None:
         """Send a plan to the GPU, find its workspace and its kernel (compiling it if need be): run() then only launches."""
@@ -237,9 +270,9 @@ class BatchAttention:
                 f"{device_name(self._ref.device)} (where the wrapper's buffers are)",
             )
         plan = self._plan
-        assert self._make_plan is not None and plan is not None
+        assert plan is not None
         common.check_kernel(self._op, q.device, self._dtype, plan.head_dim_qk, plan.head_dim_vo)
-        moved = self._make_plan(q.device, plan.window_left, plan.causal)
+        moved = self._replan(q.device, plan.window_left, plan.causal)
         self._ref = _home(q)
         self._adopt(moved, q.device)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,8 +59,8 @@ class BatchPrefill(BatchAttention):
                 )
         host_indices = page_indices if isinstance(page_indices, np.ndarray) else None
         self._dims = (key[2], key[3])
-        make = functools.partial(self._schedule, qo_indptr, kv_indptr, host_indices, last_page_len, key)
-        self._set_plan(make, dtype, window, bool(causal), soft_cap, scale, page_indices, buffers)
+        metadata = (qo_indptr, kv_indptr, host_indices, last_page_len)
+        self._set_plan(metadata, key, dtype, window, bool(causal), soft_cap, scale, page_indices, buffers)
 
     def _schedule(
         self,

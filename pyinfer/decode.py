@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -236,8 +235,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
         key = (num_qo_heads, num_kv_heads, head_dim, head_dim, page_size, dtype, fixed_split_size, disable_split_kv)
         host_indices = page_indices if isinstance(page_indices, np.ndarray) else None
         self._dims = (head_dim, head_dim)
-        make = functools.partial(self._schedule, host_indptr, host_indices, host_last, key)
-        self._set_plan(make, dtype, window, False, soft_cap, scale, page_indices, buffers)
+        metadata = (None, host_indptr, host_indices, host_last)
+        self._set_plan(metadata, key, dtype, window, False, soft_cap, scale, page_indices, buffers)
 
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:
         """Deprecated: `plan`."""
@@ -246,6 +245,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
 
     def _schedule(
         self,
+        qo_indptr: Any,  # one token a request: not needed
         indptr: np.ndarray,
         indices: np.ndarray | None,
         last: np.ndarray,

@@ -204,6 +204,45 @@ def test_plan_copies_metadata(rng, backend_arrays, device):
     assert_close(backend_arrays.float64(wrapper.run(q, paged.cache)), want, **cases.tolerance(shape.dtype, device))
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("kind", ["decode", "paged", "ragged"])
+def test_a_moved_plan_is_of_the_metadata_that_plan_saw(rng, monkeypatch, kind):
+    """Without a workspace the plan is made for the CPU and made again for the GPU that q shows: not from the caller's arrays, which may have changed."""
+    from pyinfer import _attention, _batch_attention
+    from pyinfer.core.tensor import TensorView, view
+
+    lens, qo_lens = [20, 33, 0], [1, 1, 1] if kind == "decode" else [2, 5, 0]
+    table = cases.page_table(rng, lens, 16, spare=0)[:3]
+    qo_indptr = np.cumsum([0, *qo_lens]).astype(np.int32)
+    if kind == "ragged":
+        given = (qo_indptr, np.cumsum([0, *lens]).astype(np.int32))
+        wrapper = pyinfer.BatchPrefillWithRaggedKVCacheWrapper()
+        wrapper.plan(*given, 4, 2, 64, causal=True)
+    elif kind == "paged":
+        given = (qo_indptr, *table)
+        wrapper = pyinfer.BatchPrefillWithPagedKVCacheWrapper()
+        wrapper.plan(*given, 4, 2, 64, 16, causal=True)
+    else:
+        given = table
+        wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper()
+        wrapper.plan(*given, 4, 2, 64, 16)
+    here = wrapper.plan_info
+    for array in given:
+        array[:] = 0
+    monkeypatch.setattr(_attention, "batch_tiles", lambda *args: (16, 32, 100, 2))
+    monkeypatch.setattr(_batch_attention.BatchAttention, "_upload", lambda self, plan: None)
+    q = view(np.zeros((sum(qo_lens), 4, 64), np.float16))
+    wrapper._move_plan(TensorView(None, 0, q.shape, q.strides, q.dtype, 0, "torch"))
+    there = wrapper.plan_info
+    assert there is not here and there.tile_q == 16
+    for name in ("qo_indptr", "kv_indptr", "kv_len", "kv_indices"):
+        if getattr(here, name) is not None:
+            assert_same_bits(getattr(there, name), getattr(here, name), name)
+    assert there.kv_len.tolist() == lens
+    assert (there.kv_indices is None) == (kind == "ragged")
+    assert (there.max_page, there.causal, there.window_left) == (here.max_page, here.causal, here.window_left)
+
+
 def test_deprecated_names_warn_and_work(rng, backend_arrays, device):
     shape = Shape(cases.dtypes(device)[0], 4, 2, 64, lens=(20, 33), qo_lens=(1, 1))
     paged = cases.paged_cache(rng, backend_arrays, shape)
