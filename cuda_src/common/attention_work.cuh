@@ -19,12 +19,12 @@ struct AttentionWork {
     int diagonal;    // kv_len - qo_len
 };
 
-// blockIdx.x = item * num_kv_heads + kv_head. A graph's grid is as large as the plan's capacity: items from n_work on are empty.
+// block = item * num_kv_heads + kv_head. A graph's grid is as large as the plan's capacity: items from n_work on are empty.
 template <typename Params>
-PYINFER_DEVICE AttentionWork planned_work(const Params& p) {
+PYINFER_DEVICE AttentionWork planned_work(const Params& p, uint32_t block = blockIdx.x) {
     AttentionWork w;
-    const int item = blockIdx.x / p.num_kv_heads;
-    w.kv_head = blockIdx.x - item * p.num_kv_heads;
+    const int item = block / p.num_kv_heads;
+    w.kv_head = block - item * p.num_kv_heads;
     // Everything is read before anything is decided, so that the reads overlap; rows behind n_work are zeros.
     const int n_work = p.plan_header[0];
     const int4 head = reinterpret_cast<const int4*>(p.work)[2 * item];
@@ -40,15 +40,15 @@ PYINFER_DEVICE AttentionWork planned_work(const Params& p) {
     return w;
 }
 
-// blockIdx.x = (item * num_splits + split) * num_kv_heads + kv_head. Under causality the last tile sees most keys, so it goes
+// block = (item * num_splits + split) * num_kv_heads + kv_head. Under causality the last tile sees most keys, so it goes
 // first. A tile has as many splits as its own visible keys need; the others are empty.
 template <int TILE_Q, typename Params>
-PYINFER_DEVICE AttentionWork single_work(const Params& p) {
+PYINFER_DEVICE AttentionWork single_work(const Params& p, uint32_t block = blockIdx.x) {
     AttentionWork w;
     const int rows = p.qo_len * p.group;
     const int num_tiles = ceil_div(rows, TILE_Q);
-    const int item = blockIdx.x / p.num_kv_heads;
-    w.kv_head = blockIdx.x - item * p.num_kv_heads;
+    const int item = block / p.num_kv_heads;
+    w.kv_head = block - item * p.num_kv_heads;
     const int tile = num_tiles - 1 - item / p.num_splits;
     w.split = item % p.num_splits;
     w.request = w.qo_begin = w.kv_base = 0;

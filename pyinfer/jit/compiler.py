@@ -29,7 +29,7 @@ _MARK = re.compile(r"\0([^\0]+):(\d+)\0")
 BASE_OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "-lineinfo")
 ABI = "2"
 """Part of every key; raise it when the meaning of a cached entry changes."""
-OWN_VARIABLES = ("params", "kernel_name", "arch", "block_size")
+OWN_VARIABLES = ("params", "kernel_name", "arch", "block_size", "part", "embed")
 """Template variables that every spec has without naming them."""
 
 
@@ -138,15 +138,23 @@ def render(spec: JitSpec, arch: str) -> str:
 def _render(spec: JitSpec, arch: str, get_template: Callable[[str], Any]) -> str:
     constants = ", ".join(f"{k}={v}" for k, v in spec.constants)
     head = f"// {spec.name}: {spec.template} for {'PTX ' + arch if arch.startswith('compute_') else 'sm_' + arch}\n// {constants}\n"
-    x, y, z = spec.block
-    variables = dict(
-        spec.constants,
-        params=spec.params.cpp_source(),
-        kernel_name=spec.name,
-        arch=env.arch_number(arch),
-        block_size=x * y * z,
-    )
-    return head + get_template(spec.template).render(variables)
+
+    def variables(of: JitSpec) -> dict[str, Any]:
+        x, y, z = of.block
+        return dict(
+            of.constants,
+            params=of.params.cpp_source(),
+            kernel_name=of.name,
+            arch=env.arch_number(arch),
+            block_size=x * y * z,
+            embed=embed,
+        )
+
+    def embed(other: JitSpec, part: str) -> str:
+        """Another spec's template, as a device function `part` instead of a kernel (a constant may be a spec)."""
+        return get_template(other.template).render(variables(other), part=part)
+
+    return head + get_template(spec.template).render(variables(spec))
 
 
 def _jinja_position(error: Any, spec: JitSpec) -> str:
