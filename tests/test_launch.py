@@ -215,3 +215,24 @@ def test_first_touch_from_a_new_thread(make_kernel, torch):
     thread.join()
     torch.cuda.synchronize()
     assert not failures and out.eq(9).all()
+
+
+def test_bound_launch(make_kernel, torch):
+    """Only the leading pointer changes; streams may change too; each thread has buffers of its own."""
+    kernel = make_kernel()
+    bound = kernel.bind(1, (0, 128, 5, 0), 1)
+    outs = torch.zeros(4, 128, dtype=torch.int32, device="cuda")
+    torch.cuda.synchronize()
+    bound(_stream(torch), outs[0].data_ptr())
+    side = torch.cuda.Stream()
+    bound(side.cuda_stream, outs[1].data_ptr())
+    thread = threading.Thread(target=lambda: bound(side.cuda_stream, outs[2].data_ptr()))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert outs[:, 0].tolist() == [5, 5, 5, 0]
+    kernel.bind((0, 1, 1), (0, 128, 5, 0), 1)(_stream(torch), outs[3].data_ptr())
+    torch.cuda.synchronize()
+    assert outs[3].eq(0).all()
+    with pytest.raises(ValueError, match="only leading pointer fields"):
+        kernel.bind(1, (0, 128, 5, 0), 2)

@@ -19,6 +19,7 @@ from pyinfer.jit.spec import JitSpec
 _ATTRIBUTE_SIZE = 72  # CUlaunchAttribute: id, 4 bytes of padding, a 64-byte union
 _COOPERATIVE, _CLUSTER, _PDL = 2, 4, 6  # CUlaunchAttributeID
 _CONFIG = struct.Struct("@IIIIIIIPPI0P")  # CUlaunchConfig: grid, block, smem, stream, attributes, their number
+_STREAM, _STREAM_OFFSET = struct.Struct("@P"), 32
 _MAX_DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _INVALID_CONTEXT = 201
 
@@ -51,14 +52,15 @@ def error_text(code: int) -> str:
 
 
 class _Slot(threading.local):
-    """A thread's own launch buffers for one kernel: another thread may launch while the driver reads ours with the GIL released."""
+    """A thread's own launch buffers: another thread may launch while the driver reads ours with the GIL released. Each thread starts with a copy of `params`, `config`."""
 
-    def __init__(self, params_size: int) -> None:
-        self.params = ctypes.create_string_buffer(params_size)
+    def __init__(self, params: bytes, config: bytes) -> None:
+        self.params = ctypes.create_string_buffer(params, len(params))
         self.argv = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
         self.argv_address = ctypes.addressof(self.argv)
-        self.config = ctypes.create_string_buffer(_CONFIG.size)
+        self.config = ctypes.create_string_buffer(config, _CONFIG.size)
         self.config_address = ctypes.addressof(self.config)
+        self.stream = -1  # in `config`
 
 
 class Kernel:
@@ -73,7 +75,7 @@ class Kernel:
         self.resources = resources
         self._function = function  # keeps CuPy's module alive
         self._handle = int(function.ptr)
-        self._slot = _Slot(spec.params.size)
+        self._slot = _Slot(bytes(spec.params.size), bytes(_CONFIG.size))
         self._pack = spec.params.packer.pack_into
         self._block = spec.block
         self._smem = spec.smem
@@ -120,8 +122,17 @@ class Kernel:
         if not (x and y and z):
             return
         _, attributes, count = self._pdl_attributes if pdl else self._attributes
-        bx, by, bz = self._block
-        _CONFIG.pack_into(slot.config, 0, x, y, z, bx, by, bz, self._smem, stream, attributes, count)
+        _CONFIG.pack_into(slot.config, 0, x, y, z, *self._block, self._smem, stream, attributes, count)
+        self._submit(slot)
+
+    def bind(
+        self, grid: int | tuple[int, int, int], values: tuple[Any, ...], pointers: int, pdl: bool = False
+    ) -> BoundLaunch:
+        """Pack a launch once whose grid and parameters stay, but for the first `pointers` fields: see `BoundLaunch`."""
+        return BoundLaunch(self, grid, values, pointers, pdl)
+
+    def _submit(self, slot: _Slot) -> None:
+        """Hand a thread's packed buffers to the driver, on this kernel's device."""
         if self._get_device() != self.device:
             import cupy
 
@@ -136,9 +147,10 @@ class Kernel:
                 cupy.cuda.runtime.free(0)
                 code = self._launch(slot.config_address, self._handle, slot.argv_address, None)
         if code:
+            grid = _CONFIG.unpack_from(slot.config)[:3]
             _check(
                 code,
-                f"launching {self.spec.name} with grid {(x, y, z)}, block {self._block}, {self._smem} bytes of shared memory",
+                f"launching {self.spec.name} with grid {grid}, block {self._block}, {self._smem} bytes of shared memory",
             )
 
     def blocks_per_sm(self) -> int:
@@ -155,6 +167,48 @@ class Kernel:
 
     def __repr__(self) -> str:
         return f"Kernel({self.spec.name}, {self.arch}, cuda:{self.device}, {self.resources.registers} registers)"
+
+
+class BoundLaunch:
+    """A launch that is checked and packed once: `bound(stream, *pointers)` only writes the leading pointer fields and submits (about 1 us before the driver).
+
+    What operators keep for calls that look like one before: same shapes, strides, dtypes and scalars, other addresses.
+    """
+
+    __slots__ = ("_pack_pointers", "_slot", "_submit", "kernel")
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: int | tuple[int, int, int],
+        values: tuple[Any, ...],
+        pointers: int,
+        pdl: bool,
+    ) -> None:
+        if any(f.kind != "ptr" for f in kernel.spec.params.fields[:pointers]):
+            raise ValueError(
+                f"{kernel.spec.name}: only leading pointer fields can change in a bound launch, got {pointers}"
+            )
+        x, y, z = (grid, 1, 1) if isinstance(grid, int) else grid
+        _, attributes, count = kernel._pdl_attributes if pdl else kernel._attributes
+        config = _CONFIG.pack(x, y, z, *kernel._block, kernel._smem, 0, attributes, count)
+        self.kernel = kernel
+        self._slot = _Slot(kernel.spec.params.pack(*values), config)
+        self._pack_pointers = struct.Struct(f"@{pointers}P").pack_into
+        self._submit = kernel._submit if x and y and z else _submit_nothing
+
+    def __call__(self, stream: int, *pointers: int) -> None:
+        """Launch on `stream` with these values of the leading pointer fields."""
+        slot = self._slot
+        self._pack_pointers(slot.params, 0, *pointers)
+        if slot.stream != stream:
+            _STREAM.pack_into(slot.config, _STREAM_OFFSET, stream)
+            slot.stream = stream
+        self._submit(slot)
+
+
+def _submit_nothing(slot: _Slot) -> None:
+    """An empty grid launches nothing."""
 
 
 def _check(code: int, what: str) -> None:
