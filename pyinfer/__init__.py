@@ -15,7 +15,14 @@ __version__ = "0.1.0"
 # tests/test_import.py fails when the two, or a family's __all__, part ways.
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "activation": ("gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"),
-    "cascade": ("merge_state", "merge_state_in_place", "merge_states"),
+    "cascade": (
+        "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
+        "BatchPrefillWithSharedPrefixPagedKVCacheWrapper",
+        "MultiLevelCascadeAttentionWrapper",
+        "merge_state",
+        "merge_state_in_place",
+        "merge_states",
+    ),
     "decode": (
         "BatchDecodeWithPagedKVCacheWrapper",
         "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
@@ -77,6 +84,13 @@ if TYPE_CHECKING:
     from pyinfer.activation import gelu_and_mul as gelu_and_mul
     from pyinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
     from pyinfer.activation import silu_and_mul as silu_and_mul
+    from pyinfer.cascade import (
+        BatchDecodeWithSharedPrefixPagedKVCacheWrapper as BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
+    )
+    from pyinfer.cascade import (
+        BatchPrefillWithSharedPrefixPagedKVCacheWrapper as BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
+    )
+    from pyinfer.cascade import MultiLevelCascadeAttentionWrapper as MultiLevelCascadeAttentionWrapper
     from pyinfer.cascade import merge_state as merge_state
     from pyinfer.cascade import merge_state_in_place as merge_state_in_place
     from pyinfer.cascade import merge_states as merge_states

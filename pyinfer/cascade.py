@@ -5,6 +5,11 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from pyinfer._cascade_wrappers import (
+    BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
+    BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
+    MultiLevelCascadeAttentionWrapper,
+)
 from pyinfer.core.dtypes import BFLOAT16, BOOL, FLOAT16, FLOAT32, UINT8, DType
 from pyinfer.core.errors import (
     check_dtype,
@@ -20,7 +25,14 @@ from pyinfer.core.tensor import TensorView, current_stream, empty, view
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
 
-__all__ = ["merge_state", "merge_state_in_place", "merge_states"]
+__all__ = [
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
+    "BatchPrefillWithSharedPrefixPagedKVCacheWrapper",
+    "MultiLevelCascadeAttentionWrapper",
+    "merge_state",
+    "merge_state_in_place",
+    "merge_states",
+]
 
 _DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 
@@ -105,19 +117,26 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
         For dtypes, shapes or devices that do not fit.
     """
     vv, sv = _states("merge_states", v, s, "v", "s", 4)
-    n, states, heads, dim = vv.shape
+    n, _, heads, dim = vv.shape
     v_out, s_out = empty(vv, (n, heads, dim)), empty(vv, (n, heads), FLOAT32)
-    out, lse = view(v_out), view(s_out)
+    merge_state_views(vv, sv, view(v_out), view(s_out))
+    return v_out, s_out
+
+
+def merge_state_views(vv: TensorView, sv: TensorView, out: TensorView, lse: TensorView) -> None:
+    """`merge_states` of checked views into `out` and `lse`."""
+    n, states, heads, dim = vv.shape
     rows = n * heads
     if not rows:
-        return v_out, s_out
+        return
     if vv.device < 0:
         from pyinfer.cpu import cascade as cpu
 
         cpu.merge_states(vv, sv, out, lse)
-        return v_out, s_out
+        return
     size = vv.dtype.itemsize
-    vec = vector_length(size, vv.ptr | out.ptr | (dim | vv.strides[0] | vv.strides[1] | vv.strides[2]) * size)
+    bits = dim | vv.strides[0] | vv.strides[1] | vv.strides[2] | out.strides[0] | out.strides[1]
+    vec = vector_length(size, vv.ptr | out.ptr | bits * size)
     kernel, per_block, pdl = _merge_states_kernel(vv.device, vv.dtype, dim, vec)
     values = (
         vv.ptr,
@@ -134,7 +153,6 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
         states,
     )
     kernel(current_stream(vv), -(-rows // per_block), values, pdl)
-    return v_out, s_out
 
 
 _State = tuple[TensorView, TensorView]
