@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import numpy as np
 
 from pyinfer.core.tensor import TensorView
 from pyinfer.cpu import decode, prefill, threads
 from pyinfer.cpu.compile import kernel
 from pyinfer.cpu.softmax import LOG2E, U, exp2
-from pyinfer.cpu.storage import CARRIERS, from_f32
+from pyinfer.cpu.storage import CARRIERS, FP8_CARRIERS, from_f32
+from pyinfer.cpu.variants import alibi_slopes, finish_row, pack_segments
 from pyinfer.schedulers.plan import AttentionPlan
 
 MAX_HEAD_DIM = min(decode.MAX_HEAD_DIM, prefill.MAX_HEAD_DIM)
 TILE_KV = prefill.BLOCK
 DTYPES = tuple(CARRIERS)
+_CARRIERS = {**CARRIERS, **FP8_CARRIERS}
 
 _NO_F32 = np.empty(0, np.float32)
 _NO_I32 = np.zeros(0, np.int32)
@@ -29,7 +34,7 @@ class _Memory:
     __slots__ = ("__array_interface__", "base")
 
     def __init__(self, view: TensorView) -> None:
-        carrier = np.dtype(CARRIERS[view.dtype.name])
+        carrier = np.dtype(_CARRIERS[view.dtype.name])
         extent = 1
         for size, stride in zip(view.shape, view.strides, strict=True):
             if size == 0:
@@ -41,7 +46,7 @@ class _Memory:
 
 
 def flat(view: TensorView) -> np.ndarray:
-    """A CPU tensor's memory from its first element on as a one-axis storage array (int16 for float16, uint16 for bfloat16)."""
+    """A CPU tensor's memory from its first element on as a one-axis storage array (int16 for float16, uint16 for bfloat16, …)."""
     return np.asarray(_Memory(view))
 
 
@@ -60,7 +65,7 @@ def config(max_packed_rows: int, total_packed_rows: int, num_kv_heads: int) -> t
 
 
 @kernel
-def _merge_tiles(begin, end, splits, work, qo_indptr, partial_o, partial_lse, out, lse, strides, dims, scales):
+def _merge_tiles(begin, end, splits, work, qo_indptr, partial_o, partial_lse, out, lse, strides, dims, scales, sinks):
     """Merge split tiles, in split order. Unit u: entry u // kv heads of `splits` (the first item of every split tile), kv head u % kv heads."""
     heads, group, dv, tile_q = dims[0], dims[1], U(dims[3]), dims[5]
     v_scale = scales[2]
@@ -86,18 +91,69 @@ def _merge_tiles(begin, end, splits, work, qo_indptr, partial_o, partial_lse, ou
                     total += weight
                     for j in range(dv):
                         acc[j] += weight * partial_o[cell * dv + j]
-            scale = np.float32(0)
-            value = np.float32(-np.inf)
-            if total > 0:
-                scale = v_scale / total
-                value = np.float32(np.float64(top) + np.log2(np.float64(total)))
             token = U(token0 + (row0 + r) // group)
             q_head = U(head * group + (row0 + r) % group)
+            value, scale = finish_row(top, total, q_head, sinks)
+            scale *= v_scale
             dst = token * strides[8] + q_head * strides[9]
             for j in range(dv):
                 out[dst + j] = from_f32(acc[j] * scale, out)
             if len(lse) > 0:
                 lse[token * strides[10] + q_head * strides[11]] = value
+
+
+class CpuExtras(NamedTuple):
+    """What the options bring to a CPU run, host arrays all; None: off.
+
+    Attributes
+    ----------
+    alibi
+        Whether a bias slope[q_head] * (kv_idx - q_row) is added.
+    rope
+        (rope_scale, rope_theta).
+    mask, mask_indptr
+        uint8 bits and int32 [batch + 1] byte offsets, see `variants.transform_row`.
+    sinks
+        float32 [query heads], natural-log logits.
+    prefix_len, token_pos
+        int64 [batch] and [batch, longest].
+    """
+
+    alibi: bool = False
+    rope: tuple[float, float] | None = None
+    mask: np.ndarray | None = None
+    mask_indptr: np.ndarray | None = None
+    sinks: np.ndarray | None = None
+    prefix_len: np.ndarray | None = None
+    token_pos: np.ndarray | None = None
+
+
+NO_EXTRAS = CpuExtras()
+
+
+def pack_mask(mask: np.ndarray, indptr: np.ndarray, byte_indptr: np.ndarray) -> np.ndarray:
+    """Little-endian bits of a boolean mask (uint8, flat), segments [indptr[b], indptr[b + 1]) each padded to whole bytes."""
+    out = np.zeros(int(byte_indptr[-1]), np.uint8)
+    threads.run(pack_segments, len(indptr) - 1, mask, indptr, byte_indptr, out)
+    return out
+
+
+@functools.lru_cache(maxsize=32)
+def _frequency(dim: int, rope: tuple[float, float]) -> np.ndarray:
+    from pyinfer.jit.rope import frequency_table
+
+    return np.array(frequency_table(dim, *rope))  # a writable copy: a read-only array is another type to Numba
+
+
+def _variant(plan: AttentionPlan, extras: CpuExtras, logits_soft_cap: float) -> tuple[np.ndarray | None, ...]:
+    """The options as the kernels take them, in the units of the scores."""
+    slopes = None
+    if extras.alibi:
+        unit = 2 * LOG2E / logits_soft_cap if logits_soft_cap > 0 else LOG2E
+        slopes = (unit * alibi_slopes(plan.num_qo_heads)).astype(np.float32)
+    sinks = None if extras.sinks is None else (np.float32(LOG2E) * extras.sinks).astype(np.float32)
+    frequency = None if extras.rope is None else _frequency(plan.head_dim_qk, extras.rope)
+    return slopes, extras.mask, extras.mask_indptr, extras.prefix_len, extras.token_pos, sinks, frequency
 
 
 def kv_strides(k: TensorView, v: TensorView, paged: bool, hnd: bool) -> tuple[int, ...]:
@@ -125,6 +181,7 @@ def run_plan(
     logits_soft_cap: float,
     v_scale: float,
     workspace: np.ndarray | None = None,
+    extras: CpuExtras = NO_EXTRAS,
 ) -> None:
     """Execute a plan on CPU tensors whose shapes have been checked.
 
@@ -136,6 +193,8 @@ def run_plan(
         4-D caches if the plan is paged, else [tokens, kv heads, dim] (NHD) or [kv heads, tokens, dim] (HND).
     workspace
         uint8, at least plan.workspace_bytes; None: allocated here.
+    extras
+        The options beyond causality, window and soft cap.
     """
     if plan.n_work == 0:
         return
@@ -145,7 +204,7 @@ def run_plan(
     heads = plan.num_kv_heads
     dims = np.array([heads, plan.group_size, plan.head_dim_qk, plan.head_dim_vo, plan.page_size, plan.tile_q], np.int64)
     mask = np.array([plan.causal, plan.window_left], np.int64)
-    if logits_soft_cap > 0:  # softmax_row works on cap * tanh(x / 2 / log2(e)), see softmax._soft_cap
+    if logits_soft_cap > 0:  # softmax_row works on cap * tanh(x / 2 / log2(e)), see variants._soft_cap
         scales = np.array([2 * LOG2E * sm_scale / logits_soft_cap, LOG2E * logits_soft_cap, v_scale], np.float32)
     else:
         scales = np.array([LOG2E * sm_scale, 0, v_scale], np.float32)
@@ -174,7 +233,8 @@ def run_plan(
         partial_o,
         partial_lse,
     )
-    tail = (strides, dims, mask, scales)
+    variant = _variant(plan, extras, logits_soft_cap)
+    tail = (strides, dims, mask, scales, *variant)
     if plan.tile_q <= decode.MAX_ROWS:
         # All heads together read the pages in order; fewer a unit where there would be too few units to share among the threads.
         parts = min(heads, max(-(-4 * threads.get_num_threads() // plan.n_work), 1))
@@ -197,4 +257,5 @@ def run_plan(
             strides,
             dims,
             scales,
+            variant[5],
         )

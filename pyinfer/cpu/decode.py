@@ -14,6 +14,7 @@ import numpy as np
 from pyinfer.cpu.compile import kernel
 from pyinfer.cpu.softmax import U, lse_of, rescale_factor, softmax_row
 from pyinfer.cpu.storage import from_f32, to_f32
+from pyinfer.cpu.variants import angles, finish_row, rotate, transform_row
 
 MAX_ROWS = 32  # packed rows of a tile this kernel is meant for
 MAX_HEAD_DIM = 256
@@ -75,6 +76,7 @@ def _accumulate4(s, base, v, voff, n4, d, o, at):
 @kernel
 def decode_items(
     begin, end, parts, work, qo_indptr, kv_indptr, kv_len, kv_indices, q, k, v, out, lse, partial_o, partial_lse, strides, dims, mask, scales,
+    slopes, bits, bits_indptr, prefix_len, token_pos, sinks, frequency,
 ):  # fmt: skip
     """Run units [begin, end) of a plan; unit u is work item u // parts, and part u % parts of the kv heads.
 
@@ -94,6 +96,10 @@ def decode_items(
         int64: causal, window_left.
     scales
         float32: what q is multiplied with, soft cap * log2(e) (0: none), v_scale.
+    slopes, bits, bits_indptr, prefix_len, token_pos, sinks
+        Options, None if off: see `variants.transform_row` and `finish_row`.
+    frequency
+        RoPE: uint64 [head_dim_qk / 2], turns per position (`jit.rope.frequency_table`), or None.
     """
     heads, group, dk, dv, page_size, tile_q = dims[0], dims[1], U(dims[2]), U(dims[3]), dims[4], dims[5]
     causal, window_left = mask[0], mask[1]
@@ -110,6 +116,14 @@ def decode_items(
     voff = np.empty(_BLOCK, np.uint64)
     kh = np.empty(_BLOCK, np.uint64)
     vh = np.empty(_BLOCK, np.uint64)
+    if frequency is not None:  # keys are rotated here, a block of one head at a time
+        half = dk // _2
+        cosine = np.empty(_B * half, np.float32)
+        sine = np.empty(_B * half, np.float32)
+        kr = np.empty(_B * dk, np.float32)
+        kro = np.empty(_BLOCK, np.uint64)
+        for t in range(_B):
+            kro[t] = t * dk
     for unit in range(begin, end):
         item = unit // parts
         head0 = min((unit % parts) * per_part, heads)
@@ -121,7 +135,8 @@ def decode_items(
         kv1 = np.int64(work[item, 4])
         token0 = np.int64(qo_indptr[request])
         qo_len = np.int64(qo_indptr[request + 1]) - token0
-        shift = np.int64(kv_len[request]) - qo_len  # the kv position of query token 0
+        length = np.int64(kv_len[request])
+        shift = length - qo_len  # the kv position of query token 0
         first = np.int64(kv_indptr[request])
 
         for h in range(head1 - head0):
@@ -134,8 +149,12 @@ def decode_items(
                 if r < U(rows):
                     row = row0 + np.int64(r)
                     src = U(token0 + row // group) * strides[0] + U((head0 + h) * group + row % group) * strides[1]
-                    for i in range(dk):
-                        qf[at * dk + i] = to_f32(q[src + i]) * q_scale
+                    if frequency is not None:
+                        angles(frequency, shift + row // group, cosine, sine, U(0))
+                        rotate(q, src, half, cosine, sine, U(0), q_scale, qf, at * dk, _1)
+                    else:
+                        for i in range(dk):
+                            qf[at * dk + i] = to_f32(q[src + i]) * q_scale
                 else:
                     for i in range(at * dk, at * dk + dk):
                         qf[i] = 0
@@ -156,6 +175,9 @@ def decode_items(
             for t in range(n, np.int64(n4)):
                 koff[t] = koff[n - 1]
                 voff[t] = voff[n - 1]
+            if frequency is not None:
+                for t in range(U(n)):
+                    angles(frequency, t0 + np.int64(t), cosine, sine, t * half)
             for h in range(head1 - head0):
                 k_head = U(head0 + h) * strides[4]
                 v_head = U(head0 + h) * strides[7]
@@ -163,18 +185,29 @@ def decode_items(
                     kh[t] = koff[t] + k_head
                     vh[t] = voff[t] + v_head
                 at = U(h) * rows4
-                for r in range(U(0), rows4, _4):
-                    _scores4(qf, (at + r) * dk, dk, k, kh, U(n), s, r * _B, dk)
+                if frequency is not None:
+                    for t in range(U(n)):
+                        rotate(k, kh[t], half, cosine, sine, t * half, np.float32(1), kr, kro[t], _1)
+                    for r in range(U(0), rows4, _4):
+                        _scores4(qf, (at + r) * dk, dk, kr, kro, U(n), s, r * _B, dk)
+                else:
+                    for r in range(U(0), rows4, _4):
+                        _scores4(qf, (at + r) * dk, dk, k, kh, U(n), s, r * _B, dk)
                 for r in range(rows):
                     visible0 = np.int64(0)
                     visible1 = n
-                    position = shift + (row0 + r) // group - t0
+                    query = (row0 + r) // group
+                    position = shift + query - t0
                     if causal:
                         visible1 = max(min(n, position + 1), 0)
                     if window_left >= 0:
                         visible0 = min(max(position - window_left, 0), visible1)
                     j = at + U(r)
-                    new, weight = softmax_row(s, U(r) * _B, U(0), U(visible0), U(visible1), n4, m[j], cap)
+                    transform_row(
+                        s, U(r) * _B, U(visible0), U(visible1), t0, query, shift, length, (head0 + h) * group + (row0 + r) % group, request, cap,
+                        slopes, bits, bits_indptr, prefix_len, token_pos,
+                    )  # fmt: skip
+                    new, weight = softmax_row(s, U(r) * _B, U(0), U(visible0), U(visible1), n4, m[j])
                     if new != m[j]:
                         factor = rescale_factor(m[j], new)
                         total[j] *= factor
@@ -191,22 +224,23 @@ def decode_items(
         for h in range(head1 - head0):
             for r in range(rows):
                 j = U(h) * rows4 + U(r)
-                scale = np.float32(0)
-                if total[j] != 0:
-                    scale = np.float32(1) / total[j]
                 src = j * _OS
                 if work[item, 6] > 1:
+                    scale = np.float32(0)
+                    if total[j] != 0:
+                        scale = np.float32(1) / total[j]
                     slot = np.int64(work[item, 7]) + work[item, 5]
                     cell = U((slot * heads + head0 + h) * tile_q + r)
                     for i in range(dv):
                         partial_o[cell * dv + i] = o[src + i] * scale
                     partial_lse[cell] = lse_of(m[j], total[j])
                 else:
-                    scale *= v_scale
                     token = U(token0 + (row0 + r) // group)
                     q_head = U((head0 + h) * group + (row0 + r) % group)
+                    value, scale = finish_row(m[j], total[j], q_head, sinks)
+                    scale *= v_scale
                     dst = token * strides[8] + q_head * strides[9]
                     for i in range(dv):
                         out[dst + i] = from_f32(o[src + i] * scale, out)
                     if len(lse) > 0:
-                        lse[token * strides[10] + q_head * strides[11]] = lse_of(m[j], total[j])
+                        lse[token * strides[10] + q_head * strides[11]] = value

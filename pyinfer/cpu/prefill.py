@@ -12,6 +12,7 @@ import numpy as np
 from pyinfer.cpu.compile import kernel
 from pyinfer.cpu.softmax import U, lse_of, rescale_factor, softmax_row
 from pyinfer.cpu.storage import from_f32, to_f32
+from pyinfer.cpu.variants import angles, finish_row, rotate, transform_row
 
 MAX_HEAD_DIM = 256
 BLOCK = 128  # kv tokens
@@ -97,6 +98,7 @@ def _visible(row, group, shift, t0, n, causal, window_left):
 @kernel
 def prefill_items(
     begin, end, work, qo_indptr, kv_indptr, kv_len, kv_indices, q, k, v, out, lse, partial_o, partial_lse, strides, dims, mask, scales,
+    slopes, bits, bits_indptr, prefix_len, token_pos, sinks, frequency,
 ):  # fmt: skip
     """Run units [begin, end) of a plan; unit u is work item u // kv heads, kv head u % kv heads. Parameters as `decode.decode_items`."""
     heads, group, dk, dv, page_size, tile_q = dims[0], dims[1], U(dims[2]), U(dims[3]), dims[4], dims[5]
@@ -115,6 +117,10 @@ def prefill_items(
     hi = np.empty(max_rows // _4, np.uint64)
     for i in range(dk * _NB, d4 * _NB):
         kt[i] = 0
+    if frequency is not None:
+        half = dk // _2
+        cosine = np.empty(half, np.float32)
+        sine = np.empty(half, np.float32)
     for unit in range(begin, end):
         item = unit // heads
         head = unit % heads
@@ -125,7 +131,8 @@ def prefill_items(
         kv1 = np.int64(work[item, 4])
         token0 = np.int64(qo_indptr[request])
         qo_len = np.int64(qo_indptr[request + 1]) - token0
-        shift = np.int64(kv_len[request]) - qo_len  # the kv position of query token 0
+        length = np.int64(kv_len[request])
+        shift = length - qo_len  # the kv position of query token 0
         first = np.int64(kv_indptr[request])
         rows4 = U((rows + 3) // 4 * 4)
         k_head = U(head) * strides[4]
@@ -141,8 +148,12 @@ def prefill_items(
             if r < U(rows):
                 row = row0 + np.int64(r)
                 src = U(token0 + row // group) * strides[0] + U(head * group + row % group) * strides[1]
-                for i in range(dk):
-                    qf[r * d4 + i] = to_f32(q[src + i]) * q_scale
+                if frequency is not None:
+                    angles(frequency, shift + row // group, cosine, sine, _0)
+                    rotate(q, src, half, cosine, sine, _0, q_scale, qf, r * d4, _1)
+                else:
+                    for i in range(dk):
+                        qf[r * d4 + i] = to_f32(q[src + i]) * q_scale
 
         for t0 in range(kv0, kv1, BLOCK):
             n = min(np.int64(BLOCK), kv1 - t0)
@@ -158,8 +169,12 @@ def prefill_items(
                     k_src = U(first + token) * strides[3] + k_head
                     v_src = U(first + token) * strides[6] + v_head
                 column = U(t)
-                for i in range(dk):
-                    kt[i * _NB + column] = to_f32(k[k_src + i])
+                if frequency is not None:
+                    angles(frequency, token, cosine, sine, _0)
+                    rotate(k, k_src, half, cosine, sine, _0, np.float32(1), kt, column, _NB)
+                else:
+                    for i in range(dk):
+                        kt[i * _NB + column] = to_f32(k[k_src + i])
                 for i in range(dv):
                     vf[column * _OS + i] = to_f32(v[v_src + i])
             for column in range(U(n), n16):
@@ -182,7 +197,11 @@ def prefill_items(
                 j1 = hi[j // _4]
                 v0 = max(v0, np.int64(j0))
                 v1 = max(v1, v0)
-                new, weight = softmax_row(s, j * _NB, j0, U(v0), U(v1), max(j1, j0), m[j], cap)
+                transform_row(
+                    s, j * _NB, U(v0), U(v1), t0, (row0 + r) // group, shift, length, head * group + (row0 + r) % group, request, cap,
+                    slopes, bits, bits_indptr, prefix_len, token_pos,
+                )  # fmt: skip
+                new, weight = softmax_row(s, j * _NB, j0, U(v0), U(v1), max(j1, j0), m[j])
                 if new != m[j]:
                     factor = rescale_factor(m[j], new)
                     total[j] *= factor
@@ -197,21 +216,22 @@ def prefill_items(
 
         for r in range(rows):
             j = U(r)
-            scale = np.float32(0)
-            if total[j] != 0:
-                scale = np.float32(1) / total[j]
             src = j * _OS
             if work[item, 6] > 1:
+                scale = np.float32(0)
+                if total[j] != 0:
+                    scale = np.float32(1) / total[j]
                 cell = U(((np.int64(work[item, 7]) + work[item, 5]) * heads + head) * tile_q + r)
                 for i in range(dv):
                     partial_o[cell * dv + i] = o[src + i] * scale
                 partial_lse[cell] = lse_of(m[j], total[j])
             else:
-                scale *= v_scale
                 token = U(token0 + (row0 + r) // group)
                 q_head = U(head * group + (row0 + r) % group)
+                value, scale = finish_row(m[j], total[j], q_head, sinks)
+                scale *= v_scale
                 dst = token * strides[8] + q_head * strides[9]
                 for i in range(dv):
                     out[dst + i] = from_f32(o[src + i] * scale, out)
                 if len(lse) > 0:
-                    lse[token * strides[10] + q_head * strides[11]] = lse_of(m[j], total[j])
+                    lse[token * strides[10] + q_head * strides[11]] = value

@@ -19,7 +19,6 @@ _MAX = np.float32(np.finfo(np.float32).max)
 _NEG_INF = np.float32(-np.inf)
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
-_TWO = np.float32(2)
 _MAGIC = np.float32(1.5 * 2**23)  # adding it rounds to the nearest integer, which then stands in the low bits
 _MAGIC_BITS = np.int32(0x4B400000)
 _UNDERFLOW = np.float32(-126)
@@ -58,28 +57,17 @@ def _row_max(s, begin, end):
 
 
 @kernel
-def _soft_cap(s, begin, end, cap):
-    """s = cap * tanh(s / cap) with s given as 2 * log2(e) * (score / cap) and cap as cap * log2(e): tanh(x) = 1 - 2 / (1 + e^(2x))."""
-    for j in range(begin, end):
-        x = s[j]
-        x = np.float32(60) if x > np.float32(60) else x  # tanh is 1 long before; keeps exp2 finite
-        s[j] = cap - cap * _TWO / (_ONE + exp2(x))
-
-
-@kernel
-def softmax_row(s, base, pad_begin, begin, end, pad_end, m, cap):
-    """One online-softmax step over one row's visible scores; the place where logits are transformed (a variant's hook).
+def softmax_row(s, base, pad_begin, begin, end, pad_end, m):
+    """One online-softmax step over one row's logits (`variants.transform_row` has made them).
 
     Parameters
     ----------
     s : float32 array
-        Scores at [base + begin, base + end), in base-2 units (see `_soft_cap` if cap > 0); overwritten with 2^(s - new maximum).
+        Logits at [base + begin, base + end), in base-2 units, -inf where masked; overwritten with 2^(s - new maximum).
     pad_begin, begin, end, pad_end : uint64
         [begin, end) is visible; the rest of [pad_begin, pad_end) becomes 0.
     m : float32
         The row's maximum so far.
-    cap : float32
-        Soft cap times log2(e), 0 for none.
 
     Returns
     -------
@@ -92,8 +80,6 @@ def softmax_row(s, base, pad_begin, begin, end, pad_end, m, cap):
         s[j] = _ZERO
     first = base + begin
     last = base + end
-    if cap > _ZERO:
-        _soft_cap(s, first, last, cap)
     new = max(m, _row_max(s, first, last))
     if new == _NEG_INF:  # nothing visible, or every visible score is -inf
         for j in range(first, last):

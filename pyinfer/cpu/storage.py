@@ -1,8 +1,9 @@
-"""16-bit floats in CPU kernels: float16 travels as int16 arrays, bfloat16 as uint16 arrays, float32 as it is.
+"""Small floats in CPU kernels: float16 travels as int16 arrays, bfloat16 as uint16 arrays, float32 as it is; fp8, read only, as uint8 (e4m3) and int8 (e5m2).
 
-Numba has no bfloat16 and only slow scalar float16. Here the carrier's type says what the bits mean, so one kernel source serves the three types:
+Numba has no bfloat16 and only slow scalar float16. Here the carrier's type says what the bits mean, so one kernel source serves all of them:
 `to_f32(x)` and `from_f32(value, like)` are chosen by the carrier when the kernel is compiled, and are single conversions that LLVM vectorises
-(float16: vcvtph2ps / vcvtps2ph; bfloat16: shifts and an add). Integer arrays (indices) must therefore never be int16 or uint16.
+(float16: vcvtph2ps / vcvtps2ph; bfloat16: shifts and an add; fp8: by way of float16). Integer arrays that a kernel takes for numbers must therefore never
+be of these types.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numba.extending import intrinsic, overload
 from pyinfer.core.tensor import TensorView, as_numpy
 
 CARRIERS = {"float16": np.int16, "bfloat16": np.uint16, "float32": np.float32}
+FP8_CARRIERS = {"float8_e4m3fn": np.uint8, "float8_e5m2": np.int8}  # what kernels read and never write
 
 _F32 = ir.FloatType()
 _F16 = ir.HalfType()
@@ -118,6 +120,21 @@ def _float_to_half_soft(builder: Any, x: Any) -> Any:
     return builder.trunc(builder.or_(value, sign), _I16)
 
 
+def _e5m2_to_float(builder: Any, x: Any, half_to_float: Any) -> Any:
+    """The upper half of a float16."""
+    return half_to_float(builder, builder.shl(builder.zext(x, _I16), _I16(8)))
+
+
+def _e4m3_to_float(builder: Any, x: Any, half_to_float: Any) -> Any:
+    """In the place of a float16's bits the value is 2^8 too small (its exponent is biased by 7, not 15); 0x7f is a NaN, and there is no infinity."""
+    wide = builder.zext(x, _I16)
+    magnitude = builder.and_(wide, _I16(0x7F))
+    sign = builder.shl(builder.and_(wide, _I16(0x80)), _I16(8))
+    value = builder.or_(builder.shl(magnitude, _I16(7)), sign)
+    value = builder.select(builder.icmp_unsigned("==", magnitude, _I16(0x7F)), _I16(0x7E00), value)
+    return builder.fmul(half_to_float(builder, value), _F32(256.0))
+
+
 def _bfloat_to_float(builder: Any, x: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(x, _I32), _I32(16)), _F32)
 
@@ -166,6 +183,24 @@ def _f32_to_f16_soft(typingctx: Any, x: Any) -> Any:
 
 
 @intrinsic
+def _e4m3_to_f32(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        half = _half_to_float if _has_half_conversions(context) else _half_to_float_soft
+        return _e4m3_to_float(builder, args[0], half)
+
+    return types.float32(types.uint8), codegen
+
+
+@intrinsic
+def _e5m2_to_f32(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        half = _half_to_float if _has_half_conversions(context) else _half_to_float_soft
+        return _e5m2_to_float(builder, args[0], half)
+
+    return types.float32(types.int8), codegen
+
+
+@intrinsic
 def _bf16_to_f32(typingctx: Any, x: Any) -> Any:
     return types.float32(types.uint16), lambda context, builder, signature, args: _bfloat_to_float(builder, args[0])
 
@@ -176,8 +211,13 @@ def _f32_to_bf16(typingctx: Any, x: Any) -> Any:
 
 
 def to_f32(x: Any) -> Any:
-    """The float32 value of a stored element: int16 holds float16 bits, uint16 bfloat16 bits, float32 is itself. For use inside kernels."""
+    """The float32 value of a stored element: int16 holds float16 bits, uint16 bfloat16, uint8 e4m3, int8 e5m2, float32 is itself. For use inside kernels."""
     dtype = np.asarray(x).dtype  # plain Python: what runs under NUMBA_DISABLE_JIT
+    for name, carrier in FP8_CARRIERS.items():
+        if dtype == carrier:
+            import ml_dtypes
+
+            return np.float32(np.asarray(x).view(getattr(ml_dtypes, name)))
     if dtype == np.int16:
         return np.float32(np.int16(x).view(np.float16))
     if dtype == np.uint16:
@@ -205,7 +245,11 @@ def _to_f32_overload(x):  # no annotations: Numba compares the signatures word f
         return lambda x: _bf16_to_f32(x)
     if x == types.float32:
         return lambda x: x
-    raise TypingError(f"to_f32 takes int16 (float16 bits), uint16 (bfloat16 bits) or float32, got {x}")
+    if x == types.uint8:
+        return lambda x: _e4m3_to_f32(x)
+    if x == types.int8:
+        return lambda x: _e5m2_to_f32(x)
+    raise TypingError(f"to_f32 takes int16 (float16), uint16 (bfloat16), uint8 (e4m3), int8 (e5m2) or float32, got {x}")
 
 
 @overload(from_f32)
