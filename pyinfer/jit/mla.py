@@ -1,0 +1,292 @@
+"""The kernel of multi-head latent attention (sm80 family): configurations, parameters, spec, launch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pyinfer.core.dtypes import BFLOAT16, FLOAT16, DType, canonical_dtype
+from pyinfer.core.params import ParamStruct, f32, i32, i64, ptr, u32
+from pyinfer.jit.attention import smem_limits
+from pyinfer.jit.spec import JitModule, JitSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pyinfer.core.launch import Kernel
+    from pyinfer.core.tensor import TensorView
+    from pyinfer.schedulers.plan import AttentionPlan
+
+HEAD_DIM_CKV, HEAD_DIM_KPE = 512, 64
+DTYPES = (FLOAT16, BFLOAT16)
+FEW_ROWS = 16
+"""Packed rows (query tokens x heads of a request) up to which the small tile is taken: 16 heads at decode."""
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class MlaConfig:
+    """How the kernel is cut: tile_q packed rows x tile_kv keys, `stages` tiles in the ring, one copy of each latent row in shared memory."""
+
+    tile_q: int
+    tile_kv: int
+    num_warps: int
+    ctas_per_sm: int
+    stages: int
+
+    @property
+    def smem(self) -> int:
+        """Dynamic shared memory per block in bytes: `SharedMemory` of the template."""
+        row = 2 * (HEAD_DIM_CKV + HEAD_DIM_KPE)
+        key_parts = self.num_warps // (self.tile_q // 16)
+        size = (self.tile_q + self.stages * self.tile_kv) * row + self.tile_q * (128 + 4 * key_parts + 4)
+        return -(-size // 128) * 128
+
+    @property
+    def tag(self) -> str:
+        """Short form for kernel names."""
+        return f"q{self.tile_q}_kv{self.tile_kv}_w{self.num_warps}_c{self.ctas_per_sm}_s{self.stages}"
+
+
+def candidate_configs(arch: int, max_packed_rows: int) -> tuple[MlaConfig, ...]:
+    """The configurations worth timing for a case, the preferred one first; all fit the architecture (80, 89, 90, ...)."""
+    if max_packed_rows <= FEW_ROWS:
+        # Few rows: the bytes of the keys decide. Two blocks take turns at waiting where they fit.
+        shapes = [(16, 32, 4, 2, 2), (16, 32, 4, 1, 4), (16, 32, 4, 1, 3), (16, 64, 4, 1, 2), (16, 32, 4, 1, 2)]
+    else:
+        shapes = [(64, 64, 8, 1, 2), (64, 32, 8, 1, 3), (64, 32, 8, 1, 2), (32, 16, 4, 1, 3)]
+    per_block, per_sm = smem_limits(arch)
+    found = [MlaConfig(*shape) for shape in shapes]
+    return tuple(c for c in found if c.smem <= per_block and c.ctas_per_sm * (c.smem + 1024) <= per_sm)
+
+
+@functools.cache
+def mla_config(arch: int, max_packed_rows: int) -> MlaConfig:
+    """The configuration for an architecture number and the largest qo_len * num_heads of the requests."""
+    return candidate_configs(arch, max_packed_rows)[0]
+
+
+PARAMS = ParamStruct(
+    "MlaParams",
+    ptr("q_nope", "const scalar_t", "[tokens, heads, 512]"),
+    ptr("q_pe", "const scalar_t", "[tokens, heads, 64]"),
+    ptr("ckv", "const scalar_t", "[pages, page_size, 512]: keys and values"),
+    ptr("kpe", "const scalar_t", "[pages, page_size, 64]"),
+    ptr("out", "scalar_t", "[tokens, heads, 512]"),
+    ptr("lse", "float", "[tokens, heads], or null"),
+    ptr("kv_indices", "const int32_t", "page ids"),
+    ptr("partial_o", "float", "[max_partials, 1, TILE_Q, 512]"),
+    ptr("partial_lse", "float", "[max_partials, 1, TILE_Q], base 2"),
+    ptr("semaphore", "int32_t", "[max_partials], zero between launches"),
+    i64("q_nope_stride_token", "strides in elements"),
+    i64("q_nope_stride_head"),
+    i64("q_pe_stride_token"),
+    i64("q_pe_stride_head"),
+    i64("ckv_stride_page"),
+    i64("ckv_stride_token"),
+    i64("kpe_stride_page"),
+    i64("kpe_stride_token"),
+    i64("out_stride_token"),
+    i64("out_stride_head"),
+    f32("logit_scale", "sm_scale * log2(e); soft cap: 2 log2(e) sm_scale / cap"),
+    f32("soft_cap_log2", "cap * log2(e)"),
+    f32("lse_scale", "1: base 2; ln 2: base e"),
+    i32("num_kv_heads", "1"),
+    i32("group", "heads"),
+    u32("group_magic", "division by group: fast_divide"),
+    i32("group_shift"),
+    i32("causal"),
+    i32("window_left", "keys to the left that stay visible; -1: all"),
+    i32("page_size"),
+    u32("page_magic", "division by page_size: fast_divide"),
+    i32("page_shift"),
+    ptr("plan_header", "const int32_t", "word 0: number of work items"),
+    ptr("work", "const int32_t", "[n_work, 8]"),
+    ptr("qo_indptr", "const int32_t", "[batch + 1], tokens"),
+    ptr("kv_indptr", "const int32_t", "[batch + 1], pages"),
+    ptr("kv_len", "const int32_t", "[batch], tokens"),
+)
+
+
+@functools.cache
+def gen_mla(config: MlaConfig, dtype: DType | str, soft_cap: bool = False) -> JitSpec:
+    """The spec of one kernel.
+
+    Parameters
+    ----------
+    config
+        From `mla_config` or `candidate_configs`.
+    dtype
+        float16 or bfloat16: of the queries, the caches and the output.
+    soft_cap
+        Logits are soft-capped.
+    """
+    dt = canonical_dtype(dtype)
+    constants: dict[str, Any] = {
+        "scalar_t": dt.ctype,
+        "TILE_Q": config.tile_q,
+        "TILE_KV": config.tile_kv,
+        "WARPS": config.num_warps,
+        "CTAS_PER_SM": config.ctas_per_sm,
+        "STAGES": config.stages,
+        "SOFT_CAP": soft_cap,
+        "smem": config.smem,
+    }
+    return JitSpec(
+        name=f"mla_sm80_{dt.short}{'_softcap' if soft_cap else ''}_{config.tag}",
+        template="mla/mla_sm80.cu.jinja",
+        params=PARAMS,
+        constants=tuple(constants.items()),
+        block=(32 * config.num_warps, 1, 1),
+        smem=config.smem,
+    )
+
+
+def all_specs(archs: Iterable[int] = (80, 89, 90)) -> list[JitSpec]:
+    """Every spec the launch can ask for. The default architectures stand for the three sizes of shared memory."""
+    found: dict[JitSpec, None] = {}
+    for arch in archs:
+        for rows in (FEW_ROWS, FEW_ROWS + 1):
+            for dtype in DTYPES:
+                for soft_cap in (False, True):
+                    found[gen_mla(mla_config(arch, rows), dtype, soft_cap)] = None
+    return list(found)
+
+
+def gen_batch_mla_module(
+    backend: str, dtype_q: DType | str, dtype_kv: DType | str, dtype_o: DType | str, dtype_idx: DType | str = "int32",
+    head_dim_ckv: int = HEAD_DIM_CKV, head_dim_kpe: int = HEAD_DIM_KPE, use_profiler: bool = False,
+) -> JitModule:  # fmt: skip
+    """The kernels of `BatchMLAPagedAttentionWrapper`, by FlashInfer's name and argument order (API.md section 19)."""
+    from pyinfer.core.dtypes import INT32
+    from pyinfer.core.errors import fail, fail_type
+    from pyinfer.jit import env
+
+    op = "gen_batch_mla_module"
+    dtype = canonical_dtype(dtype_q, op, "dtype_q")
+    if dtype not in DTYPES:
+        fail_type(op, "dtype_q", "has no CUDA kernel", dtype.name, "float16 or bfloat16")
+    for arg, other in (("dtype_kv", dtype_kv), ("dtype_o", dtype_o)):
+        if canonical_dtype(other, op, arg) is not dtype:
+            fail_type(op, arg, "differs from dtype_q", other, dtype.name, "Queries, caches and the output have one dtype.")
+    if canonical_dtype(dtype_idx, op, "dtype_idx") is not INT32:
+        fail_type(op, "dtype_idx", "has no CUDA kernel", dtype_idx, "int32")
+    if backend not in ("auto", "fa2"):
+        fail(op, "backend", "is not available", repr(backend), "'auto' or 'fa2'")
+    if (head_dim_ckv, head_dim_kpe) != (HEAD_DIM_CKV, HEAD_DIM_KPE):
+        fail(op, "head_dim", "has no CUDA kernel", f"{head_dim_ckv} (ckv), {head_dim_kpe} (kpe)", "512 and 64")
+    if use_profiler:
+        fail(op, "use_profiler", "is not supported yet", True, False)
+    specs: dict[JitSpec, None] = {}
+    for arch in env.default_archs():
+        for rows in (FEW_ROWS, FEW_ROWS + 1):
+            for soft_cap in (False, True):
+                specs[gen_mla(mla_config(env.arch_number(arch), rows), dtype, soft_cap)] = None
+    return JitModule(f"batch_mla_{dtype.short}", tuple(specs))
+
+
+# ---- launch ----------------------------------------------------------------------------------------------------------------------
+@functools.cache
+def _kernel(device: int, config: MlaConfig, dtype: DType, soft_cap: bool) -> Kernel:
+    return gen_mla(config, dtype, soft_cap).build_and_load(device)
+
+
+class PreparedMla(NamedTuple):
+    """All of a launch that a plan fixes: kernel, grid, the tail of the parameter struct."""
+
+    kernel: Kernel
+    grid: int
+    constants: tuple[int, ...]
+    partial_lse_offset: int
+    semaphore: int
+
+
+@functools.lru_cache(maxsize=16)
+def prepare_mla(
+    device: int, plan: AttentionPlan, plan_buffer_ptr: int, dtype: DType, soft_cap: bool, config: MlaConfig | None = None
+) -> PreparedMla:
+    """Fetch (or compile) a plan's kernel and fill in what stays the same from run to run."""
+    from pyinfer.core.device import arch_number_of
+    from pyinfer.core.errors import fail
+    from pyinfer.jit.attention_launch import divisor
+
+    config = config or mla_config(arch_number_of(device), plan.tile_q)
+    if config.tile_q != plan.tile_q:
+        fail("mla", "plan", "was made for another tile", plan.tile_q, f"tile_q {config.tile_q} of {config.tag}")
+    at = plan.offsets
+    sections = (at.work, at.qo_indptr, at.kv_indptr, at.kv_len)
+    constants = (
+        1,
+        plan.num_qo_heads,
+        *divisor(plan.num_qo_heads),
+        int(plan.causal),
+        min(plan.window_left, 1 << 30),
+        plan.page_size,
+        *divisor(plan.page_size),
+        plan_buffer_ptr,
+        *(plan_buffer_ptr + 4 * section for section in sections),
+    )
+    kernel = _kernel(device, config, dtype, soft_cap)
+    return PreparedMla(kernel, plan.max_work, constants, plan.partial_lse_offset, plan_buffer_ptr + 4 * at.semaphore)
+
+
+def launch_mla(
+    device: int,
+    stream: int,
+    plan_buffer_ptr: int,
+    plan: AttentionPlan,
+    q_nope: TensorView,
+    q_pe: TensorView,
+    ckv: TensorView,
+    kpe: TensorView,
+    kv_indices_ptr: int,
+    out: TensorView,
+    lse: TensorView | None,
+    workspace_ptr: int,
+    *,
+    sm_scale: float,
+    logits_soft_cap: float = 0.0,
+    lse_base_e: bool = False,
+    pdl: bool = False,
+    config: MlaConfig | None = None,
+) -> None:
+    """Run a plan on checked tensors.
+
+    Parameters
+    ----------
+    q_nope, q_pe, out
+        [tokens, heads, 512], [tokens, heads, 64], [tokens, heads, 512].
+    ckv, kpe
+        [pages, page_size, 512], [pages, page_size, 64]; each row on a multiple of 16 bytes.
+    kv_indices_ptr
+        Device address of the int32 page ids.
+    lse
+        float32 [tokens, heads], contiguous; None: not wanted. `lse_base_e`: natural logarithm instead of base 2.
+    workspace_ptr
+        plan.workspace_bytes bytes, 16-byte aligned; not read if nothing is split.
+
+    Raises
+    ------
+    ValueError
+        If a pointer or stride is no multiple of 16 bytes.
+    """
+    from pyinfer.jit.attention_launch import ALIGNMENT, _check_alignment
+
+    ready = prepare_mla(device, plan, plan_buffer_ptr, q_nope.dtype, logits_soft_cap > 0.0, config)
+    strides = (*q_nope.strides[:2], *q_pe.strides[:2], *ckv.strides[:2], *kpe.strides[:2], *out.strides[:2])
+    together = 0
+    for stride in strides:
+        together |= stride
+    if (q_nope.ptr | q_pe.ptr | ckv.ptr | kpe.ptr | out.ptr) % ALIGNMENT or 2 * together % ALIGNMENT:
+        _check_alignment(q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv, kpe_cache=kpe, out=out)
+    if logits_soft_cap > 0.0:
+        logit_scale, cap = 2.0 * LOG2_E * sm_scale / logits_soft_cap, LOG2_E * logits_soft_cap
+    else:
+        logit_scale, cap = LOG2_E * sm_scale, 0.0
+    pointers = (q_nope.ptr, q_pe.ptr, ckv.ptr, kpe.ptr, out.ptr, lse.ptr if lse is not None else 0, kv_indices_ptr)
+    partials = (workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
+    scales = (logit_scale, cap, LN_2 if lse_base_e else 1.0)
+    ready.kernel(stream, ready.grid, pointers + partials + strides + scales + ready.constants, pdl)
