@@ -162,7 +162,7 @@ class BatchAttention:
                     device_name(ref.device),
                 )
         device = CPU if ref is None else ref.device
-        common.check_kernel(self._op, device, dtype, *self._dims)
+        self._check_kernel(device, dtype, *self._dims)
         self._graph_proposal = None
         plan = self._schedule(*metadata, key, device, window_left, causal)
         if self._use_cuda_graph:
@@ -237,7 +237,6 @@ class BatchAttention:
     def _upload(self, plan: AttentionPlan) -> None:
         """Send a plan to the GPU, find its workspace and its kernel (compiling it if need be): run() then only launches."""
         from pyinfer.core.workspace import DeviceBuffer, PlanBuffer
-        from pyinfer.jit.attention_launch import prepare_attention
 
         ref = self._ref
         assert ref is not None
@@ -257,7 +256,17 @@ class BatchAttention:
                 self._own_workspace = DeviceBuffer(ref.device, ref.framework)
             self._workspace_ptr = self._own_workspace.reserve(need)
         self._pdl_default = common.use_pdl(ref.device, None)
-        prepare_attention(ref.device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0)
+        self._prepare(plan, ref.device)
+
+    def _prepare(self, plan: AttentionPlan, device: int) -> None:
+        """Fetch or compile the plan's kernel."""
+        from pyinfer.jit.attention_launch import prepare_attention
+
+        prepare_attention(device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0)
+
+    def _check_kernel(self, device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int) -> None:
+        """TypeError or ValueError if the device has no kernel for the type or the head dimensions."""
+        common.check_kernel(self._op, device, dtype, head_dim_qk, head_dim_vo)
 
     def _move_plan(self, q: TensorView) -> None:
         """The first q after a plan from host metadata shows the device."""
@@ -271,7 +280,7 @@ class BatchAttention:
             )
         plan = self._plan
         assert plan is not None
-        common.check_kernel(self._op, q.device, self._dtype, plan.head_dim_qk, plan.head_dim_vo)
+        self._check_kernel(q.device, self._dtype, plan.head_dim_qk, plan.head_dim_vo)
         moved = self._replan(q.device, plan.window_left, plan.causal)
         self._ref = _home(q)
         self._adopt(moved, q.device)
