@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pyinfer import _attention as common
+from pyinfer._repeated_run import RepeatedRun
 from pyinfer.core.dtypes import FLOAT32, INT32, DType
 from pyinfer.core.errors import (
     check_dtype,
@@ -68,6 +70,7 @@ class BatchAttention:
         self._sm_scale, self._soft_cap = 1.0, 0.0
         self._q_shape = (0, 0, 0)
         self._kv_tokens = 0
+        self._repeated = RepeatedRun()
         self._kv_known: tuple[Any, ...] | None = None  # the last cache's layout, found good for the plan
         self._indices: TensorView | None = None  # page indices that lie on the device
         if float_workspace_buffer is not None:
@@ -212,6 +215,7 @@ class BatchAttention:
         self._q_shape = (plan.total_rows, plan.num_qo_heads, plan.head_dim_qk)
         self._kv_tokens = int(plan.kv_indptr[-1])
         self._kv_known = None
+        self._repeated.forget()
         if device >= 0:
             self._upload(plan)
 
@@ -228,6 +232,7 @@ class BatchAttention:
         if plan is None:
             return  # run() says so
         common.check_options(self._op, pos_encoding_mode=pos_encoding_mode)
+        self._repeated.forget()
         window = common.check_window(self._op, window_left)
         self._soft_cap = common.check_soft_cap(self._op, logits_soft_cap)
         self._sm_scale = common.softmax_scale(self._op, sm_scale, plan.head_dim_qk)
@@ -478,9 +483,12 @@ class BatchAttention:
         soft_cap: float,
         v_scale: float,
         enable_pdl: bool | None,
+        options: tuple[Any, ...],
     ) -> Any:
+        """Allocate what is not given, and launch. `options`: the arguments by which `RepeatedRun` recognises the call."""
         plan = self._plan
         assert plan is not None
+        given_lse = lse is not None
         shape = (q.shape[0], plan.num_qo_heads, plan.head_dim_vo)
         if out is None:
             out = empty(q, shape)
@@ -504,10 +512,14 @@ class BatchAttention:
                     )
         if q.device >= 0:
             pdl = self._pdl_default if enable_pdl is None else common.use_pdl(q.device, enable_pdl)
-            common.launchers()[0](
+            launch = functools.partial(
+                common.launchers()[0],
                 q.device, current_stream(q), self._plan_ptr, plan, q, k, v, self._indices_ptr, self._kv_layout, out_view, lse_view, self._workspace_ptr,
                 sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl,
             )  # fmt: skip
+            launch()
+            if not given_lse:
+                self._repeated.note(q, k, v, out_view, lse_view, options, functools.partial(launch, bind=True))
         else:
             from pyinfer.cpu.attention import run_plan
 

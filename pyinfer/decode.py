@@ -318,6 +318,11 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
         out, or (out, lse)
             A request without keys: zeros and -inf.
         """
+        options = (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left)
+        if self._repeated.ready and not args and sinks is None:
+            done = self._repeated(q, paged_kv_cache, out, lse, options)
+            if done is not None:
+                return done
         qv = self._check_run(q, window_left, args)
         if sinks is not None:
             common.check_options(self._op, sinks=sinks)
@@ -338,6 +343,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             self._soft_cap,
             common.scale(self._op, "v_scale", v_scale),
             enable_pdl,
+            options,
         )
 
     def run_return_lse(self, q: Any, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:

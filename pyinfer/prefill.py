@@ -265,6 +265,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         out, or (out, lse)
             A row that sees no key: zeros and -inf.
         """
+        options = (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left)
+        if self._repeated.ready and not args and sinks is None:
+            done = self._repeated(q, paged_kv_cache, out, lse, options)
+            if done is not None:
+                return done
         qv = self._check_run(q, window_left, args)
         if sinks is not None:
             common.check_options(self._op, sinks=sinks)
@@ -285,6 +290,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             self._soft_cap,
             common.scale(self._op, "v_scale", v_scale),
             enable_pdl,
+            options,
         )
 
     def forward(
@@ -429,6 +435,11 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
 
         Other parameters and returns as `BatchPrefillWithPagedKVCacheWrapper.run`.
         """
+        options = (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left)
+        if self._repeated.ready and not args:
+            done = self._repeated(q, (k, v), out, lse, options)
+            if done is not None:
+                return done
         qv = self._check_run(q, window_left, args)
         kv, vv = view(k, self._op, "k"), view(v, self._op, "v")
         self._check_kv(qv, kv, vv, "k", "v")
@@ -448,6 +459,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             self._soft_cap,
             common.scale(self._op, "v_scale", v_scale),
             enable_pdl,
+            options,
         )
 
     def forward(

@@ -11,7 +11,7 @@ from pyinfer.jit.attention import AttentionConfig, attention_config, gen_attenti
 from pyinfer.schedulers.plan import SINGLE_SEMAPHORE_BYTES, AttentionPlan, partial_bytes
 
 if TYPE_CHECKING:
-    from pyinfer.core.launch import Kernel
+    from pyinfer.core.launch import BoundLaunch, Kernel
     from pyinfer.core.tensor import TensorView
 
 LOG2_E = 1.4426950408889634
@@ -137,8 +137,9 @@ def launch_attention(
     v_scale: float = 1.0,
     pdl: bool = False,
     config: AttentionConfig | None = None,
-) -> None:
-    """Run a plan.
+    bind: bool = False,
+) -> BoundLaunch | None:
+    """Run a plan; or, with `bind`, return its launch bound but for the addresses of q, k, v, out and lse.
 
     Parameters
     ----------
@@ -174,7 +175,11 @@ def launch_attention(
     )
     indices = kv_indices_ptr if plan.page_size else 0
     partials = (indices, workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
-    ready.kernel(stream, ready.grid, values[:5] + partials + values[5:] + ready.constants, pdl)
+    values = values[:5] + partials + values[5:] + ready.constants
+    if bind:
+        return ready.kernel.bind(ready.grid, values, 5, pdl)
+    ready.kernel(stream, ready.grid, values, pdl)
+    return None
 
 
 def launch_single(
