@@ -68,6 +68,11 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "top_p_renorm_probs",
         "top_p_sampling_from_probs",
     ),
+    "sparse": (
+        "BlockSparseAttentionWrapper",
+        "VariableBlockSparseAttentionWrapper",
+        "convert_bsr_mask_layout",
+    ),
 }
 _MODULE_OF = {name: family for family, names in _FAMILIES.items() for name in names}
 _MODULE_OF |= {"ModelConfig": "jit.warmup", "warmup": "jit.warmup"}
@@ -136,6 +141,9 @@ if TYPE_CHECKING:
     from pyinfer.sampling import top_p_renorm_prob as top_p_renorm_prob
     from pyinfer.sampling import top_p_renorm_probs as top_p_renorm_probs
     from pyinfer.sampling import top_p_sampling_from_probs as top_p_sampling_from_probs
+    from pyinfer.sparse import BlockSparseAttentionWrapper as BlockSparseAttentionWrapper
+    from pyinfer.sparse import VariableBlockSparseAttentionWrapper as VariableBlockSparseAttentionWrapper
+    from pyinfer.sparse import convert_bsr_mask_layout as convert_bsr_mask_layout
 
 
 def __getattr__(name: str) -> Any:
