@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.timeout(
+    600
+)  # the first test waits for transformers, two models and all CPU kernels from a cold cache
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -167,7 +170,8 @@ def assert_logits_close(got: np.ndarray, wanted: np.ndarray, device: str, what: 
         )
     else:
         # The bar is on the logits of a sequence together. Single rows scatter: rounding the residual stream alone to bfloat16, in an otherwise float32
-        # NumPy run of this model, leaves 16 of 182 rows below 0.999 and the worst at 0.9947. So rows have a bound of their own.
+        # NumPy run of this model, leaves 16 of 182 rows below 0.999 and the worst at 0.9947; transformers' own bfloat16 run of these weights on a
+        # CPU leaves 29 of 334 rows below it (worst 0.9973), where this model leaves 18 (worst 0.9975). So rows have a bound of their own.
         a, b = got.astype(np.float64), wanted.astype(np.float64)
         whole = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
         assert whole >= COSINE, f"{what}: cosine {whole}"

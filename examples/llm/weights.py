@@ -114,4 +114,7 @@ def iter_tensors(reader: gguf.GGUFReader) -> Iterator[tuple[str, np.ndarray]]:
     import gguf
 
     for tensor in reader.tensors:
-        yield tensor.name, np.ascontiguousarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        array = gguf.dequantize(
+            tensor.data, tensor.tensor_type
+        )  # float32 tensors come back as views of the mapped file
+        yield tensor.name, np.require(array, np.float32, ["C_CONTIGUOUS", "WRITEABLE"])
