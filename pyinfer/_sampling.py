@@ -257,16 +257,18 @@ def _draw_seed(op: str, like: TensorView, outputs: int, generator: Any) -> tuple
 # ---- dispatch --------------------------------------------------------------------------------------------------------------------
 @functools.cache
 def _sample_kernel(device: int, dtype: str, source: str, filter_kind: int) -> Any:
+    from pyinfer.core.device import pdl_supported
     from pyinfer.jit.sampling import gen_sample
 
-    return gen_sample(dtype, source, _FILTER_NAMES[filter_kind]).build_and_load(device)
+    return gen_sample(dtype, source, _FILTER_NAMES[filter_kind]).build_and_load(device), pdl_supported(device)
 
 
 @functools.cache
 def _row_kernel(device: int, dtype: str, factory: str) -> Any:
+    from pyinfer.core.device import pdl_supported
     from pyinfer.jit import sampling
 
-    return getattr(sampling, factory)(dtype).build_and_load(device)
+    return getattr(sampling, factory)(dtype).build_and_load(device), pdl_supported(device)
 
 
 def _grain(vocab: int) -> int:
@@ -336,7 +338,8 @@ def sample(
 def _sample_cuda(c: _Call) -> None:
     v, k, p, m = c.input, c.top_k, c.top_p, c.min_p
     out = view(c.out)
-    _sample_kernel(v.device, v.dtype.name, c.source, c.filter)(
+    kernel, pdl = _sample_kernel(v.device, v.dtype.name, c.source, c.filter)
+    kernel(
         current_stream(v),
         out.shape[0],
         (
@@ -345,6 +348,7 @@ def _sample_cuda(c: _Call) -> None:
             k.ptr, k.wide, k.spread, k.value, p.ptr, p.spread, p.value, m.ptr, m.spread, m.value,
             c.seed.ptr, c.seed.wide, c.offset.ptr, c.offset.wide, c.seed.value, c.offset.value,
         ),
+        pdl,
     )  # fmt: skip
 
 
@@ -389,7 +393,12 @@ def _raise_if_invalid(op: str, arg: str, valid: Any) -> None:
 
 
 def map_rows(
-    op: str, arg: str, x: Any, factory: str, parameters: list[tuple[str, Any, bool, float, float, float]]
+    op: str,
+    arg: str,
+    x: Any,
+    factory: str,
+    parameters: list[tuple[str, Any, bool, float, float, float]],
+    enable_pdl: bool | None = None,
 ) -> Any:
     """A kernel from rows to float32 rows. parameters: (name, value, integer, low, high, value on behalf of None)."""
     v = matrix(op, arg, x)
@@ -405,7 +414,8 @@ def map_rows(
         values: list[Any] = [v.ptr, v.strides[0], vocab, view(out).ptr]
         for (_, _, integer, *_), a in zip(parameters, arguments, strict=True):
             values += [a.ptr, a.wide, a.spread, min(a.value, NO_K)] if integer else [a.ptr, a.spread, a.value]
-        _row_kernel(v.device, v.dtype.name, factory)(current_stream(v), rows, tuple(values))
+        kernel, pdl = _row_kernel(v.device, v.dtype.name, factory)
+        kernel(current_stream(v), rows, tuple(values), pdl and enable_pdl is not False)
         return out
     import numpy as np
 

@@ -57,7 +57,7 @@ def softmax(logits: Any, temperature: Any = None, enable_pdl: bool | None = None
         None (1), a number, or a tensor [rows]. 0 counts as an infinite temperature: uniform over the tokens whose logit is not -inf. (For greedy
         decoding take top_k=1.)
     enable_pdl
-        Accepted for compatibility.
+        Overlap the launch with the tail of the kernel before it (programmatic dependent launch). None: wherever it works (arch 9.0 or newer).
 
     Returns
     -------
@@ -69,7 +69,12 @@ def softmax(logits: Any, temperature: Any = None, enable_pdl: bool | None = None
         For a wrong dtype, shape, device or stride; a negative or NaN temperature given on the host (on the GPU it counts as 0).
     """
     return _sampling.map_rows(
-        "softmax", "logits", logits, "gen_softmax", [("temperature", temperature, False, 0.0, float("inf"), 1.0)]
+        "softmax",
+        "logits",
+        logits,
+        "gen_softmax",
+        [("temperature", temperature, False, 0.0, float("inf"), 1.0)],
+        enable_pdl,
     )
 
 

@@ -1,6 +1,7 @@
 // Reductions over a block of 1024 threads: 32 warps, so that one warp scans one value of every warp.
 #pragma once
 
+#include "common/ptx_sync.cuh"
 #include "common/types.cuh"
 
 constexpr int BLOCK = 1024;

@@ -38,18 +38,19 @@ struct Row {
     }
 
     // f(x, id) for every element of vectors [from, to) that `lanes` threads share, this one being the `lane`th; id is outside [0, vocab) for a fill.
-    template <typename F>
+    // DEPTH vectors are loaded at a time; the code of f is there DEPTH * VEC times, so a long f takes a small DEPTH.
+    template <int DEPTH = IN_FLIGHT, typename F>
     PYINFER_DEVICE void walk(int from, int to, int lane, int lanes, T fill, F&& f) const {
         // lane & ~31: all lanes of a warp run the same number of rounds
-        for (int j0 = from + (lane & ~31); j0 < to; j0 += lanes * IN_FLIGHT) {
-            Vec v[IN_FLIGHT];
+        for (int j0 = from + (lane & ~31); j0 < to; j0 += lanes * DEPTH) {
+            Vec v[DEPTH];
 #pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++) {
+            for (int u = 0; u < DEPTH; u++) {
                 const int j = j0 + u * lanes + lane_id();
                 v[u] = load(j < to ? j : num_vecs, fill);
             }
 #pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++) {
+            for (int u = 0; u < DEPTH; u++) {
                 const int j = j0 + u * lanes + lane_id();
                 if (j0 + u * lanes >= to) {  // uniform in the warp
                     break;
@@ -67,6 +68,7 @@ struct Row {
 template <typename T>
 struct Probs {
     static constexpr bool SHORT_KEYS = sizeof(T) == 2;  // the low ten bits of every key are zero
+    static constexpr int DEPTH = Row<T>::IN_FLIGHT;  // of walks that ask for keys
 
     PYINFER_DEVICE static T fill() { return T{}; }
     // Also for elements not yet known to be valid: NaN, infinity and negative values give keys from key_of_bits(INF_BITS) on. -0 becomes +0.
@@ -88,6 +90,7 @@ constexpr uint32_t MINUS_INF_KEY = 0x007fffffu;
 template <typename T>
 struct Logits {
     static constexpr bool SHORT_KEYS = false;
+    static constexpr int DEPTH = 8 / Row<T>::VEC;  // eight exp in a row fill the pipelines, and 16 or more take longer to compile than to run
 
     float top;  // the largest logit
     float inverse_temperature;
@@ -128,7 +131,7 @@ PYINFER_DEVICE LogitsState prepare_logits(const Row<T>& row, float inverse_tempe
         return state;
     }
     uint64_t sum = 0;
-    row.walk(0, row.num_vecs, threadIdx.x, BLOCK, Logits<T>::fill(),
+    row.template walk<Logits<T>::DEPTH>(0, row.num_vecs, threadIdx.x, BLOCK, Logits<T>::fill(),
              [&](T x, int) { sum += mass_of(__float_as_uint(logits.weight(x)), SCALE_BITS).units(); });
     sum = block_sum(sum, scratch);
     logits.inverse_sum = __frcp_rn(mass_to_float(sum, SCALE_BITS));

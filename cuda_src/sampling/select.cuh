@@ -40,9 +40,26 @@ struct RowKeys {
     const Row<T>& row;
     const Source& source;
 
+    // Uniform in a warp, by whole vectors.
+    template <typename F>
+    PYINFER_DEVICE void walk_vectors(F&& f) const {
+        row.template walk<Source::DEPTH>(0, row.num_vecs, threadIdx.x, BLOCK, Source::fill(), [&](T x, int) { f(source.key(x)); });
+    }
+    // By single elements: the search's long f is there four times only, or it would be most of the kernel's compile time.
     template <typename F>
     PYINFER_DEVICE void walk(F&& f) const {
-        row.walk(0, row.num_vecs, threadIdx.x, BLOCK, Source::fill(), [&](T x, int) { f(source.key(x)); });
+        constexpr int DEPTH = 4;
+        for (int i = row.begin + static_cast<int>(threadIdx.x); i < row.end; i += BLOCK * DEPTH) {
+            T x[DEPTH];
+#pragma unroll
+            for (int u = 0; u < DEPTH; u++) {
+                x[u] = i + u * BLOCK < row.end ? row.base[i + u * BLOCK] : Source::fill();
+            }
+#pragma unroll
+            for (int u = 0; u < DEPTH; u++) {
+                f(source.key(x[u]));
+            }
+        }
     }
 };
 struct CandidateKeys {
@@ -209,7 +226,7 @@ PYINFER_DEVICE CandidateKeys collect(const Keys& keys, uint32_t low, SelectShare
         sh.num_candidates = 0;
     }
     __syncthreads();
-    keys.walk([&](uint32_t key) {  // walks of a row are uniform in a warp
+    keys.walk_vectors([&](uint32_t key) {
         const uint32_t takers = __ballot_sync(ALL_LANES, key >= low);
         if (takers != 0) {
             uint32_t slot = 0;
