@@ -42,6 +42,7 @@ class BatchAttention:
     _op = "attention"
     _paged = True
     _indices_arg = "paged_kv_indices_buffer"  # the name of the caller's buffer of page indices
+    _page_arg = "paged_kv_indices"  # and of plan()'s argument
 
     def __init__(
         self,
@@ -159,7 +160,7 @@ class BatchAttention:
             if on_device.device != ref.device:
                 fail(
                     self._op,
-                    "paged_kv_indices",
+                    self._page_arg,
                     "is on another device",
                     device_name(on_device.device),
                     device_name(ref.device),
@@ -295,16 +296,16 @@ class BatchAttention:
         import numpy as np
 
         if isinstance(indices, np.ndarray | list | tuple):
-            return host_ints(indices, op, "paged_kv_indices")
-        v = view(indices, op, "paged_kv_indices")
+            return host_ints(indices, op, self._page_arg)
+        v = view(indices, op, self._page_arg)
         if v.device < 0:
-            return host_ints(indices, op, "paged_kv_indices")
-        check_ndim(op, "paged_kv_indices", v, 1)
-        check_dtype(op, "paged_kv_indices", v, (INT32,))
-        check_last_dim_contiguous(op, "paged_kv_indices", v)
+            return host_ints(indices, op, self._page_arg)
+        check_ndim(op, self._page_arg, v, 1)
+        check_dtype(op, self._page_arg, v, (INT32,))
+        check_last_dim_contiguous(op, self._page_arg, v)
         if len(indptr) and v.shape[0] < indptr[-1]:
             fail(
-                op, "paged_kv_indices", "is too short", v.shape[0], f"at least {int(indptr[-1])} (paged_kv_indptr[-1])"
+                op, self._page_arg, "is too short", v.shape[0], f"at least {int(indptr[-1])} ({self._page_arg.replace('indices', 'indptr')}[-1])"
             )
         return v
 
