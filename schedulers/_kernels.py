@@ -202,6 +202,38 @@ def measure(qo_len, kv_len, group, tile_q, unit, slots, extra, causal, window_le
 
 
 @kernel(fastmath=False)
+def assemble(buffer, at, n_work, num_partials, tiles, chunk, unit, qo_indptr, kv_indptr, kv_len, kv_indices):
+    """Write the whole packed plan. `at`: the sections' begins and the end, as in PlanOffsets (int64 [7]); kv_indices empty: not in the buffer.
+
+    What a section has no values for is zeroed, semaphores too.
+    """
+    for i in range(at[0]):
+        buffer[i] = 0
+    buffer[0] = n_work
+    buffer[1] = num_partials
+    buffer[2] = len(kv_len)
+    end = at[0] + 8 * n_work
+    emit(tiles, chunk, unit, buffer[at[0] : end].reshape(n_work, 8))
+    for i in range(end, at[1]):
+        buffer[i] = 0
+    _put(buffer, at[1], at[2], qo_indptr, len(qo_indptr))
+    _put(buffer, at[2], at[3], kv_indptr, len(kv_indptr))
+    _put(buffer, at[3], at[4], kv_len, len(kv_len))
+    _put(buffer, at[4], at[5], kv_indices, min(len(kv_indices), kv_indptr[-1]))
+    for i in range(at[5], at[6]):
+        buffer[i] = 0
+
+
+@kernel(fastmath=False)
+def _put(buffer, begin, end, values, count):
+    """Copy values[:count] to buffer[begin:] and zero the rest up to `end`."""
+    for i in range(count):
+        buffer[begin + i] = values[i]
+    for i in range(begin + count, end):
+        buffer[i] = 0
+
+
+@kernel(fastmath=False)
 def emit(tiles, chunk, unit, work):
     """Second pass: write the work items, longest first. Among items of one length the order is that of the batch (a stable radix sort)."""
     n = len(work)

@@ -395,21 +395,19 @@ def build_plan(
             capacity.max_partials * num_kv_heads,
         )
     buffer = np.empty(offsets.total, np.int32)
-    buffer[:HEADER_INTS] = 0
-    buffer[0] = n_work
-    buffer[1] = num_partials
-    buffer[2] = batch
     end = offsets.work + 8 * n_work
-    k.emit(tiles, chunk, unit, buffer[offsets.work : end].reshape(n_work, 8))
-    if end < offsets.qo_indptr:
-        buffer[end : offsets.qo_indptr] = 0
-    kv_end = offsets.kv_indices if n_indices >= 0 else offsets.semaphore
-    _fill(buffer, offsets.qo_indptr, offsets.kv_indptr, qo_indptr)
-    _fill(buffer, offsets.kv_indptr, offsets.kv_len, kv_indptr)
-    _fill(buffer, offsets.kv_len, kv_end, kv_len)
-    if n_indices >= 0 and kv_indices is not None:
-        _fill(buffer, offsets.kv_indices, offsets.semaphore, kv_indices[:n_indices])
-    buffer[offsets.semaphore :] = 0
+    at_indices = offsets.kv_indices if n_indices >= 0 else offsets.semaphore
+    sections = (
+        offsets.work,
+        offsets.qo_indptr,
+        offsets.kv_indptr,
+        offsets.kv_len,
+        at_indices,
+        offsets.semaphore,
+        offsets.total,
+    )
+    packed_indices = kv_indptr[:0] if kv_indices is None or n_indices < 0 else kv_indices
+    k.assemble(buffer, sections, n_work, num_partials, tiles, chunk, unit, qo_indptr, kv_indptr, kv_len, packed_indices)
     buffer.flags.writeable = False  # before the views are taken: they inherit it
     if n_indices >= 0:
         kv_indices = buffer[offsets.kv_indices : offsets.kv_indices + n_indices]
@@ -418,14 +416,6 @@ def build_plan(
         buffer[offsets.kv_indptr : offsets.kv_indptr + batch + 1], buffer[offsets.kv_len : offsets.kv_len + batch], kv_indices,
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, tile_q, chunk, num_partials, causal, window_left, capacity, offsets, max_page,
     )  # fmt: skip
-
-
-def _fill(buffer: np.ndarray, begin: int, end: int, values: np.ndarray) -> None:
-    """Copy `values` to buffer[begin:] and zero the rest of the section."""
-    stop = begin + len(values)
-    buffer[begin:stop] = values
-    if stop < end:
-        buffer[stop:end] = 0
 
 
 def device_slots(num_sms: int, ctas_per_sm: int, num_kv_heads: int) -> int:

@@ -52,7 +52,10 @@ def error_text(code: int) -> str:
 
 
 class _Slot(threading.local):
-    """A thread's own launch buffers: another thread may launch while the driver reads ours with the GIL released. Each thread starts with a copy of `params`, `config`."""
+    """A thread's own launch buffers: another thread may launch while the driver reads ours with the GIL released.
+
+    Each thread starts with a copy of `params` and `config`.
+    """
 
     def __init__(self, params: bytes, config: bytes) -> None:
         self.params = ctypes.create_string_buffer(params, len(params))

@@ -303,6 +303,24 @@ def as_numpy(x: Any) -> Any:
     return obj.numpy()
 
 
+def on_host(x: Any, op: str, arg: str) -> bool:
+    """Whether integers lie on the host: lists, NumPy arrays, CPU tensors. TypeError for what is none of these and no tensor."""
+    if _viewers.get(type(x)) is _view_torch:
+        return x.get_device() < 0
+    return isinstance(x, list | tuple) or view(x, op, arg).device < 0
+
+
+def _plain_int32(x: Any) -> Any:
+    """The array of what plan() is given nearly always, a contiguous one-axis int32 array or torch CPU tensor, without building a view; else None."""
+    if _viewers.get(type(x)) is _view_torch:
+        if x.get_device() >= 0 or x.requires_grad:
+            return None
+        x = x.numpy()
+    elif type(x).__module__ != "numpy" or type(x).__name__ != "ndarray":
+        return None
+    return x if x.ndim == 1 and x.dtype.char == "i" and x.dtype.isnative and x.flags.c_contiguous else None
+
+
 def host_ints(x: Any, op: str, arg: str, dtype: Any = None, *, strict: bool = False) -> Any:
     """Integers as a contiguous one-axis host array.
 
@@ -315,6 +333,10 @@ def host_ints(x: Any, op: str, arg: str, dtype: Any = None, *, strict: bool = Fa
     """
     import numpy as np
 
+    if dtype is None:
+        array = _plain_int32(x)
+        if array is not None:
+            return array
     dtype = np.dtype(np.int32 if dtype is None else dtype)
     if isinstance(x, np.ndarray):
         array = np.asarray(x)  # a subclass may index differently

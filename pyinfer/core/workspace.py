@@ -62,7 +62,8 @@ class PlanBuffer:
 
     def __init__(self, device: int, framework: str = "cupy") -> None:
         self.memory = DeviceBuffer(device, framework)
-        self._slots: list[Any] = [None, None]
+        self._slots: list[_PinnedSlot | None] = [None, None]
+        self._runtime: Any = None
         self._turn = 0
 
     @property
@@ -82,27 +83,47 @@ class PlanBuffer:
         capacity
             Reserve at least this many int32, so that the pointer survives later, larger plans (CUDA graphs).
         """
-        import cupy
-        import numpy as np
+        device = self.memory.device
+        runtime = self._runtime
+        if runtime is None:
+            import cupy
 
-        runtime = cupy.cuda.runtime
-        nbytes = data.nbytes
-        with cupy.cuda.Device(self.memory.device):
+            runtime = self._runtime = cupy.cuda.runtime
+        previous = runtime.getDevice()
+        if previous != device:
+            runtime.setDevice(device)
+        try:
+            nbytes = data.nbytes
             ptr = self.memory.reserve(max(nbytes, 4 * capacity, 64))
             self._turn ^= 1
             slot = self._slots[self._turn]
-            if slot is None or slot[0].nbytes < nbytes:
-                if slot is not None:
-                    slot[1].synchronize()  # the copy out of the pinned buffer that is about to go
-                room = max(2 * nbytes, 4096)
-                host = np.frombuffer(cupy.cuda.alloc_pinned_memory(room), np.int32, room // 4)
-                slot = self._slots[self._turn] = (host, cupy.cuda.Event(disable_timing=True))
-            host, event = slot
-            event.synchronize()
-            host[: data.size] = data
-            runtime.memcpyAsync(ptr, host.ctypes.data, nbytes, runtime.memcpyHostToDevice, stream)
-            event.record(cupy.cuda.ExternalStream(stream))
+            if slot is None or slot.nbytes < nbytes:
+                slot = self._slots[self._turn] = _PinnedSlot(max(2 * nbytes, 4096), slot)
+            else:
+                runtime.eventSynchronize(slot.event.ptr)  # two uploads ago: nearly always done
+            slot.host[: data.size] = data
+            runtime.memcpyAsync(ptr, slot.address, nbytes, runtime.memcpyHostToDevice, stream)
+            runtime.eventRecord(slot.event.ptr, stream)
+        finally:
+            if previous != device:
+                runtime.setDevice(previous)
         return ptr
+
+
+class _PinnedSlot:
+    """Page-locked host memory and the event behind the last copy out of it."""
+
+    def __init__(self, nbytes: int, old: _PinnedSlot | None) -> None:
+        import cupy
+        import numpy as np
+
+        if old is not None:
+            old.event.synchronize()  # its memory goes back to the pool
+        self.nbytes = nbytes
+        memory = cupy.cuda.alloc_pinned_memory(nbytes)
+        self.host = np.frombuffer(memory, np.int32, nbytes // 4)
+        self.address = memory.ptr  # reading it off the array costs 2 us
+        self.event = cupy.cuda.Event(disable_timing=True)
 
 
 _shared: dict[tuple[int, str, str, int], DeviceBuffer] = {}
