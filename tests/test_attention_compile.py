@@ -6,7 +6,9 @@ import time
 
 import pytest
 
+from pyinfer.core.params import f32, ptr
 from pyinfer.jit import attention, compiler, env
+from pyinfer.jit.attention_options import PLAIN, AttentionExtras, AttentionOptions, UserVariant, check_extras
 from pyinfer.jit.spec import JitSpec, build_jit_specs
 
 pytestmark = pytest.mark.compile
@@ -50,6 +52,37 @@ def test_compiles_without_spills(arch: str) -> None:
     print("\n" + "\n".join(lines))
 
 
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_options_compile_without_spills(arch: str) -> None:
+    """Every option, alone or where it costs most."""
+    lines = [check_resources(spec, arch) for spec in attention.option_specs(env.arch_number(arch))]
+    print("\n" + "\n".join(lines))
+
+
+def test_user_variant() -> None:
+    """A user's source with all hooks, extra tensors and scalars, on both phases; its line breaks stay out of the source's head comment."""
+    source = """
+PYINFER_DEVICE float user_logits_transform(const Params& p, float logit, int request, int q_token, int kv_token, int qo_head, int kv_head) {
+    return logit + p.bias[qo_head] * p.strength;
+}
+PYINFER_DEVICE bool user_mask(const Params& p, int request, int q_token, int kv_token, int qo_head, int kv_head) {
+    return (q_token + kv_token) % 2 == 0;
+}
+PYINFER_DEVICE float user_output_transform(const Params& p, float value, int request, int q_token, int qo_head, int column) {
+    return value * p.strength;
+}
+"""
+    fields = (ptr("bias", "const float"), f32("strength"))
+    options = AttentionOptions(user=UserVariant("biased", source, ("logits", "mask", "output"), fields))
+    for i, rows in enumerate(attention.ROW_CLASSES):
+        config = attention.attention_config(90, "bfloat16", 128, 128, rows, None, options)
+        spec = attention.gen_attention(config, "bfloat16", 128, 128, ("plan", "single")[i % 2], options=options)
+        assert "user_biased" in spec.name
+        check_resources(spec, "90a")
+    text = spec.source("90a")
+    assert text.count("user_mask(const Params") == 1 and "p.strength" in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", env.NATIVE_ARCHS)
 def test_every_spec_compiles_without_spills(arch: str) -> None:
@@ -81,20 +114,28 @@ def test_compile_time(dim: int) -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 86, 87, 89, 90, 100, 120])
-@pytest.mark.parametrize("dim", attention.HEAD_DIMS)
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 5000])
-def test_config(arch: int, dim: int, rows: int) -> None:
+@pytest.mark.parametrize(
+    "dims", [(64, 64), (128, 128), (256, 256), (8, 8), (72, 200), (192, 128), (104, 256), (256, 8)]
+)
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("options", [PLAIN, AttentionOptions(rope=(1.0, 1e4)), AttentionOptions(mask=True)])
+def test_config(arch: int, dims: tuple[int, int], rows: int, kv_dtype: str | None, options: AttentionOptions) -> None:
     """Every candidate fits the architecture; the heights are those the scheduler and the launch functions rely on."""
     per_block, per_sm = attention.smem_limits(arch)
-    candidates = attention.candidate_configs(arch, dim, dim, rows)
-    assert attention.attention_config(arch, "float16", dim, dim, rows) == candidates[0]
+    candidates = attention.candidate_configs(arch, *dims, rows, 2 if kv_dtype is None else 1, options)
+    assert attention.attention_config(arch, "float16", *dims, rows, kv_dtype, options) == candidates[0]
     for c in candidates:
         assert c.kind == ("decode" if rows <= 16 else "prefill")
         assert c.tile_q == 16 if rows <= 16 else c.tile_q in (64, 128)
         assert c.smem + STATIC_SMEM <= per_block and c.ctas_per_sm * (c.smem + 1024 + STATIC_SMEM) <= per_sm
         assert c.ctas_per_sm * c.block[0] * 64 <= REGISTERS_PER_SM
     # A plan knows only its tile_q: that must lead back to the same configuration.
-    assert attention.attention_config(arch, "float16", dim, dim, candidates[0].tile_q) == candidates[0]
+    again = attention.attention_config(arch, "float16", *dims, candidates[0].tile_q, kv_dtype, options)
+    assert again == candidates[0]
+    # Sinks come with a run, when the plan is made: they must not change the tiles.
+    with_sinks = options._replace(sinks=True)
+    assert attention.attention_config(arch, "float16", *dims, rows, kv_dtype, with_sinks) == candidates[0]
 
 
 def test_specs_have_distinct_names() -> None:
@@ -106,13 +147,62 @@ def test_specs_have_distinct_names() -> None:
     ("arguments", "error", "text"),
     [
         (("float32", 128, 128), TypeError, "dtype has no CUDA kernel"),
-        (("float16", 96, 96), ValueError, "head_dim has no CUDA kernel"),
-        (("float16", 128, 64), ValueError, "head_dim has no CUDA kernel"),
+        (("float16", 100, 96), ValueError, "head_dim has no CUDA kernel: got qk 100, vo 96, wanted multiples of 8"),
+        (("float16", 128, 264), ValueError, "head_dim has no CUDA kernel"),
+        (("float16", 0, 64), ValueError, "head_dim has no CUDA kernel"),
+        (
+            ("float16", 64, 64, 1, "bfloat16"),
+            TypeError,
+            "kv_dtype has no CUDA kernel: got bfloat16, wanted float16, float8",
+        ),
     ],
 )
 def test_config_refuses(arguments: tuple, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
-        attention.attention_config(90, *arguments, 1)
+        attention.attention_config(90, *(*arguments, 1)[:4], *arguments[4:])
+
+
+def test_output_dtype_refused() -> None:
+    config = attention.attention_config(90, "float16", 64, 64, 1)
+    with pytest.raises(
+        TypeError, match="out_dtype has no CUDA kernel: got float8_e4m3fn, wanted float16, bfloat16 or float32"
+    ):
+        attention.gen_attention(config, "float16", 64, 64, out_dtype="float8_e4m3fn")
+
+
+@pytest.mark.parametrize(
+    ("options", "extras", "text"),
+    [
+        (
+            AttentionOptions(mask=True),
+            AttentionExtras(),
+            "mask is missing: got no address, wanted a tensor on the device",
+        ),
+        (AttentionOptions(sinks=True), AttentionExtras(), "sinks is missing"),
+        (
+            PLAIN,
+            AttentionExtras(sinks_ptr=16),
+            "sinks was not planned: got an address, wanted none. Ask for it in the options.",
+        ),
+        (AttentionOptions(multi_item=True), AttentionExtras(prefix_len_ptr=16), "token_pos_in_items_ptr is missing"),
+        (PLAIN, AttentionExtras(user=(1.0,)), "extra arguments do not fit the variant: got 1, wanted 0"),
+    ],
+)
+def test_extras_must_fit(options: AttentionOptions, extras: AttentionExtras, text: str) -> None:
+    with pytest.raises(ValueError, match=f"attention: {text}"):
+        check_extras("attention", options, extras)
+
+
+@pytest.mark.parametrize("source", attention.SOURCES)
+def test_parameters_of_options(source: str) -> None:
+    """A plain kernel's struct has no field of an option; the five addresses that a bound launch rewrites stay in front."""
+    plain = [f.name for f in attention.attention_params(source).fields]
+    options = AttentionOptions(True, (1.0, 1e4), True, True, True)
+    full = [f.name for f in attention.attention_params(source, options, 128).fields]
+    added = ["rope_frequency", "mask", "mask_indptr", "prefix_len", "token_pos", "token_pos_len", "sinks"]
+    assert sorted(set(full) - set(plain)) == sorted(added) and [n for n in full if n in plain] == plain
+    assert full[:5] == plain[:5] == ["q", "k", "v", "out", "lse"]
+    assert full.index("rope_frequency") == plain.index("logit_scale")
 
 
 def test_flashinfer_factories() -> None:
@@ -130,9 +220,14 @@ def test_flashinfer_factories() -> None:
     for bad in (
         ("fa3", f16, f16, f16, "int32"),
         ("fa2", f16, f16, f16, "int64"),
-        ("fa2", f16, "bfloat16", f16, "int32"),
     ):
         with pytest.raises((ValueError, TypeError), match="gen_batch_prefill_module"):
             attention.gen_batch_prefill_module(*bad, 128, 128)
-    with pytest.raises(ValueError, match="pos_encoding_mode"):
-        attention.gen_batch_decode_module(f16, f16, f16, "int32", 128, 128, 1)
+    with pytest.raises(TypeError, match="kv_dtype"):
+        attention.gen_batch_prefill_module("fa2", f16, "bfloat16", f16, "int32", 128, 128)
+    with pytest.raises(ValueError, match="pos_encoding_mode is no positional encoding"):
+        attention.gen_batch_decode_module(f16, f16, f16, "int32", 128, 128, 3)
+    rotated = attention.gen_batch_decode_module(f16, "float8_e5m2", "float32", "int32", 128, 128, 1)
+    assert all("_kve5m2_of32_" in s.name and "_rope_" in s.name for s in rotated.specs)
+    biased = attention.gen_single_prefill_module("auto", f16, f16, f16, 96, 64, 2, False, True, True)
+    assert all("_d96x64_" in s.name and "_softcap_alibi_" in s.name for s in biased.specs)

@@ -1,20 +1,33 @@
-// What makes one attention differ from another: a *variant* is a small struct of inlined functions that decode and prefill, on
-// every architecture, call at the same places.
+// What makes one attention differ from another. Decode and prefill, on every architecture, call a *variant* at the same places:
 //
-//   TRANSFORMS_LOGITS, logits_transform   raw score q·k -> logit in base 2; without it the score is multiplied by `scale`
-//   MASKS, visible                        a mask beyond the range of keys that `RowVisibility` gives
-//   scale                                 base-2 exponent per unit of (transformed) score
-//   output_transform                      applied to the normalised output, where it is written
+//   row                 what the variant knows about a query row, made once for each tile of keys
+//   logits              raw score q·k -> logit in base 2; without TRANSFORMS_LOGITS the score is multiplied by `scale`
+//   visible             a mask beyond the range of keys that `RowVisibility` gives (if MASKS)
+//   sink                a logit that joins a row's denominator (if SINKS)
+//   output_transform    applied to the normalised output, where it is written
 //
-// A variant that needs the place of a score gets it as a `ScoreIndex`; what it does not read costs nothing.
+// The built-in ones are one template over a set of FEATURES; what a kernel does not ask for costs nothing, neither registers nor fields
+// of its parameter struct. RoPE is not here: it changes operands, not scores (common/attention_rope.cuh).
+//
+// A user's source stands in front of the kernel, behind `Params`, and defines the hooks that FEATURES names (p holds its own fields too):
+//   float user_logits_transform(const Params& p, float logit, int request, int q_token, int kv_token, int qo_head, int kv_head)
+//       natural-log logit, scaled and with ALiBi's bias but not capped, to the same
+//   bool user_mask(const Params& p, int request, int q_token, int kv_token, int qo_head, int kv_head)
+//   float user_output_transform(const Params& p, float value, int request, int q_token, int qo_head, int column)
+// q_token counts within the request's queries, kv_token within its keys; both are always inside.
 #pragma once
+#include "common/attention_work.cuh"
 #include "common/ptx_math.cuh"
 
-struct ScoreIndex {
-    int request;
-    int packed_row;  // within the request: query token = packed_row / group, head = kv_head * group + packed_row % group
-    int kv_token;
-    int kv_head;
+enum AttentionFeature : uint32_t {
+    SOFT_CAP = 1,
+    ALIBI = 2,
+    CUSTOM_MASK = 4,
+    MULTI_ITEM = 8,
+    SINK = 16,
+    USER_LOGITS = 32,
+    USER_MASK = 64,
+    USER_OUTPUT = 128,
 };
 
 // The keys a query token sees by causality, window and length: [begin(token), end(token)), which may be empty or inverted.
@@ -28,37 +41,133 @@ struct RowVisibility {
     PYINFER_DEVICE int end(int token) const { return causal ? min_of(kv_end, diagonal + token + 1) : kv_end; }
 };
 
-// softmax(sm_scale * q·k) v. Causality and sliding windows are RowVisibility's.
-template <typename Params>
-struct PlainVariant {
-    static constexpr bool TRANSFORMS_LOGITS = false;
-    static constexpr bool MASKS = false;
-    float scale;
-    float v_scale;
+// kv_len of a request: an array in a plan's parameters, a number in a single request's.
+PYINFER_DEVICE int length_of(const int32_t* lengths, int request) {
+    return lengths[request];
+}
+PYINFER_DEVICE int length_of(int length, int) {
+    return length;
+}
 
-    PYINFER_DEVICE explicit PlainVariant(const Params& p) : scale(p.logit_scale), v_scale(p.v_scale) {}
-    PYINFER_DEVICE float logits_transform(float score, const ScoreIndex&) const { return score; }
-    PYINFER_DEVICE bool visible(const ScoreIndex&) const { return true; }
-    PYINFER_DEVICE float output_transform(float value) const { return value * v_scale; }
-};
+// ALiBi's slope of a head (Press et al., arXiv 2108.12409): 2^(-8k/n), k = 1..n, for the first n = 2^floor(log2 heads) heads, and
+// 2^(-4k/n), k = 1, 3, 5, ..., for the rest.
+PYINFER_DEVICE float alibi_slope(int head, int num_heads) {
+    const int n = 1 << (31 - __clz(num_heads));
+    const float exponent = head < n ? -8.0f * (head + 1) : -4.0f * (2 * (head - n) + 1);
+    return exp2_approx(exponent / n);
+}
 
-// Logits capped as cap * tanh(sm_scale * q·k / cap). The host folds base 2 into both constants:
-// logit_scale = 2 log2(e) sm_scale / cap, soft_cap_log2 = log2(e) cap.
+// softmax(f(sm_scale * q·k)) v. The host folds base 2 into the constants: logit_scale = log2(e) sm_scale, or with a soft cap
+// 2 log2(e) sm_scale / cap, the exponent of cap * tanh(x / cap) = cap - 2 cap / (1 + e^(2x / cap)); soft_cap_log2 = log2(e) cap.
 // Why not tanh.approx: its error of 2^-11, times a cap of 50, is 0.02 in a logit; this form errs by 1e-7 of the cap.
-template <typename Params>
-struct SoftCapVariant {
-    static constexpr bool TRANSFORMS_LOGITS = true;
-    static constexpr bool MASKS = false;
-    float scale = 1.0f;
-    float rate;
-    float cap;
+template <typename Params, uint32_t FEATURES>
+struct AttentionVariant {
+    static constexpr bool CAPS = FEATURES & SOFT_CAP;
+    static constexpr bool TRANSFORMS_LOGITS = FEATURES & (SOFT_CAP | ALIBI | USER_LOGITS);
+    static constexpr bool MASKS = FEATURES & (CUSTOM_MASK | MULTI_ITEM | USER_MASK);
+    static constexpr bool SINKS = FEATURES & SINK;
+    static constexpr bool NEEDS_ROW = FEATURES & (ALIBI | CUSTOM_MASK | MULTI_ITEM | USER_LOGITS | USER_MASK);
+
+    const Params& p;
+    float scale;  // base-2 exponent per unit of (transformed) score
     float v_scale;
 
-    PYINFER_DEVICE explicit SoftCapVariant(const Params& p) : rate(p.logit_scale), cap(p.soft_cap_log2), v_scale(p.v_scale) {}
-    PYINFER_DEVICE float logits_transform(float score, const ScoreIndex&) const {
-        // tanh(x) = 1 - 2 / (1 + e^2x): right at both ends, where e^2x is 0 or infinity.
-        return cap - 2.0f * cap * rcp_approx(1.0f + exp2_approx(score * rate));
+    PYINFER_DEVICE explicit AttentionVariant(const Params& params)
+        : p(params), scale(TRANSFORMS_LOGITS ? 1.0f : params.logit_scale), v_scale(params.v_scale) {}
+
+    struct Row {
+        int request, q_token, qo_head, kv_head, last_key;
+        float slope;            // ALiBi's, per key, in the units of logit_scale
+        const uint8_t* bits;    // the row's mask begins at bit `first_bit` of this byte
+        uint32_t first_bit;
+        uint32_t prefix;        // multi-item: keys before it are visible, and those from item_begin on
+        int item_begin;
+    };
+
+    // `packed_row` may lie behind the tile's last row, which then stands for it: no tensor is read outside.
+    PYINFER_DEVICE Row row(const AttentionWork& w, int packed_row) const {
+        Row r;
+        if constexpr (NEEDS_ROW) {
+            const int packed = min_of(packed_row, w.row_begin + w.row_count - 1);
+            r.request = w.request;
+            r.q_token = fast_divide(packed, p.group_magic, p.group_shift);
+            r.kv_head = w.kv_head;
+            r.qo_head = w.kv_head * p.group + packed - r.q_token * p.group;
+            r.last_key = w.kv_end - 1;
+            if constexpr (FEATURES & ALIBI) {
+                r.slope = alibi_slope(r.qo_head, p.num_kv_heads * p.group) * bias_scale();
+            }
+            if constexpr (FEATURES & CUSTOM_MASK) {
+                const int64_t bit = static_cast<int64_t>(r.q_token) * length_of(p.kv_len, w.request);
+                r.bits = p.mask + (p.mask_indptr != nullptr ? p.mask_indptr[w.request] : 0) + (bit >> 3);
+                r.first_bit = bit & 7;
+            }
+            if constexpr (FEATURES & MULTI_ITEM) {
+                // q_abs < j + position, or j < prefix. Queries inside the prefix see what causality leaves.
+                const int q_abs = w.diagonal + r.q_token;
+                r.prefix = p.prefix_len[w.request];
+                const int within = q_abs - static_cast<int>(r.prefix);
+                r.item_begin = 0;
+                if (within >= 0) {
+                    const int position =
+                        within < p.token_pos_len ? p.token_pos[static_cast<int64_t>(w.request) * p.token_pos_len + within] : 0;
+                    r.item_begin = q_abs - position + 1;
+                }
+            }
+        }
+        return r;
     }
-    PYINFER_DEVICE bool visible(const ScoreIndex&) const { return true; }
-    PYINFER_DEVICE float output_transform(float value) const { return value * v_scale; }
+
+    PYINFER_DEVICE float bias_scale() const {
+        if constexpr (CAPS) {
+            return 2.0f * LOG2_E * LOG2_E / p.soft_cap_log2;
+        }
+        return LOG2_E;
+    }
+
+    PYINFER_DEVICE float logits(float score, const Row& r, int kv_token) const {
+        float x = score * p.logit_scale;
+        if constexpr (FEATURES & ALIBI) {
+            x = fmaf(r.slope, static_cast<float>(kv_token - r.q_token), x);
+        }
+        if constexpr (FEATURES & USER_LOGITS) {
+            const float natural = x / bias_scale();
+            x = user_logits_transform(p, natural, r.request, r.q_token, min_of(kv_token, r.last_key), r.qo_head, r.kv_head) * bias_scale();
+        }
+        if constexpr (CAPS) {
+            // Right at both ends, where e^2x is 0 or infinity.
+            x = p.soft_cap_log2 - 2.0f * p.soft_cap_log2 * rcp_approx(1.0f + exp2_approx(x));
+        }
+        return x;
+    }
+
+    // Asked only for keys that RowVisibility shows, so inside the request.
+    PYINFER_DEVICE bool visible(const Row& r, int kv_token) const {
+        bool result = true;
+        if constexpr (FEATURES & CUSTOM_MASK) {
+            const uint32_t bit = r.first_bit + kv_token;
+            result = result && (r.bits[bit >> 3] >> (bit & 7) & 1);
+        }
+        if constexpr (FEATURES & MULTI_ITEM) {
+            result = result && (static_cast<uint32_t>(kv_token) < r.prefix || kv_token >= r.item_begin);
+        }
+        if constexpr (FEATURES & USER_MASK) {
+            result = result && user_mask(p, r.request, r.q_token, kv_token, r.qo_head, r.kv_head);
+        }
+        return result;
+    }
+
+    // Base-2 logit. A sink of +inf counts as the largest float, as scores do.
+    PYINFER_DEVICE float sink(int qo_head) const { return fminf(p.sinks[qo_head] * LOG2_E, 3.402823466e38f); }
+
+    // `row_of()` gives the OutputRow, if a user's function asks for it.
+    template <typename RowOf>
+    PYINFER_DEVICE float output_transform(float value, const AttentionWork& w, const RowOf& row_of, int column) const {
+        value *= v_scale;
+        if constexpr (FEATURES & USER_OUTPUT) {
+            const auto at = row_of();
+            value = user_output_transform(p, value, w.request, static_cast<int>(at.token) - w.qo_begin, at.head, column);
+        }
+        return value;
+    }
 };

@@ -1,7 +1,7 @@
 // Where results go, and the merge of a tile's KV splits inside the launch that made them, by the last block to arrive.
 #pragma once
-#include "common/attention_work.cuh"
-#include "common/ptx_math.cuh"
+#include "common/attention_variant.cuh"
+#include "common/softmax.cuh"
 
 // A packed row's place in q, out and lse.
 struct OutputRow {
@@ -20,6 +20,41 @@ template <typename Params>
 PYINFER_DEVICE void store_lse(const Params& p, const OutputRow& at, float lse) {
     if (p.lse != nullptr) {
         p.lse[at.token * (static_cast<int64_t>(p.num_kv_heads) * p.group) + at.head] = lse;
+    }
+}
+
+// How a row ends: what its accumulated output is multiplied by, and its LSE in base 2; 0 and -inf for a row without a visible key. A sink
+// joins the denominator here, so exactly once: where the whole row is known, not in a split. `head_of()` gives the query head.
+struct RowEnd {
+    float factor;
+    float lse;
+};
+template <typename Variant, typename HeadOf>
+PYINFER_DEVICE RowEnd end_row(const Variant& variant, float reference, float sum, const HeadOf& head_of) {
+    if constexpr (Variant::SINKS) {
+        if (sum == 0.0f) {
+            return {0.0f, -infinity()};
+        }
+        const float sink = variant.sink(head_of());
+        const float top = fmaxf(reference, sink);
+        const float weight = exp2_approx(reference - top);
+        const float total = fmaf(sum, weight, exp2_approx(sink - top));
+        return {weight / total, top + log2_approx(total)};
+    } else {
+        return {normaliser(sum), log_sum(reference, sum)};
+    }
+}
+
+// Neighbouring elements of an output row.
+template <bool ALIGNED, typename T, int N>
+PYINFER_DEVICE void store_columns(T* p, const vec_t<T, N>& x) {
+    if constexpr (ALIGNED) {
+        x.store(p);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            p[i] = x[i];
+        }
     }
 }
 
@@ -52,7 +87,7 @@ PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w) {
 
 // out = sum_s 2^(lse_s - lse) O_s, lse = log2 sum_s 2^lse_s, always summed in split order, so that the bits do not depend on who came last.
 // `total`: TILE_Q floats of shared memory.
-template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, typename Params, typename Variant>
+template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, bool ALIGNED = true, typename Params, typename Variant>
 PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const Variant& variant, float* total) {
     constexpr int GROUP = max_of(1, min_of(32, THREADS / TILE_Q));  // neighbouring lanes that share a row's splits
     static_assert(THREADS % TILE_Q == 0 || TILE_Q % THREADS == 0, "rows divide among the threads");
@@ -83,7 +118,11 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
             sum += __shfl_xor_sync(0xffffffffu, sum, offset);
         }
         if (task % GROUP == 0) {
-            total[row] = sum == 0.0f ? -infinity() : reference + log2_approx(sum);
+            if constexpr (Variant::SINKS) {
+                total[row] = end_row(variant, reference, sum, [&] { return output_row(p, w, row).head; }).lse;
+            } else {
+                total[row] = sum == 0.0f ? -infinity() : reference + log2_approx(sum);
+            }
             if (in_tile) {
                 store_lse(p, output_row(p, w, row), total[row]);
             }
@@ -113,8 +152,8 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
         vec_t<T, COLUMNS> result;
 #pragma unroll
         for (int i = 0; i < COLUMNS; ++i) {
-            result[i] = from_float<T>(variant.output_transform(sum[i]));
+            result[i] = from_float<T>(variant.output_transform(sum[i], w, [&] { return at; }, column + i));
         }
-        result.store(p.out + at.token * p.out_stride_token + at.head * p.out_stride_head + column);
+        store_columns<ALIGNED>(p.out + at.token * p.out_stride_token + at.head * p.out_stride_head + column, result);
     }
 }

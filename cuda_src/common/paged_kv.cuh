@@ -65,3 +65,44 @@ PYINFER_DEVICE void copy_rows(uint32_t tile, const char* base, int64_t lane_row_
         }
     }
 }
+
+// The same for any head dimension and alignment. Of a row in memory COLUMNS elements are read; behind them zeros follow up to whole mma
+// steps of 16 columns. Without ALIGNED, addresses are multiples of the element's size only, and elements pass through registers, which is
+// slower; the caller's waits and barriers are the same.
+template <typename T, int COLUMNS, int ROW_BYTES, int ROWS, bool ALIGNED>
+PYINFER_DEVICE void copy_matrix(uint32_t tile, const char* base, int64_t lane_row_offset, int valid_rows) {
+    constexpr int BYTES = COLUMNS * sizeof(T);
+    if constexpr (ALIGNED && BYTES == ROW_BYTES) {
+        copy_rows<ROW_BYTES, ROWS>(tile, base, lane_row_offset, valid_rows);
+    } else {
+        constexpr int CHUNKS = ceil_div(COLUMNS, 16) * sizeof(T);
+        static_assert(CHUNKS * 16 <= ROW_BYTES && ROWS <= 32, "padding lies inside the row; a lane holds one row's offset");
+        const int lane = fresh_lane();
+#pragma unroll 4
+        for (int i = 0; i < ceil_div(ROWS * CHUNKS, 32); ++i) {
+            const int row = (i * 32 + lane) / CHUNKS;
+            const int chunk = (i * 32 + lane) % CHUNKS;
+            const int64_t offset = __shfl_sync(0xffffffffu, lane_row_offset, min_of(row, ROWS - 1));
+            const int bytes = row < valid_rows ? max_of(0, min_of(16, BYTES - chunk * 16)) : 0;
+            const char* source = base + offset + (bytes > 0 ? chunk * 16 : 0);
+            const uint32_t place = tile + swizzled_offset<ROW_BYTES>(row, chunk);
+            if (row < ROWS) {
+                if constexpr (ALIGNED) {
+                    cp_async_16_partial(place, source, bytes);
+                } else {
+                    using bits_t = conditional_t<sizeof(T) == 1, uint8_t, uint16_t>;
+                    constexpr int PER_WORD = 4 / sizeof(T);
+                    uint32_t word[4] = {};
+#pragma unroll
+                    for (int j = 0; j < 16 / static_cast<int>(sizeof(T)); ++j) {
+                        if (j * static_cast<int>(sizeof(T)) < bytes) {
+                            const uint32_t element = reinterpret_cast<const bits_t*>(source)[j];
+                            word[j / PER_WORD] |= element << (j % PER_WORD * 8 * sizeof(T));
+                        }
+                    }
+                    store_shared_16(place, word);
+                }
+            }
+        }
+    }
+}

@@ -13,6 +13,16 @@ PYINFER_DEVICE void cp_async_16(uint32_t destination, const void* source, bool v
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0) : "memory");
 }
 
+// Copies the first `bytes` (0..16) of 16 bytes; zeros follow. The source is aligned to 16 bytes, and mapped even if nothing is read.
+PYINFER_DEVICE void cp_async_16_partial(uint32_t destination, const void* source, int bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(bytes) : "memory");
+}
+
+// 16 bytes from registers to a shared-memory address.
+PYINFER_DEVICE void store_shared_16(uint32_t destination, const uint32_t (&x)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(destination), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 // Closes the calling thread's group of copies; an empty group is legal and completes at once.
 PYINFER_DEVICE void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

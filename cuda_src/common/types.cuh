@@ -28,6 +28,17 @@ struct is_same<A, A> {
 template <typename A, typename B>
 constexpr bool is_same_v = is_same<A, B>::value;
 
+template <bool CONDITION, typename A, typename B>
+struct conditional {
+    using type = A;
+};
+template <typename A, typename B>
+struct conditional<false, A, B> {
+    using type = B;
+};
+template <bool CONDITION, typename A, typename B>
+using conditional_t = typename conditional<CONDITION, A, B>::type;
+
 template <typename T>
 PYINFER_DEVICE constexpr T min_of(T a, T b) {
     return a < b ? a : b;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import struct
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +65,7 @@ def f32(name: str, doc: str = "") -> Field:
 
 
 def u64_array(name: str, count: int, doc: str = "") -> Field:
-    """`count` uint64 values, given as bytes (`numpy.ndarray.tobytes()`). Arrays stand before all other fields."""
+    """`count` uint64 values, given as bytes (`numpy.ndarray.tobytes()`). Only arrays and 8-byte fields stand before an array."""
     return Field(name, "u64", doc=doc, count=count)
 
 
@@ -89,8 +88,11 @@ class ParamStruct:
             raise ValueError(f"ParamStruct {name}: field {duplicate} is declared twice")
         if not fields:  # C++ gives an empty struct a size, struct.Struct does not
             raise ValueError(f"ParamStruct {name}: there are no fields, wanted at least one")
-        if any(later.count and not earlier.count for earlier, later in itertools.pairwise(fields)):
-            raise ValueError(f"ParamStruct {name}: arrays must come first, where `struct` aligns them as C++ does")
+        last_array = max((i for i, f in enumerate(fields) if f.count), default=0)
+        if any(_KINDS[f.kind][1] != 8 for f in fields[:last_array]):
+            raise ValueError(
+                f"ParamStruct {name}: arrays must come first or behind 8-byte fields, where `struct` aligns them as C++ does"
+            )
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "fields", tuple(fields))
         # '@' aligns as the C++ compiler does; the trailing 0P rounds the size up to 8.

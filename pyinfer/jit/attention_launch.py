@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pyinfer.core.dtypes import DType
 from pyinfer.core.errors import fail
 from pyinfer.jit.attention import AttentionConfig, attention_config, gen_attention
+from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, AttentionOptions, check_extras
+from pyinfer.jit.rope import frequency_bytes
 from pyinfer.schedulers.plan import SINGLE_SEMAPHORE_BYTES, AttentionPlan, partial_bytes
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ ALIGNMENT = 16  # bytes of one copy
 _UNSEEN = 1 << 30  # a window no key lies outside of; larger ones could overflow an index
 
 
+@functools.cache
 def divisor(d: int) -> tuple[int, int]:
     """(magic, shift) with n // d == (n * magic) >> shift for 0 <= n < 2^31: the kernels' `fast_divide`.
 
@@ -46,19 +49,35 @@ def _shape_values(
 
 @functools.cache
 def _kernel(
-    device: int, config: AttentionConfig, dtype: DType, head_dim_qk: int, head_dim_vo: int, source: str, variant: str
-) -> Kernel:
-    return gen_attention(config, dtype, head_dim_qk, head_dim_vo, source, variant).build_and_load(device)
+    device: int, config: AttentionConfig, dtype: DType, head_dim_qk: int, head_dim_vo: int, source: str, variant: str,
+    kv_dtype: DType, out_dtype: DType, options: AttentionOptions, aligned: bool,
+) -> Kernel:  # fmt: skip
+    return gen_attention(
+        config, dtype, head_dim_qk, head_dim_vo, source, variant, kv_dtype, out_dtype, options, aligned
+    ).build_and_load(device)
 
 
 @functools.cache
 def device_config(
-    device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int, max_packed_rows: int
+    device: int,
+    dtype: DType,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    max_packed_rows: int,
+    kv_dtype: DType | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> AttentionConfig:
     """`attention_config` for the architecture that is built for a CUDA device."""
     from pyinfer.core.device import arch_number_of
 
-    return attention_config(arch_number_of(device), dtype, head_dim_qk, head_dim_vo, max_packed_rows)
+    return attention_config(
+        arch_number_of(device), dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, _shape_options(options)
+    )
+
+
+def _shape_options(options: AttentionOptions) -> AttentionOptions:
+    """What of the options a configuration depends on: not the sinks, which come with a run, nor the values of RoPE."""
+    return options._replace(sinks=False, rope=None if options.rope is None else (1.0, 1.0))
 
 
 class PreparedAttention(NamedTuple):
@@ -69,9 +88,10 @@ class PreparedAttention(NamedTuple):
     constants: tuple[int, ...]
     partial_lse_offset: int
     semaphore: int
+    rope: tuple[bytes, ...]  # RoPE's table of frequencies, if any
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def prepare_attention(
     device: int,
     plan: AttentionPlan,
@@ -79,6 +99,10 @@ def prepare_attention(
     dtype: DType,
     soft_cap: bool,
     config: AttentionConfig | None = None,
+    kv_dtype: DType | None = None,
+    out_dtype: DType | None = None,
+    options: AttentionOptions = PLAIN,
+    aligned: bool = True,
 ) -> PreparedAttention:
     """Fetch (or compile) a plan's kernel and fill in what stays the same from run to run.
 
@@ -89,18 +113,24 @@ def prepare_attention(
     plan, plan_buffer_ptr
         The plan and the device address it is uploaded to.
     dtype
-        Of q, k, v and the output.
+        Of q.
     soft_cap
         Whether logits are soft-capped: a kernel of its own.
     config
         The configuration the plan was made for; by default the device's own for the plan's tile_q.
+    kv_dtype, out_dtype
+        Of k and v, and of the output; None: q's.
+    options
+        What else selects the kernel.
+    aligned
+        Whether all addresses and strides are multiples of 16 bytes.
     """
-    config = config or device_config(device, dtype, plan.head_dim_qk, plan.head_dim_vo, plan.tile_q)
+    kv, dim_qk, dim_vo = kv_dtype or dtype, plan.head_dim_qk, plan.head_dim_vo
+    config = config or device_config(device, dtype, dim_qk, dim_vo, plan.tile_q, kv, options)
     if config.tile_q != plan.tile_q:
         fail("attention", "plan", "was made for another tile", plan.tile_q, f"tile_q {config.tile_q} of {config.tag}")
-    kernel = _kernel(
-        device, config, dtype, plan.head_dim_qk, plan.head_dim_vo, "plan", "softcap" if soft_cap else "plain"
-    )
+    variant = "softcap" if soft_cap else "plain"
+    kernel = _kernel(device, config, dtype, dim_qk, dim_vo, "plan", variant, kv, out_dtype or dtype, options, aligned)
     at = plan.offsets
     pointers = (
         plan_buffer_ptr,
@@ -115,6 +145,7 @@ def prepare_attention(
         constants,
         plan.partial_lse_offset,
         plan_buffer_ptr + 4 * at.semaphore,
+        _rope_table(options, dim_qk),
     )
 
 
@@ -137,6 +168,8 @@ def launch_attention(
     v_scale: float = 1.0,
     pdl: bool = False,
     config: AttentionConfig | None = None,
+    options: AttentionOptions = PLAIN,
+    extras: AttentionExtras = NO_EXTRAS,
     bind: bool = False,
 ) -> BoundLaunch | None:
     """Run a plan; or, with `bind`, return its launch bound but for the addresses of q, k, v, out and lse.
@@ -162,20 +195,30 @@ def launch_attention(
         Scale of the scores (with q's and k's scales), cap (0: off), scale of the output.
     config
         Overrides the device's configuration (benchmarks).
+    options, extras
+        What else the kernel does, and the tensors for it.
+
+    k and v have q's dtype, or both one of float8; out is float16, bfloat16 or float32. Addresses or strides that are no multiples of 16 bytes take a
+    slower kernel.
 
     Raises
     ------
     ValueError
-        If a pointer or stride is no multiple of 16 bytes.
+        If an option lacks its tensor, or a tensor its option.
     """
-    ready = prepare_attention(device, plan, plan_buffer_ptr, q.dtype, logits_soft_cap > 0.0, config)
     kv_strides = _paged_strides if plan.page_size else _ragged_strides
-    values = _run_values(
+    values, aligned = _run_values(
         q, k, v, kv_strides(k, kv_layout), kv_strides(v, kv_layout), out, lse, sm_scale, logits_soft_cap, v_scale
+    )
+    if options is not PLAIN or extras is not NO_EXTRAS:
+        check_extras("attention", options, extras)
+        values += _extra_values(options, extras)
+    ready = prepare_attention(
+        device, plan, plan_buffer_ptr, q.dtype, logits_soft_cap > 0.0, config, k.dtype, out.dtype, options, aligned
     )
     indices = kv_indices_ptr if plan.page_size else 0
     partials = (indices, workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
-    values = values[:5] + partials + values[5:] + ready.constants
+    values = (*values[:5], *partials, *values[5:15], *ready.rope, *values[15:], *ready.constants)
     if bind:
         return ready.kernel.bind(ready.grid, values, 5, pdl)
     ready.kernel(stream, ready.grid, values, pdl)
@@ -202,6 +245,8 @@ def launch_single(
     num_splits: int = 1,
     pdl: bool = False,
     config: AttentionConfig | None = None,
+    options: AttentionOptions = PLAIN,
+    extras: AttentionExtras = NO_EXTRAS,
 ) -> None:
     """Attention of one request, without a plan: the kernel works out its items.
 
@@ -222,12 +267,11 @@ def launch_single(
     num_kv_heads, kv_len = (k.shape[0], k.shape[1]) if kv_layout == "HND" else (k.shape[1], k.shape[0])
     dim_vo = v.shape[-1]
     rows = qo_len * (num_qo_heads // num_kv_heads)
-    config = config or device_config(device, q.dtype, dim_qk, dim_vo, rows)
-    kernel = _kernel(device, config, q.dtype, dim_qk, dim_vo, "single", "softcap" if logits_soft_cap > 0.0 else "plain")
+    config = config or device_config(device, q.dtype, dim_qk, dim_vo, rows, k.dtype, options)
     tiles = -(-rows // config.tile_q)
     partial_o = workspace_ptr + SINGLE_SEMAPHORE_BYTES
     partial_lse = partial_o + partial_bytes(tiles * num_splits, num_kv_heads, config.tile_q, dim_vo)[0]
-    values = _run_values(
+    values, aligned = _run_values(
         q,
         k,
         v,
@@ -239,9 +283,16 @@ def launch_single(
         logits_soft_cap,
         v_scale,
     )
+    if options is not PLAIN or extras is not NO_EXTRAS:
+        check_extras("attention", options, extras)
+        values += _extra_values(options, extras)
+    variant = "softcap" if logits_soft_cap > 0.0 else "plain"
+    kernel = _kernel(device, config, q.dtype, dim_qk, dim_vo, "single", variant, k.dtype, out.dtype, options, aligned)
     shape = _shape_values(num_qo_heads, num_kv_heads, causal, window_left, 0)
-    constants = (0, partial_o, partial_lse, workspace_ptr, *values[5:], *shape, qo_len, kv_len, kv_chunk, num_splits)
-    kernel(stream, tiles * num_splits * num_kv_heads, values[:5] + constants, pdl)
+    partials = (0, partial_o, partial_lse, workspace_ptr)
+    rope = _rope_table(options, dim_qk)
+    values = (*values[:5], *partials, *values[5:15], *rope, *values[15:], *shape, qo_len, kv_len, kv_chunk, num_splits)
+    kernel(stream, tiles * num_splits * num_kv_heads, values, pdl)
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------------------
@@ -260,38 +311,65 @@ def _ragged_strides(x: TensorView, kv_layout: str) -> tuple[int, int, int]:
 def _run_values(
     q: TensorView, k: TensorView, v: TensorView, k_strides: tuple[int, int, int], v_strides: tuple[int, int, int], out: TensorView, lse: TensorView | None,
     sm_scale: float, logits_soft_cap: float, v_scale: float,
-) -> tuple[int | float, ...]:  # fmt: skip
-    """The changing fields: five pointers, then strides and scales (what belongs to the plan goes between them)."""
+) -> tuple[tuple[int | float, ...], bool]:  # fmt: skip
+    """The changing fields: five pointers, then strides and scales (what belongs to the plan goes between them). And whether all is aligned."""
     q_token, q_head, _ = q.strides
     out_token, out_head, _ = out.strides
     strides = (q_token, q_head, out_token, out_head, *k_strides, *v_strides)
-    together = 0
-    for stride in strides:
-        together |= stride
-    if (q.ptr | k.ptr | v.ptr | out.ptr) % ALIGNMENT or together * q.dtype.itemsize % ALIGNMENT:
-        _check_alignment(q=q, k=k, v=v, out=out)
+    kv = 0
+    for stride in (*k_strides, *v_strides):
+        kv |= stride
+    together = (
+        (q_token | q_head) * q.dtype.itemsize | (out_token | out_head) * out.dtype.itemsize | kv * k.dtype.itemsize
+    )
+    aligned = (q.ptr | k.ptr | v.ptr | out.ptr | together) % ALIGNMENT == 0 or all(map(_is_aligned, (q, k, v, out)))
     if logits_soft_cap > 0.0:
         logit_scale, cap = 2.0 * LOG2_E * sm_scale / logits_soft_cap, LOG2_E * logits_soft_cap
     else:
         logit_scale, cap = LOG2_E * sm_scale, 0.0
-    return (q.ptr, k.ptr, v.ptr, out.ptr, lse.ptr if lse is not None else 0, *strides, logit_scale, cap, v_scale)
+    pointers = (q.ptr, k.ptr, v.ptr, out.ptr, lse.ptr if lse is not None else 0)
+    return (*pointers, *strides, logit_scale, cap, v_scale), aligned
 
 
 def _check_alignment(**views: TensorView) -> None:
-    """Name the tensor whose rows cannot be copied 16 bytes at a time. Axes of size 1 do not count: their stride is never used."""
+    """ValueError naming the tensor whose rows cannot be copied 16 bytes at a time, for kernels that have no slower path."""
     for name, x in views.items():
-        size = x.dtype.itemsize
-        if x.ptr % ALIGNMENT and x.size:
-            got = f"an address of {x.ptr % ALIGNMENT} modulo {ALIGNMENT}"
-            fail("attention", name, "is not aligned", got, f"a multiple of {ALIGNMENT} bytes", f"Pass {name}.clone().")
-        for extent, stride in zip(x.shape[:-1], x.strides[:-1], strict=True):
-            if extent > 1 and stride * size % ALIGNMENT:
-                wanted = f"strides (but the last) in multiples of {ALIGNMENT // size} elements"
+        if not _is_aligned(x):
+            if x.ptr % ALIGNMENT:
+                got = f"an address of {x.ptr % ALIGNMENT} modulo {ALIGNMENT}"
                 fail(
                     "attention",
                     name,
-                    "has rows that are not aligned",
-                    f"strides {tuple(x.strides)}",
-                    wanted,
-                    f"Pass {name}.contiguous().",
+                    "is not aligned",
+                    got,
+                    f"a multiple of {ALIGNMENT} bytes",
+                    f"Pass {name}.clone().",
                 )
+            wanted = f"strides (but the last) in multiples of {ALIGNMENT // x.dtype.itemsize} elements"
+            got = f"strides {tuple(x.strides)}"
+            fail("attention", name, "has rows that are not aligned", got, wanted, f"Pass {name}.contiguous().")
+
+
+def _is_aligned(x: TensorView) -> bool:
+    """Whether rows can be copied 16 bytes at a time. Axes of size 1 do not count: their stride is never used."""
+    size = x.dtype.itemsize
+    rows = zip(x.shape[:-1], x.strides[:-1], strict=True)
+    return not x.size or (
+        x.ptr % ALIGNMENT == 0 and all(n == 1 or stride * size % ALIGNMENT == 0 for n, stride in rows)
+    )
+
+
+def _extra_values(options: AttentionOptions, extras: AttentionExtras) -> tuple[int | float, ...]:
+    """The values of `attention.option_fields`."""
+    found: tuple[int | float, ...] = ()
+    if options.mask:
+        found += (extras.mask_ptr, extras.mask_indptr_ptr)
+    if options.multi_item:
+        found += (extras.prefix_len_ptr, extras.token_pos_ptr, extras.token_pos_len)
+    if options.sinks:
+        found += (extras.sinks_ptr,)
+    return found + extras.user
+
+
+def _rope_table(options: AttentionOptions, head_dim_qk: int) -> tuple[bytes, ...]:
+    return () if options.rope is None else (frequency_bytes(head_dim_qk, *options.rope),)

@@ -136,7 +136,7 @@ def render(spec: JitSpec, arch: str) -> str:
 
 
 def _render(spec: JitSpec, arch: str, get_template: Callable[[str], Any]) -> str:
-    constants = ", ".join(f"{k}={v}" for k, v in spec.constants)
+    constants = ", ".join(f"{k}={v}" for k, v in spec.constants if "\n" not in str(v))  # on one line, as a comment
     head = f"// {spec.name}: {spec.template} for {'PTX ' + arch if arch.startswith('compute_') else 'sm_' + arch}\n// {constants}\n"
 
     def variables(of: JitSpec) -> dict[str, Any]:
