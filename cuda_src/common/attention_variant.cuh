@@ -19,16 +19,16 @@
 #include "common/attention_work.cuh"
 #include "common/ptx_math.cuh"
 
-enum AttentionFeature : uint32_t {
-    SOFT_CAP = 1,
-    ALIBI = 2,
-    CUSTOM_MASK = 4,
-    MULTI_ITEM = 8,
-    SINK = 16,
-    USER_LOGITS = 32,
-    USER_MASK = 64,
-    USER_OUTPUT = 128,
-};
+namespace attention_feature {
+constexpr uint32_t SOFT_CAP = 1;
+constexpr uint32_t ALIBI = 2;
+constexpr uint32_t CUSTOM_MASK = 4;
+constexpr uint32_t MULTI_ITEM = 8;
+constexpr uint32_t SINK = 16;
+constexpr uint32_t USER_LOGITS = 32;
+constexpr uint32_t USER_MASK = 64;
+constexpr uint32_t USER_OUTPUT = 128;
+}  // namespace attention_feature
 
 // The keys a query token sees by causality, window and length: [begin(token), end(token)), which may be empty or inverted.
 struct RowVisibility {
@@ -62,11 +62,19 @@ PYINFER_DEVICE float alibi_slope(int head, int num_heads) {
 // Why not tanh.approx: its error of 2^-11, times a cap of 50, is 0.02 in a logit; this form errs by 1e-7 of the cap.
 template <typename Params, uint32_t FEATURES>
 struct AttentionVariant {
-    static constexpr bool CAPS = FEATURES & SOFT_CAP;
-    static constexpr bool TRANSFORMS_LOGITS = FEATURES & (SOFT_CAP | ALIBI | USER_LOGITS);
-    static constexpr bool MASKS = FEATURES & (CUSTOM_MASK | MULTI_ITEM | USER_MASK);
-    static constexpr bool SINKS = FEATURES & SINK;
-    static constexpr bool NEEDS_ROW = FEATURES & (ALIBI | CUSTOM_MASK | MULTI_ITEM | USER_LOGITS | USER_MASK);
+    // The set, one constant a feature.
+    static constexpr bool CAPS = FEATURES & attention_feature::SOFT_CAP;
+    static constexpr bool BIASES = FEATURES & attention_feature::ALIBI;
+    static constexpr bool HAS_BITS = FEATURES & attention_feature::CUSTOM_MASK;
+    static constexpr bool HAS_ITEMS = FEATURES & attention_feature::MULTI_ITEM;
+    static constexpr bool SINKS = FEATURES & attention_feature::SINK;
+    static constexpr bool CALLS_LOGITS = FEATURES & attention_feature::USER_LOGITS;
+    static constexpr bool CALLS_MASK = FEATURES & attention_feature::USER_MASK;
+    static constexpr bool CALLS_OUTPUT = FEATURES & attention_feature::USER_OUTPUT;
+
+    static constexpr bool TRANSFORMS_LOGITS = CAPS || BIASES || CALLS_LOGITS;
+    static constexpr bool MASKS = HAS_BITS || HAS_ITEMS || CALLS_MASK;
+    static constexpr bool NEEDS_ROW = BIASES || CALLS_LOGITS || MASKS;
 
     const Params& p;
     float scale;  // base-2 exponent per unit of (transformed) score
@@ -94,15 +102,15 @@ struct AttentionVariant {
             r.kv_head = w.kv_head;
             r.qo_head = w.kv_head * p.group + packed - r.q_token * p.group;
             r.last_key = w.kv_end - 1;
-            if constexpr (FEATURES & ALIBI) {
+            if constexpr (BIASES) {
                 r.slope = alibi_slope(r.qo_head, p.num_kv_heads * p.group) * bias_scale();
             }
-            if constexpr (FEATURES & CUSTOM_MASK) {
+            if constexpr (HAS_BITS) {
                 const int64_t bit = static_cast<int64_t>(r.q_token) * length_of(p.kv_len, w.request);
                 r.bits = p.mask + (p.mask_indptr != nullptr ? p.mask_indptr[w.request] : 0) + (bit >> 3);
                 r.first_bit = bit & 7;
             }
-            if constexpr (FEATURES & MULTI_ITEM) {
+            if constexpr (HAS_ITEMS) {
                 // q_abs < j + position, or j < prefix. Queries inside the prefix see what causality leaves.
                 const int q_abs = w.diagonal + r.q_token;
                 r.prefix = p.prefix_len[w.request];
@@ -127,10 +135,10 @@ struct AttentionVariant {
 
     PYINFER_DEVICE float logits(float score, const Row& r, int kv_token) const {
         float x = score * p.logit_scale;
-        if constexpr (FEATURES & ALIBI) {
+        if constexpr (BIASES) {
             x = fmaf(r.slope, static_cast<float>(kv_token - r.q_token), x);
         }
-        if constexpr (FEATURES & USER_LOGITS) {
+        if constexpr (CALLS_LOGITS) {
             const float natural = x / bias_scale();
             x = user_logits_transform(p, natural, r.request, r.q_token, min_of(kv_token, r.last_key), r.qo_head, r.kv_head) * bias_scale();
         }
@@ -144,14 +152,14 @@ struct AttentionVariant {
     // Asked only for keys that RowVisibility shows, so inside the request.
     PYINFER_DEVICE bool visible(const Row& r, int kv_token) const {
         bool result = true;
-        if constexpr (FEATURES & CUSTOM_MASK) {
+        if constexpr (HAS_BITS) {
             const uint32_t bit = r.first_bit + kv_token;
             result = result && (r.bits[bit >> 3] >> (bit & 7) & 1);
         }
-        if constexpr (FEATURES & MULTI_ITEM) {
+        if constexpr (HAS_ITEMS) {
             result = result && (static_cast<uint32_t>(kv_token) < r.prefix || kv_token >= r.item_begin);
         }
-        if constexpr (FEATURES & USER_MASK) {
+        if constexpr (CALLS_MASK) {
             result = result && user_mask(p, r.request, r.q_token, kv_token, r.qo_head, r.kv_head);
         }
         return result;
@@ -164,7 +172,7 @@ struct AttentionVariant {
     template <typename RowOf>
     PYINFER_DEVICE float output_transform(float value, const AttentionWork& w, const RowOf& row_of, int column) const {
         value *= v_scale;
-        if constexpr (FEATURES & USER_OUTPUT) {
+        if constexpr (CALLS_OUTPUT) {
             const auto at = row_of();
             value = user_output_transform(p, value, w.request, static_cast<int>(at.token) - w.qo_begin, at.head, column);
         }

@@ -136,7 +136,7 @@ SINGLE_PARAMS = attention_params("single")
 VARIANTS = {"plain": False, "softcap": True}
 """Whether logits are soft-capped."""
 
-# Values and order of AttentionFeature in common/attention_variant.cuh.
+# In the order of attention_feature in common/attention_variant.cuh: feature i is bit i.
 _FEATURES = ("softcap", "alibi", "mask", "items", "sinks", "user_logits", "user_mask", "user_output")
 
 
