@@ -211,7 +211,7 @@ class BlockSparseAttentionWrapper(_Sparse):
                 fail(op, part_arg, "is no block size", part, "1 or more")
             if whole < 0 or whole % part:
                 fail(op, arg, f"is no multiple of {part_arg}", f"{whole} ({part_arg} {part})", f"a multiple of {part}")
-        host_indptr, host_indices = common.host_metadata(op, indptr=indptr, indices=indices)
+        host_indptr, host_indices = host_ints(indptr, op, "indptr"), host_ints(indices, op, "indices")
         rows = M // R
         if len(host_indptr) != rows + 1:
             fail(op, "indptr", "has the wrong length", len(host_indptr), f"{rows + 1} (M / R + 1)")

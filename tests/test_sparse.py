@@ -3,6 +3,8 @@
 # ruff: noqa: E501 - tables of cases, one a line
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -145,7 +147,7 @@ def test_variable_block_sparse(rng, backend, device, i):
 def test_convert_bsr_mask_layout(rng, backend):
     indptr = np.array([0, 3, 3, 4, 6])
     mask = rng.random((6, 5, 4)) < 0.5
-    want = np.concatenate([mask[a:b].transpose(1, 0, 2).reshape(-1) for a, b in zip(indptr, indptr[1:], strict=False)])
+    want = np.concatenate([mask[a:b].transpose(1, 0, 2).reshape(-1) for a, b in itertools.pairwise(indptr)])
     got = pyinfer.sparse.convert_bsr_mask_layout(backend.array(mask), indptr)
     assert backend.is_own(got)
     np.testing.assert_array_equal(backend.numpy(got), want)
