@@ -28,6 +28,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
         "single_decode_with_kv_cache",
     ),
+    "mla": ("BatchDecodeMlaWithPagedKVCacheWrapper", "BatchMLAPagedAttentionWrapper"),
     "norm": ("fused_add_rmsnorm", "gemma_fused_add_rmsnorm", "gemma_rmsnorm", "rmsnorm"),
     "page": (
         "append_paged_kv_cache",
@@ -54,6 +55,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "apply_rope_with_cos_sin_cache_inplace",
     ),
     "sampling": (
+        "chain_speculative_sampling",
         "min_p_sampling_from_probs",
         "sampling_from_logits",
         "sampling_from_probs",
@@ -106,6 +108,8 @@ if TYPE_CHECKING:
     from pyinfer.decode import single_decode_with_kv_cache as single_decode_with_kv_cache
     from pyinfer.jit.warmup import ModelConfig as ModelConfig
     from pyinfer.jit.warmup import warmup as warmup
+    from pyinfer.mla import BatchDecodeMlaWithPagedKVCacheWrapper as BatchDecodeMlaWithPagedKVCacheWrapper
+    from pyinfer.mla import BatchMLAPagedAttentionWrapper as BatchMLAPagedAttentionWrapper
     from pyinfer.norm import fused_add_rmsnorm as fused_add_rmsnorm
     from pyinfer.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
     from pyinfer.norm import gemma_rmsnorm as gemma_rmsnorm
@@ -128,6 +132,7 @@ if TYPE_CHECKING:
     from pyinfer.rope import apply_rope_pos_ids_inplace as apply_rope_pos_ids_inplace
     from pyinfer.rope import apply_rope_with_cos_sin_cache as apply_rope_with_cos_sin_cache
     from pyinfer.rope import apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace
+    from pyinfer.sampling import chain_speculative_sampling as chain_speculative_sampling
     from pyinfer.sampling import min_p_sampling_from_probs as min_p_sampling_from_probs
     from pyinfer.sampling import sampling_from_logits as sampling_from_logits
     from pyinfer.sampling import sampling_from_probs as sampling_from_probs

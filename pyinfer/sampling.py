@@ -25,11 +25,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pyinfer import _sampling
+from pyinfer import _sampling, _speculative
 from pyinfer._sampling import ALL, FIRST, JOINT, MIN_P
 from pyinfer.core.errors import fail
 
 __all__ = [
+    "chain_speculative_sampling",
     "min_p_sampling_from_probs",
     "sampling_from_logits",
     "sampling_from_probs",
@@ -365,6 +366,70 @@ def top_k_mask_logits(logits: Any, top_k: Any) -> Any:
     """
     return _sampling.map_rows(
         "top_k_mask_logits", "logits", logits, "gen_mask_logits", [("top_k", top_k, True, 1, 2**63 - 1, 0)]
+    )
+
+
+def chain_speculative_sampling(
+    draft_probs: Any,
+    draft_token_ids: Any,
+    target_probs: Any,
+    maybe_output_accepted_token_num: Any = None,
+    maybe_output_emitted_draft_token_num: Any = None,
+    deterministic: bool = True,
+    generator: Any = None,
+    check_nan: bool = False,
+    *,
+    seed: Any = None,
+    offset: Any = None,
+    return_valid: bool = False,
+) -> Any:
+    """Speculative sampling along a chain of drafts (Leviathan et al., arXiv:2211.17192, algorithm 1): what is returned is distributed as target_probs.
+
+    Draft i is accepted while ``u * draft_probs[i, id] < target_probs[i, id]`` with u uniform on (0, 1]. The token after the accepted prefix is drawn from
+    max(target - draft, 0) at the first rejected position (from target, should that be zero everywhere), or from target's last row if all were accepted.
+
+    Parameters
+    ----------
+    draft_probs
+        [requests, drafts, vocab], float32, bfloat16 or float16, any strides but the last; what the draft tokens were drawn from.
+    draft_token_ids
+        [requests, drafts], int32 or int64. An id outside the vocabulary is never accepted.
+    target_probs
+        [requests, drafts + 1, vocab], dtype of draft_probs.
+    maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num
+        int32 [requests] or None: counters to **add to**.
+    deterministic
+        Accepted for compatibility: results always are.
+    generator, seed, offset
+        As for `sampling_from_probs`; tensors hold one value per request. A request takes drafts + 1 draws at one offset.
+    check_nan
+        Raise ValueError if a request's last token cannot be drawn. On a GPU this waits for the result.
+    return_valid
+        Also return a bool tensor [requests], False where the last token could not be drawn (NaN, infinite or negative values, or nothing above zero; its
+        id is 0).
+
+    Returns
+    -------
+    (ids, accepted, emitted)
+        int32 [requests, drafts + 1]: the accepted prefix, one more token, and -1 for the rest. `emitted` [requests] counts the prefix, `accepted` also
+        later drafts that would pass on their own; the given tensors, if any.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `sampling_from_probs`.
+    """
+    return _speculative.chain(
+        draft_probs,
+        draft_token_ids,
+        target_probs,
+        maybe_output_accepted_token_num,
+        maybe_output_emitted_draft_token_num,
+        generator,
+        check_nan,
+        seed,
+        offset,
+        return_valid,
     )
 
 

@@ -57,6 +57,32 @@ RENORM = ParamStruct(
 )
 MASK = ParamStruct("MaskLogitsParams", *_INPUT, i32("vocab"), ptr("out", "float", "[rows, vocab]"), *_ints("top_k"))
 
+CHAIN = ParamStruct(
+    "ChainParams",
+    ptr("draft", "const scalar_t", "[requests, drafts, vocab]"),
+    i64("draft_stride_request", "elements"),
+    i64("draft_stride_position"),
+    ptr("target", "const scalar_t", "[requests, drafts + 1, vocab]"),
+    i64("target_stride_request"),
+    i64("target_stride_position"),
+    ptr("draft_ids", "const void", "[requests, drafts] int32 or int64"),
+    i32("draft_ids_wide"),
+    i32("num_drafts"),
+    i32("vocab"),
+    ptr("out", "int32_t", "[requests, drafts + 1] ids"),
+    ptr("accepted", "int32_t", "[requests]"),
+    i32("add_accepted", "1: added to what is there"),
+    ptr("emitted", "int32_t", "[requests]"),
+    i32("add_emitted"),
+    ptr("valid", "uint8_t", "[requests] or null"),
+    ptr("seeds", "const void", "[requests] int32 or int64, or null: seed"),
+    i32("seeds_wide"),
+    ptr("offsets", "const void", "[requests] int32 or int64, or null: offset"),
+    i32("offsets_wide"),
+    u64("seed"),
+    u64("offset"),
+)
+
 
 @functools.cache
 def gen_sample(dtype: str, source: str = "probs", filter: str = "all") -> JitSpec:
@@ -92,10 +118,17 @@ def gen_mask_logits(dtype: str) -> JitSpec:
 
 
 @functools.cache
+def gen_chain(dtype: str) -> JitSpec:
+    """chain_speculative_sampling."""
+    t = canonical_dtype(dtype)
+    return JitSpec(f"chain_speculative_{t.short}", "sampling/chain.cu.jinja", CHAIN, (("scalar_t", t.ctype),), BLOCK)
+
+
+@functools.cache
 def all_specs() -> tuple[JitSpec, ...]:
     """Every kernel of the family."""
     specs = [gen_sample(d, s, f) for d in DTYPES for s in SOURCES for f in FILTERS if (s, f) != ("logits", "min_p")]
-    return (*specs, *(g(d) for d in DTYPES for g in (gen_softmax, gen_renorm, gen_mask_logits)))
+    return (*specs, *(g(d) for d in DTYPES for g in (gen_softmax, gen_renorm, gen_mask_logits, gen_chain)))
 
 
 def gen_sampling_module() -> JitModule:
