@@ -30,6 +30,8 @@ _OUR_FILES = (
     "cached_ops/*.bad",
     "cached_ops/.tmp-*",
     "generated/*.cu",
+    "recall/*.key",
+    "recall/.tmp-*",
     "generated/.tmp-*",
     "locks/*.lock",
 )
@@ -167,6 +169,33 @@ def store(arch: str, name: str, key: str, payload: bytes, header: dict[str, Any]
         ", ".join(failures) or "there is none",
     )
     return None
+
+
+def _recall_path(base: Path, arch: str, name: str, quick: str) -> Path:
+    return base / env.version() / arch / "recall" / f"{name}.{quick[:40]}.key"
+
+
+def recall(arch: str, name: str, quick: str) -> str | None:
+    """The full key that `remember` noted under a quick key (see `compiler._quick_key`), or None."""
+    for base in env.cache_bases():
+        try:
+            text = _recall_path(base, arch, name, quick).read_text("ascii")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if _safe_base(base) and len(text) == 64:
+            return text
+    return None
+
+
+def remember(arch: str, name: str, quick: str, key: str) -> None:
+    """Note the full key of a quick key beside the entry, where that lies in a folder that can be written; a wrong or missing note only costs time."""
+    for base in env.cache_bases():
+        if _entry_path(base, arch, name, key).exists() and _safe_base(base):
+            with contextlib.suppress(OSError):
+                path = _recall_path(base, arch, name, quick)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write_atomically(path, key.encode())
+            return
 
 
 def store_source(arch: str, name: str, key: str, source: str) -> Path | None:

@@ -224,6 +224,34 @@ def cache_key(spec: JitSpec, arch: str) -> str:
     )
 
 
+@functools.cache
+def _shipped_sources() -> tuple[frozenset[str], str]:
+    """The files of cuda_src (as paths there), and one sha256 over the bytes of all."""
+    found: dict[str, bytes] = {}
+
+    def walk(folder: Any, prefix: str) -> None:
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                walk(entry, f"{prefix}{entry.name}/")
+            elif entry.name.endswith((".cuh", ".jinja")):
+                found[prefix + entry.name] = entry.read_bytes()
+
+    walk(files("pyinfer.cuda_src"), "")
+    return frozenset(found), cache.digest(*[part for item in sorted(found.items()) for part in item])
+
+
+@functools.lru_cache(maxsize=4096)
+def _quick_key(spec: JitSpec, arch: str) -> str | None:
+    """Stands for `cache_key` without rendering: sha256 of the spec, every file of cuda_src, options, NVRTC version, architecture. None for a template that is not shipped.
+
+    NOTE: Jinja takes 25 ms to import, half of a first call that finds its kernel on disk. Any edit in cuda_src changes the key, and the full one decides.
+    """
+    names, digest = _shipped_sources()
+    if spec.template not in names:
+        return None
+    return cache.digest(ABI, repr(spec), digest, *sorted(options_for(spec, arch)), nvrtc_version(), arch)
+
+
 _artifacts: dict[str, Artifact] = {}
 _key_locks: dict[str, threading.Lock] = {}
 _guard = threading.Lock()
@@ -233,7 +261,7 @@ def forget() -> None:
     """Drop what this process has built (see `cache.clear_cache_dir`)."""
     with _guard:
         _artifacts.clear()
-    for cached in (cache_key, read_source, _template):  # an edited template is read again
+    for cached in (cache_key, read_source, _template, _shipped_sources, _quick_key):  # an edited template is read again
         cached.cache_clear()
 
 
@@ -253,6 +281,10 @@ def build(spec: JitSpec, arch: str, *, ahead: bool = False) -> Artifact:
 
     `ahead` allows compiling under `PYINFER_JIT=error`.
     """
+    quick = _quick_key(spec, arch)
+    known = None if quick is None else _artifacts.get(quick) or _recall(spec, arch, quick)
+    if known is not None:
+        return known
     key = cache_key(spec, arch)
     found = _artifacts.get(key)
     if found is not None:
@@ -267,6 +299,18 @@ def build(spec: JitSpec, arch: str, *, ahead: bool = False) -> Artifact:
             with cache.build_lock(arch, spec.name, key) as may_write:
                 found = _from_disk(spec, arch, key) or _compile(spec, arch, key, may_write)
         _artifacts[key] = found
+        if quick is not None:
+            _artifacts[quick] = found
+            cache.remember(arch, spec.name, quick, key)
+    return found
+
+
+def _recall(spec: JitSpec, arch: str, quick: str) -> Artifact | None:
+    """What an earlier process found under this quick key, if its entry is still good."""
+    key = cache.recall(arch, spec.name, quick)
+    found = None if key is None else _artifacts.get(key) or _from_disk(spec, arch, key)
+    if key is not None and found is not None:
+        _artifacts[key] = _artifacts[quick] = found
     return found
 
 
