@@ -171,7 +171,9 @@ def gen_batch_mla_module(
         fail_type(op, "dtype_q", "has no CUDA kernel", dtype.name, "float16 or bfloat16")
     for arg, other in (("dtype_kv", dtype_kv), ("dtype_o", dtype_o)):
         if canonical_dtype(other, op, arg) is not dtype:
-            fail_type(op, arg, "differs from dtype_q", other, dtype.name, "Queries, caches and the output have one dtype.")
+            fail_type(
+                op, arg, "differs from dtype_q", other, dtype.name, "Queries, caches and the output have one dtype."
+            )
     if canonical_dtype(dtype_idx, op, "dtype_idx") is not INT32:
         fail_type(op, "dtype_idx", "has no CUDA kernel", dtype_idx, "int32")
     if backend not in ("auto", "fa2"):
@@ -206,7 +208,12 @@ class PreparedMla(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def prepare_mla(
-    device: int, plan: AttentionPlan, plan_buffer_ptr: int, dtype: DType, soft_cap: bool, config: MlaConfig | None = None
+    device: int,
+    plan: AttentionPlan,
+    plan_buffer_ptr: int,
+    dtype: DType,
+    soft_cap: bool,
+    config: MlaConfig | None = None,
 ) -> PreparedMla:
     """Fetch (or compile) a plan's kernel and fill in what stays the same from run to run."""
     from pyinfer.core.device import arch_number_of

@@ -1,0 +1,291 @@
+"""The base of the two MLA wrappers: from a checked page table to a plan, and the checked run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyinfer import _attention as common
+from pyinfer._batch_attention import BatchAttention
+from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType, canonical_dtype
+from pyinfer.core.errors import (
+    check_last_dim_contiguous,
+    check_ndim,
+    check_shape,
+    device_name,
+    fail,
+    fail_type,
+)
+from pyinfer.core.tensor import TensorView, current_stream, empty, view
+
+if TYPE_CHECKING:
+    from pyinfer.schedulers.plan import AttentionPlan
+
+CUDA_DIMS = (512, 64)  # latent and rotary dimension of the CUDA kernel
+CUDA_DTYPES = (FLOAT16, BFLOAT16)
+CPU_DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
+CPU_MAX_DIM = 1024
+
+
+def one_dtype(op: str, q_data_type: Any, kv_data_type: Any, q_arg: str, kv_arg: str) -> DType:
+    """The one element type of queries and caches."""
+    q_dtype, kv_dtype = canonical_dtype(q_data_type, op, q_arg), canonical_dtype(kv_data_type, op, kv_arg)
+    if q_dtype is not kv_dtype:
+        fix = "Queries and caches have one dtype."
+        fail_type(op, kv_arg, f"differs from {q_arg}", kv_dtype.name, q_dtype.name, fix)
+    return q_dtype
+
+
+class PagedMla(BatchAttention):
+    """What the two wrappers share: from a checked page table to a plan, and the run."""
+
+    _heads_arg = "num_heads"
+    _ckv_arg, _kpe_arg, _dim_arg = "ckv_cache", "kpe_cache", "head_dim_ckv"
+
+    def _check_kernel(self, device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int) -> None:
+        where = "CUDA" if device >= 0 else "CPU"
+        allowed = CUDA_DTYPES if device >= 0 else CPU_DTYPES
+        if dtype not in allowed:
+            names = " or ".join(d.name for d in allowed)
+            fail_type(
+                self._op, "q_data_type", f"has no {where} kernel", dtype.name, names, f"Convert to {allowed[0].name}."
+            )
+        latent, rotary = head_dim_vo, head_dim_qk - head_dim_vo
+        got = f"{latent} (ckv), {rotary} (kpe)"
+        if device >= 0 and (latent, rotary) != CUDA_DIMS:
+            fail(self._op, self._dim_arg, "has no CUDA kernel", got, f"{CUDA_DIMS[0]} and {CUDA_DIMS[1]}")
+        if not (1 <= latent <= CPU_MAX_DIM and 1 <= rotary <= CPU_MAX_DIM):
+            fail(self._op, self._dim_arg, "has no CPU kernel", got, f"1..{CPU_MAX_DIM} each")
+
+    def _plan_mla(
+        self,
+        host: tuple[np.ndarray, np.ndarray, np.ndarray],
+        kv_indices: Any,
+        num_heads: int,
+        dims: tuple[int, int],
+        page_size: int,
+        causal: bool,
+        window_left: int,
+        soft_cap: float,
+        sm_scale: Any,
+        dtype: DType,
+        buffers: dict[str, Any],
+    ) -> None:
+        """Plan checked arguments. `host`: qo_indptr, kv_indptr, kv_len. `buffers`: values of the caller's buffers but for the indices'."""
+        op = self._op
+        if num_heads < 1:
+            fail(op, self._heads_arg, "is no head count", num_heads, "1 or more")
+        if page_size < 1:
+            fail(op, "page_size", "is no page size", page_size, "1 or more")
+        if sm_scale is None:
+            fix = "DeepSeek's models: (128 + 64) ** -0.5, the head dimension before absorption."
+            fail_type(op, "sm_scale", "is missing", None, "a float", fix)
+        qo_indptr, kv_indptr, kv_len = host
+        page_indices = self._page_indices(op, kv_indices, kv_indptr)
+        host_indices = page_indices if isinstance(page_indices, np.ndarray) else None
+        self._dims = (dims[0] + dims[1], dims[0])
+        key = (num_heads, 1, *self._dims, page_size, dtype, None, False)
+        if self._use_cuda_graph:
+            pages = max(int(kv_indptr[-1]), 0) if len(kv_indptr) else 0
+            for arg, values in buffers.items():
+                self._check_buffer(arg, len(values))
+            self._check_buffer(self._indices_arg, pages, exact=False)
+            buffers = {**buffers, self._indices_arg: page_indices if host_indices is None else host_indices[:pages]}
+            self._check_graph_key(key)
+        else:
+            buffers = {}
+        self._check_table(qo_indptr, kv_indptr, kv_len, host_indices, page_size)
+        # The base keeps page tables by their last page's length; `_schedule` turns it back.
+        metadata = (qo_indptr, kv_indptr, host_indices, kv_len - _before_last_page(kv_indptr, page_size))
+        scale = common.scale(op, "sm_scale", sm_scale)
+        self._set_plan(metadata, key, dtype, window_left, bool(causal), soft_cap, scale, page_indices, buffers)
+
+    def _check_graph_key(self, key: tuple[Any, ...]) -> None:
+        state = self._graph_state
+        if state is None:
+            return
+        names = (self._heads_arg, "", "head_dim_ckv + head_dim_kpe", self._dim_arg, "page_size", "q_data_type")
+        for name, had, got in zip(names, state["key"], key, strict=False):
+            if had != got:
+                fix = "In CUDA graph mode the first plan fixes it; make a new wrapper."
+                fail(self._op, name, "differs from the first plan", got, had, fix)
+
+    def _check_table(
+        self,
+        qo_indptr: np.ndarray,
+        kv_indptr: np.ndarray,
+        kv_len: np.ndarray,
+        indices: np.ndarray | None,
+        page_size: int,
+    ) -> None:
+        from pyinfer.schedulers.plan import lengths
+
+        op = self._op
+        lengths(op, "qo_indptr", qo_indptr)
+        pages = lengths(op, "kv_indptr", kv_indptr)
+        batch = len(pages)
+        if len(qo_indptr) != batch + 1:
+            fail(op, "qo_indptr", "has the wrong length", len(qo_indptr), f"{batch + 1} (as kv_indptr)")
+        if len(kv_len) != batch:
+            fail(op, "kv_len_arr", "has the wrong length", len(kv_len), f"{batch} (kv_indptr has {batch + 1} entries)")
+        room = pages.astype(np.int64) * page_size
+        bad = (kv_len < 0) | (kv_len > room)
+        if bad.any():
+            b = int(bad.argmax())
+            got = f"{int(kv_len[b])} for request {b} ({int(pages[b])} pages)"
+            fail(op, "kv_len_arr", "is out of range", got, f"0..{int(room[b])} (page_size {page_size})")
+        if indices is None:
+            return
+        if len(indices) < kv_indptr[-1]:
+            fail(op, "kv_indices", "is too short", len(indices), f"at least {int(kv_indptr[-1])} (kv_indptr[-1])")
+        used = _used_pages(indices, kv_indptr, kv_len, page_size)
+        if len(used) and used.min() < 0:
+            fail(op, "kv_indices", "holds a negative page", int(used.min()), "0 or more")
+
+    def _schedule(
+        self,
+        qo_indptr: Any,
+        kv_indptr: np.ndarray,
+        indices: np.ndarray | None,
+        last_page_len: Any,
+        key: tuple[Any, ...],
+        device: int,
+        window_left: int,
+        causal: bool,
+    ) -> AttentionPlan:
+        from pyinfer.schedulers.plan import build_plan
+        from pyinfer.schedulers.prefill import EXTRA_SLOTS, prefill_capacity
+
+        num_heads, _, dim_qk, dim_vo, page_size, *_ = key
+        kv_len = (last_page_len + _before_last_page(kv_indptr, page_size)).astype(np.int32)
+        qo_len = np.ascontiguousarray(qo_indptr[1:] - qo_indptr[:-1])
+        batch, total = len(qo_len), int(qo_indptr[-1])
+        rows = (int(qo_len.max()) if batch else 1) * num_heads
+        max_page = -1
+        if indices is not None:
+            used = _used_pages(indices, kv_indptr, kv_len, page_size)
+            max_page = int(used.max()) if len(used) else -1
+        tiles = _tiles(device, max(rows, num_heads))
+        capacity = None
+        if self._use_cuda_graph:
+            max_pages = self._buffers[self._indices_arg].shape[0]
+
+            def choose() -> tuple[Any, ...]:
+                bound = prefill_capacity(
+                    batch, total, max_pages, num_qo_heads=num_heads, num_kv_heads=1, page_size=page_size, tile_q=tiles[0], num_sms=tiles[2],
+                    ctas_per_sm=tiles[3],
+                )  # fmt: skip
+                return tiles, bound._replace(max_indices=max_pages if device < 0 else 0), total
+
+            tiles, capacity, most = self._fixed(device, key, choose)
+            if total > most:
+                fix = "In CUDA graph mode the first plan fixes the most; plan the largest batch first."
+                fail(self._op, "qo_indptr", "has more query rows than the first plan", total, f"at most {most}", fix)
+        tile_q, tile_kv, num_sms, ctas_per_sm = tiles
+        return build_plan(
+            self._op, qo_indptr, qo_len, kv_indptr, kv_len, indices, num_qo_heads=num_heads, num_kv_heads=1, head_dim_qk=dim_qk, head_dim_vo=dim_vo,
+            page_size=page_size, tile_q=tile_q, tile_kv=tile_kv, num_sms=num_sms, ctas_per_sm=ctas_per_sm, causal=causal, window_left=window_left,
+            fixed_split_size=None, disable_split_kv=False, extra_slots=EXTRA_SLOTS, capacity=capacity, max_page=max_page,
+        )  # fmt: skip
+
+    def _prepare(self, plan: AttentionPlan, device: int) -> None:
+        from pyinfer.jit.mla import prepare_mla
+
+        prepare_mla(device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0)
+
+    # ---- run
+    def _tensor(self, arg: str, x: Any, like: TensorView | None) -> TensorView:
+        v = view(x, self._op, arg)
+        check_ndim(self._op, arg, v, 3)
+        if v.dtype is not self._dtype:
+            plan_arg = "kv_data_type" if arg in (self._ckv_arg, self._kpe_arg) else "q_data_type"
+            fix = f"Pass {plan_arg} to plan()."
+            fail_type(self._op, arg, "differs from the planned dtype", v.dtype.name, self._dtype.name, fix)
+        if like is not None and v.device != like.device:
+            wanted = f"{device_name(like.device)} (where q_nope is)"
+            fail(self._op, arg, "is on another device", device_name(v.device), wanted)
+        check_last_dim_contiguous(self._op, arg, v)
+        return v
+
+    def _run_mla(
+        self, q_nope: Any, q_pe: Any, ckv: Any, kpe: Any, out: Any, lse: Any, return_lse: bool, base_e: bool, sm_scale: float, enable_pdl: bool | None,
+    ) -> Any:  # fmt: skip
+        op, plan = self._op, self._plan
+        if plan is None:
+            fail(op, "plan()", "was not called", "run() first", "plan() before run()")
+        rows, heads, latent = plan.total_rows, plan.num_qo_heads, plan.head_dim_vo
+        rotary = plan.head_dim_qk - latent
+        q = self._tensor("q_nope", q_nope, None)
+        # A captured graph's queries may have room for more rows than the plan has.
+        wanted = q.shape[0] if self._use_cuda_graph and q.shape[0] >= rows else rows
+        check_shape(op, "q_nope", q, (wanted, heads, latent))
+        if q.device != self._planned_device:
+            self._move_plan(q)
+            plan = self._plan
+            assert plan is not None
+        pe = self._tensor("q_pe", q_pe, q)
+        check_shape(op, "q_pe", pe, (wanted, heads, rotary))
+        c, k = self._tensor(self._ckv_arg, ckv, q), self._tensor(self._kpe_arg, kpe, q)
+        check_shape(op, self._ckv_arg, c, (None, plan.page_size, latent))
+        check_shape(op, self._kpe_arg, k, (c.shape[0], plan.page_size, rotary))
+        if c.shape[0] <= plan.max_page:
+            there = f"0..{c.shape[0] - 1} ({self._ckv_arg} has {c.shape[0]} pages)"
+            fail(op, "kv_indices", "names a page outside the cache", plan.max_page, there)
+        if out is None:
+            out = empty(q, (wanted, heads, latent))
+            out_view = view(out)
+        else:
+            out_view = common.check_out(op, "out", out, q, (wanted, heads, latent), q.dtype)
+        lse_view = None
+        if return_lse:
+            if lse is None:
+                lse = empty(q, (wanted, heads), FLOAT32)
+                lse_view = view(lse)
+            else:
+                lse_view = common.check_out(op, "lse", lse, q, (wanted, heads), FLOAT32)
+                if not lse_view.is_contiguous():
+                    fail(op, "lse", "is not contiguous", f"strides {tuple(lse_view.strides)}", "a contiguous tensor")
+        numbers: dict[str, Any] = {"sm_scale": sm_scale, "logits_soft_cap": self._soft_cap, "lse_base_e": base_e}
+        if q.device >= 0:
+            from pyinfer.jit.mla import launch_mla
+
+            pdl = self._pdl_default if enable_pdl is None else common.use_pdl(q.device, enable_pdl)
+            launch_mla(
+                q.device, current_stream(q), self._plan_ptr, plan, q, pe, c, k, self._indices_ptr, out_view, lse_view, self._workspace_ptr,
+                pdl=pdl, **numbers,
+            )  # fmt: skip
+        else:
+            from pyinfer.cpu.mla import run_mla
+
+            run_mla(plan, q, pe, c, k, out_view, lse_view, **numbers)
+        return (out, lse) if return_lse else out
+
+
+def _before_last_page(kv_indptr: np.ndarray, page_size: int) -> np.ndarray:
+    """Tokens that a request's pages but the last hold."""
+    pages = kv_indptr[1:] - kv_indptr[:-1]
+    return (pages - (pages > 0)) * page_size
+
+
+def _used_pages(indices: np.ndarray, kv_indptr: np.ndarray, kv_len: np.ndarray, page_size: int) -> np.ndarray:
+    """The page numbers in front of every request's kv_len."""
+    pages = kv_indptr[1:] - kv_indptr[:-1]
+    needed = -(-kv_len // page_size)
+    if (needed == pages).all():
+        return indices[: kv_indptr[-1]]
+    starts = np.repeat(kv_indptr[:-1], needed)
+    return indices[starts + np.arange(len(starts)) - np.repeat(np.cumsum(needed) - needed, needed)]
+
+
+def _tiles(device: int, max_packed_rows: int) -> tuple[int, int, int, int]:
+    """(tile_q, tile_kv, processors, blocks per processor) for the scheduler."""
+    if device < 0:
+        from pyinfer.cpu.mla import config
+
+        return (*config(max_packed_rows), 1)
+    from pyinfer.core.device import arch_number_of, num_sms
+    from pyinfer.jit.mla import FEW_ROWS, mla_config
+
+    chosen = mla_config(arch_number_of(device), min(max_packed_rows, FEW_ROWS + 1))
+    return chosen.tile_q, chosen.tile_kv, num_sms(device), chosen.ctas_per_sm
