@@ -9,7 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyinfer.cpu.compile import kernel
+if globals().get("INTERPRETED", False):  # `lazy` runs this module twice: without Numba first
+
+    def kernel(**_options):
+        """Leave a function as it is."""
+        return lambda function: function
+
+else:
+    from pyinfer.cpu.compile import kernel
 
 # What check_page_table returns first.
 OK, BAD_START, NOT_MONOTONE, BAD_LAST_PAGE, TOO_FEW_INDICES, NEGATIVE_PAGE, TOO_LONG = range(7)

@@ -246,7 +246,7 @@ def page_table(
     import numpy as np
 
     from pyinfer.core.errors import fail
-    from pyinfer.schedulers import _kernels as k
+    from pyinfer.schedulers.lazy import kernels
 
     if page_size < 1:
         fail(op, "page_size", "is no page size", page_size, "1 or more")
@@ -261,6 +261,7 @@ def page_table(
             f"{batch} (paged_kv_indptr has {batch + 1} entries)",
         )
     kv_len = np.empty(batch, np.int32)
+    k = kernels(batch + (0 if indices is None else len(indices)))
     code, where, value, max_page = k.check_page_table(
         indptr, last_page_len, indptr[:0] if indices is None else indices, page_size, kv_len
     )
@@ -289,8 +290,9 @@ def _fail_table(
     arg: str = "paged_kv_indptr",
 ) -> None:
     from pyinfer.core.errors import fail
-    from pyinfer.schedulers import _kernels as k
+    from pyinfer.schedulers.lazy import kernels
 
+    k = kernels()
     if code == k.BAD_START:
         fail(op, arg, "does not start at 0", value, 0)
     if code == k.NOT_MONOTONE:
@@ -322,9 +324,10 @@ def lengths(op: str, arg: str, indptr: np.ndarray) -> np.ndarray:
     """The differences of a host CSR row pointer, checked (ValueError naming `arg`)."""
     import numpy as np
 
-    from pyinfer.schedulers import _kernels as k
+    from pyinfer.schedulers.lazy import kernels
 
     _check_indptr_size(op, arg, indptr)
+    k = kernels(len(indptr))
     out = np.empty(len(indptr) - 1, np.int32)
     code, where, value = k.check_indptr(indptr, out)
     if code != k.OK:
@@ -360,8 +363,9 @@ def build_plan(
     """Plan a checked batch: the common part of `decode_plan` and `prefill_plan`, whose docstrings describe the parameters."""
     import numpy as np
 
-    from pyinfer.schedulers import _kernels as k
+    from pyinfer.schedulers.lazy import kernels
 
+    k = kernels(8 * len(kv_len))
     slots = device_slots(num_sms, ctas_per_sm, num_kv_heads)
     if disable_split_kv:
         chunk = 0
