@@ -1,7 +1,8 @@
 """The planners' loops, compiled when they are needed often, interpreted until then.
 
-Importing Numba and compiling the planners takes 2 s in a new environment and 0.5 s with their disk cache, far more than a first plan takes in plain Python (about
-2 ms for 64 requests). So the first plans of a process run the very same functions interpreted, while a thread compiles them. Both give the same plan: they are integer arithmetic.
+Importing Numba and compiling the planners takes 2 s in a new environment and 0.5 s with their disk cache, far more than a first
+plan takes in plain Python (about 2 ms for 64 requests). So the first plans of a process run the very same functions interpreted,
+while a thread compiles them. Both give the same plan: they are integer arithmetic.
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ import sys, numpy as np, time
 from pyinfer.schedulers.decode import decode_plan
 from pyinfer.schedulers import lazy
 def plan():
-    return decode_plan(np.arange(65, dtype=np.int32), np.arange(64, dtype=np.int32), np.ones(64, np.int32), num_qo_heads=8, num_kv_heads=2, head_dim_qk=64, page_size=16, tile_q=16, tile_kv=64, num_sms=132)
+    indptr, indices, last = np.arange(65, dtype=np.int32), np.arange(64, dtype=np.int32), np.ones(64, np.int32)
+    shape = dict(num_qo_heads=8, num_kv_heads=2, head_dim_qk=64, page_size=16, tile_q=16, tile_kv=64, num_sms=132)
+    return decode_plan(indptr, indices, last, **shape)
 first = plan()
 assert lazy.kernels() is lazy._plain() or lazy._compiled is not None
 """
@@ -76,7 +78,8 @@ def run(code, **env):
 @pytest.mark.cpu
 def test_the_first_plan_does_not_wait_for_numba(tmp_path):
     out = run(
-        "print('numba.core.typing.templates' in sys.modules and lazy._compiled is not None); lazy.wait(); assert plan().pack().tobytes() == first.pack().tobytes(); print(lazy._compiled is not None)",
+        "print('numba.core.typing.templates' in sys.modules and lazy._compiled is not None)\nlazy.wait()\n"
+        "assert plan().pack().tobytes() == first.pack().tobytes()\nprint(lazy._compiled is not None)",
         NUMBA_CACHE_DIR=str(tmp_path),
     )
     assert out.split() == ["False", "True"]
