@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pyinfer.jit import cache, compiler
+from pyinfer.jit import cache, compiler, env
 from pyinfer.jit.norm import gen_norm_module
 
 pytestmark = pytest.mark.compile
@@ -18,7 +18,7 @@ ARCH = "90a"
 @pytest.fixture
 def spec(tmp_path, monkeypatch):
     """A shipped kernel, built once into a cache of the test's own; this process has forgotten it."""
-    monkeypatch.setenv("PYINFER_WORKSPACE_BASE", str(tmp_path))
+    monkeypatch.setattr(env, "cache_bases", lambda: [tmp_path])
     compiler.forget()
     spec = gen_norm_module().specs[0]
     assert not spec.build(ARCH).cached
