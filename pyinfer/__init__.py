@@ -42,6 +42,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "single_prefill_with_kv_cache",
         "single_prefill_with_kv_cache_return_lse",
     ),
+    "quantization": ("packbits", "segment_packbits"),
     "rope": (
         "apply_llama31_rope",
         "apply_llama31_rope_inplace",
@@ -122,6 +123,8 @@ if TYPE_CHECKING:
     from pyinfer.prefill import BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper
     from pyinfer.prefill import single_prefill_with_kv_cache as single_prefill_with_kv_cache
     from pyinfer.prefill import single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse
+    from pyinfer.quantization import packbits as packbits
+    from pyinfer.quantization import segment_packbits as segment_packbits
     from pyinfer.rope import apply_llama31_rope as apply_llama31_rope
     from pyinfer.rope import apply_llama31_rope_inplace as apply_llama31_rope_inplace
     from pyinfer.rope import apply_llama31_rope_pos_ids as apply_llama31_rope_pos_ids

@@ -83,7 +83,7 @@ def make(
     rng: np.random.Generator, backend: Backend, dtype: str, heads: int, qo_lens: Any, kv_lens: Any, page_size: int, *, joined: bool = False, spare: int = 0,
     magnitude: float = 1.0, dims: tuple[int, int] = DIMS,
 ) -> Case:  # fmt: skip
-    """A random batch. Every slot behind a request's last token, and every page of nobody, is NaN. `joined`: halves of one tensor. `spare`: pages behind kv_len."""
+    """A random batch. Slots behind a request's last token, and pages of nobody, are NaN. `joined`: halves of one tensor. `spare`: pages behind kv_len."""
     kv_len = np.asarray(kv_lens, np.int32)
     indptr, indices, last, pages = page_table(rng, np.where(kv_len > 0, kv_len + spare * page_size, 0), page_size)
     qo_indptr = np.concatenate([[0], np.cumsum(qo_lens)]).astype(np.int32)
