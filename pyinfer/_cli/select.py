@@ -18,6 +18,8 @@ _KERNELS_OF = {
     "single_decode_with_kv_cache": "decode_*_single_*",
     "single_prefill_with_kv_cache": "prefill_*_single_*",
 }
+# Public modules that run another module's kernels: block-sparse attention is paged prefill over the blocks.
+RUNS_KERNELS_OF = {"sparse": "prefill"}
 
 
 def families() -> list[str]:
@@ -57,6 +59,7 @@ def find(pattern: str) -> list[JitSpec]:
     wanted = pattern.removeprefix("pyinfer.")
     function = wanted.rsplit(".", 1)[-1]  # pyinfer.norm.rmsnorm is fine too
     folder = pyinfer._MODULE_OF.get(function, wanted)
+    folder = RUNS_KERNELS_OF.get(folder, folder)
     tests: tuple[Callable[[JitSpec], bool], ...] = (
         lambda s: s.name == wanted,
         lambda s: fnmatchcase(s.name, wanted),
