@@ -55,7 +55,11 @@ def test_compiles_without_spills(arch: str) -> None:
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_options_compile_without_spills(arch: str) -> None:
     """Every option, alone or where it costs most."""
-    lines = [check_resources(spec, arch) for spec in attention.option_specs(env.arch_number(arch))]
+    number = env.arch_number(arch)
+    everything = AttentionOptions(alibi=True, mask=True, multi_item=True, sinks=True)
+    config = attention.attention_config(number, "bfloat16", 128, 128, 128, None, everything)
+    largest = attention.gen_attention(config, "bfloat16", 128, 128, "plan", "softcap", options=everything)
+    lines = [check_resources(spec, arch) for spec in (*attention.option_specs(number), largest)]
     print("\n" + "\n".join(lines))
 
 

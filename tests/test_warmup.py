@@ -141,7 +141,7 @@ def test_incomplete_config():
         pyinfer.warmup()
 
 
-@pytest.mark.parametrize(("values", "error"), [({"head_dim": 80}, ValueError), ({"dtype": "float32"}, TypeError)])
+@pytest.mark.parametrize(("values", "error"), [({"head_dim": 84}, ValueError), ({"dtype": "float32"}, TypeError)])
 def test_model_without_cuda_kernels(values, error):
     with pytest.raises(error, match="has no CUDA kernel"):
         warmup(SMOLLM2, archs=["8.0"], **values)

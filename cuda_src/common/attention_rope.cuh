@@ -35,7 +35,7 @@ template <typename T, typename E, int HEAD_DIM, int FROM_BYTES, int TO_BYTES, in
 PYINFER_DEVICE void rotate_rows(const char* from, char* to, const uint64_t* frequency, const PositionOf& position_of) {
     static_assert(HEAD_DIM % 8 == 0, "both halves are pairs of elements");
     constexpr int PER_ROW = HEAD_DIM / 4;
-#pragma unroll 2
+#pragma unroll 1
     for (int task = threadIdx.x % 32; task < ROWS * PER_ROW; task += 32) {
         const int row = task / PER_ROW;
         const int column = task % PER_ROW * 2;

@@ -179,7 +179,7 @@ struct AttentionTile {
     }
 
     // Scores that the row may not see become -inf. `token_of(packed_row)` gives a row's query token.
-    template <bool BY_RANGE, typename Variant, typename TokenOf>
+    template <typename Variant, typename TokenOf>
     PYINFER_DEVICE void mask_scores(const Variant& variant, const AttentionWork& w, int packed_row, int kv_token,
                                     const RowVisibility& visibility, const TokenOf& token_of) {
 #pragma unroll
@@ -196,7 +196,7 @@ struct AttentionTile {
                 for (int n = 0; n < KV_BLOCKS; ++n) {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        bool visible = !BY_RANGE || static_cast<uint32_t>(first + n * 8 + e) < span;
+                        bool visible = static_cast<uint32_t>(first + n * 8 + e) < span;
                         if constexpr (Variant::MASKS) {
                             visible = visible && variant.visible(known, kv_token + n * 8 + e);
                         }

@@ -27,7 +27,7 @@ from pyinfer.jit.attention_options import PLAIN, AttentionOptions
 from pyinfer.jit.spec import JitModule, JitSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
 
 __all__ = [
     "DECODE_ROWS",
@@ -233,13 +233,11 @@ OPTION_CASES = (
     (256, 256, "bfloat16", "float8_e4m3fn", "float32", True, AttentionOptions(alibi=True), True),
     (128, 128, "bfloat16", "float8_e4m3fn", None, False, AttentionOptions(rope=(1.0, 1e4)), True),
     (128, 128, "bfloat16", None, None, False, AttentionOptions(rope=(1.0, 1e4)), True),
-    (128, 128, "float16", None, None, True, AttentionOptions(alibi=True, mask=True, multi_item=True, sinks=True), True),
+    (64, 64, "float16", None, None, True, AttentionOptions(alibi=True, mask=True, multi_item=True, sinks=True), True),
     (128, 128, "bfloat16", None, None, False, AttentionOptions(mask=True), True),
-    (64, 64, "bfloat16", None, None, False, AttentionOptions(alibi=True), True),
     (256, 256, "float16", None, None, False, AttentionOptions(mask=True, rope=(1.0, 1e4)), True),
     (192, 128, "bfloat16", None, None, False, PLAIN, True),
     (72, 200, "float16", "float8_e5m2", "bfloat16", False, AttentionOptions(sinks=True), False),
-    (96, 96, "bfloat16", None, None, False, AttentionOptions(sinks=True), True),
     (40, 40, "float16", None, "float32", False, PLAIN, False),
 )
 """Each option at least once, and together where it costs most; kernels with options are otherwise compiled when asked for."""
@@ -256,7 +254,7 @@ def option_specs(arch: int) -> list[JitSpec]:
     return list(found)
 
 
-def all_specs(archs: Iterable[int] = (80, 89, 90)) -> list[JitSpec]:
+def all_specs(archs: Collection[int] = (80, 89, 90)) -> list[JitSpec]:
     """The specs worth building ahead for the given architectures: the usual dtypes, head dimensions, soft cap or not, and `option_specs`.
 
     The defaults stand for the three sizes of shared memory.
@@ -270,7 +268,8 @@ def all_specs(archs: Iterable[int] = (80, 89, 90)) -> list[JitSpec]:
                     for source in SOURCES:
                         for variant in VARIANTS:
                             found[gen_attention(config, dtype, dim, dim, source, variant)] = None
-        found |= dict.fromkeys(option_specs(arch))
+    # Options once, cut for the smallest shared memory: that fits all of the architectures.
+    found |= dict.fromkeys(option_specs(min(archs, key=smem_limits)))
     return list(found)
 
 

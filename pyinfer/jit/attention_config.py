@@ -216,10 +216,10 @@ def _prefill_candidates(
 ) -> list[AttentionConfig]:
     # (tile_q, tile_kv, warps, blocks per SM, stages, queries in registers)
     largest = max(head_dim_qk, head_dim_vo)
-    if max_packed_rows <= 64 and largest <= 128:
+    if largest <= 128 and wide and (max_packed_rows <= 64 or (rope and kv_itemsize == 1)):
+        shapes = [(64, 32, 4, 2, 3, False), (64, 32, 4, 2, 2, False)]  # rotation out of 8 bits would spill at 128 rows
+    elif largest <= 128 and max_packed_rows <= 64:
         shapes = [(64, 64, 4, 2, 2, True), (64, 64, 4, 3, 2, False), (64, 32, 4, 2, 3, True)]
-        if wide:
-            shapes = [(64, 32, 4, 2, 3, False), (64, 32, 4, 2, 2, False)]
     elif wide and largest <= 128:
         shapes = [(128, 32, 4, 2, 3, False), (128, 32, 4, 2, 2, False)]
     elif largest <= 64:
