@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from pyinfer.core.calls import Calls
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import check_dtype, check_same_device, check_same_dtype, check_shape, fail
 from pyinfer.core.rows import common_row_layout, vector_length
-from pyinfer.core.tensor import current_stream, empty, view
+from pyinfer.core.tensor import empty, view
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"]
 
 _DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
+_calls = Calls()
 
 
 def silu_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = None) -> Any:
@@ -58,6 +60,15 @@ def gelu_tanh_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = Non
 
 
 def _act_and_mul(op: str, act: str, input: Any, out: Any, enable_pdl: bool | None) -> Any:
+    scalars = (act, enable_pdl is not False)
+    tensors = (input,) if out is None else (input, out)
+    call = _calls.find(scalars, tensors)
+    if call is not None:
+        result = call.new() if out is None else out
+        x_ptr, out_ptr = call.ptr(input), call.ptr(result)
+        if not (x_ptr | out_ptr) & 15:
+            call.launch(call.stream(call.device), x_ptr, out_ptr)
+            return result
     x = view(input, op, "input")
     check_dtype(op, "input", x, _DTYPES)
     size = x.dtype.itemsize
@@ -95,12 +106,11 @@ def _act_and_mul(op: str, act: str, input: Any, out: Any, enable_pdl: bool | Non
     _, _, o_outer, o_inner = out_rows
     vec = vector_length(size, x.ptr | o.ptr | (width | x_outer | x_inner | o_outer | o_inner) * size)
     kernel, per_block, chunks, has_pdl = _act_and_mul_kernel(x.device, act, x.dtype.name, width, vec)
-    kernel(
-        current_stream(x),
-        -(-n // per_block) * chunks,
-        (x.ptr, o.ptr, x_outer, x_inner, o_outer, o_inner, n, inner, chunks, width),
-        has_pdl and enable_pdl is not False,
-    )
+    values = (x.ptr, o.ptr, x_outer, x_inner, o_outer, o_inner, n, inner, chunks, width)
+    aligned = not (x.ptr | o.ptr) & 15
+    outputs = ((out_shape, x.dtype),) if len(tensors) == 1 else ()
+    pdl = has_pdl and scalars[1]
+    _calls.launch(scalars, tensors, x, kernel, -(-n // per_block) * chunks, values, 2, pdl, aligned, outputs)
     return out
 
 

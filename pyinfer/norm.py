@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from pyinfer.core.calls import Calls
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import check_dtype, check_ndim, check_same_device, check_same_dtype, check_shape
 from pyinfer.core.rows import common_row_layout, row_layout, vector_length
-from pyinfer.core.tensor import TensorView, current_stream, empty, view
+from pyinfer.core.tensor import TensorView, empty, view
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["fused_add_rmsnorm", "gemma_fused_add_rmsnorm", "gemma_rmsnorm", "rmsnorm"]
 
 _DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
+_norm_calls, _add_calls = Calls(), Calls()
 
 
 def rmsnorm(input: Any, weight: Any, eps: float = 1e-6, out: Any = None, enable_pdl: bool | None = None) -> Any:
@@ -105,6 +107,16 @@ def _check(op: str, x: TensorView, weight: TensorView, other_arg: str, other: Te
 
 
 def _rmsnorm(op: str, input: Any, weight: Any, eps: float, out: Any, enable_pdl: bool | None, gemma: bool) -> Any:
+    scalars = (eps, gemma, enable_pdl is not False)
+    tensors = (input, weight) if out is None else (input, weight, out)
+    call = _norm_calls.find(scalars, tensors)
+    if call is not None:
+        ptr = call.ptr
+        result = call.new() if out is None else out
+        x_ptr, w_ptr, out_ptr = ptr(input), ptr(weight), ptr(result)
+        if not (x_ptr | w_ptr | out_ptr) & 15:
+            call.launch(call.stream(call.device), x_ptr, w_ptr, out_ptr)
+            return result
     x, w = view(input, op, "input"), view(weight, op, "weight")
     if out is None:
         _check(op, x, w, "", None)
@@ -128,18 +140,25 @@ def _rmsnorm(op: str, input: Any, weight: Any, eps: float, out: Any, enable_pdl:
     size = x.dtype.itemsize
     vec = vector_length(size, x.ptr | w.ptr | o.ptr | (hidden | x_outer | x_inner | o_outer | o_inner) * size)
     kernel, per_block, has_pdl = _rmsnorm_kernel(device, x.dtype.name, hidden, vec, gemma)
-    kernel(
-        current_stream(x),
-        -(-n // per_block),
-        (x.ptr, w.ptr, o.ptr, x_outer, x_inner, o_outer, o_inner, n, inner, hidden, 1.0 / hidden, eps),
-        has_pdl and enable_pdl is not False,
-    )
+    values = (x.ptr, w.ptr, o.ptr, x_outer, x_inner, o_outer, o_inner, n, inner, hidden, 1.0 / hidden, eps)
+    aligned = not (x.ptr | w.ptr | o.ptr) & 15
+    outputs = ((x.shape, x.dtype),) if len(tensors) == 2 else ()
+    pdl = has_pdl and scalars[2]
+    _norm_calls.launch(scalars, tensors, x, kernel, -(-n // per_block), values, 3, pdl, aligned, outputs)
     return out
 
 
 def _fused_add_rmsnorm(
     op: str, input: Any, residual: Any, weight: Any, eps: float, enable_pdl: bool | None, gemma: bool
 ) -> None:
+    scalars = (eps, gemma, enable_pdl is not False)
+    call = _add_calls.find(scalars, (input, residual, weight))
+    if call is not None:
+        ptr = call.ptr
+        x_ptr, r_ptr, w_ptr = ptr(input), ptr(residual), ptr(weight)
+        if not (x_ptr | r_ptr | w_ptr) & 15:
+            call.launch(call.stream(call.device), x_ptr, r_ptr, w_ptr)
+            return
     x, r, w = view(input, op, "input"), view(residual, op, "residual"), view(weight, op, "weight")
     _check(op, x, w, "residual", r)
     rows, residual_rows = common_row_layout(op, "input", x, "residual", r)
@@ -157,12 +176,10 @@ def _fused_add_rmsnorm(
     size = x.dtype.itemsize
     vec = vector_length(size, x.ptr | w.ptr | r.ptr | (hidden | x_outer | x_inner | r_outer | r_inner) * size)
     kernel, per_block, has_pdl = _fused_add_rmsnorm_kernel(device, x.dtype.name, hidden, vec, gemma)
-    kernel(
-        current_stream(x),
-        -(-n // per_block),
-        (x.ptr, r.ptr, w.ptr, x_outer, x_inner, r_outer, r_inner, n, inner, hidden, 1.0 / hidden, eps),
-        has_pdl and enable_pdl is not False,
-    )
+    values = (x.ptr, r.ptr, w.ptr, x_outer, x_inner, r_outer, r_inner, n, inner, hidden, 1.0 / hidden, eps)
+    aligned = not (x.ptr | r.ptr | w.ptr) & 15
+    pdl = has_pdl and scalars[2]
+    _add_calls.launch(scalars, (input, residual, weight), x, kernel, -(-n // per_block), values, 3, pdl, aligned)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from pyinfer._attention import check_layout, paged_views
+from pyinfer.core.calls import Calls
 from pyinfer.core.dtypes import INT32, INT64
 from pyinfer.core.errors import (
     check_dtype,
@@ -17,7 +18,7 @@ from pyinfer.core.errors import (
     fail,
 )
 from pyinfer.core.rows import vector_length
-from pyinfer.core.tensor import TensorView, as_numpy, current_stream, empty, view
+from pyinfer.core.tensor import TensorView, as_numpy, empty, view
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["append_paged_kv_cache", "append_paged_mla_kv_cache", "get_batch_indices_positions", "get_seq_lens"]
 
 _INTEGERS = (INT32, INT64)
+_append_calls, _position_calls, _length_calls = Calls(), Calls(), Calls()
 
 
 def get_batch_indices_positions(
@@ -57,6 +59,15 @@ def get_batch_indices_positions(
         For a wrong dtype or shape; on the CPU also for an append_indptr that is not monotone or goes beyond nnz.
     """
     op = "get_batch_indices_positions"
+    given = (batch_indices is not None) + (positions is not None)
+    known = (append_indptr, seq_lens, *((batch_indices, positions) if given else ()))
+    scalars = (nnz, given)
+    call = _position_calls.find(scalars, known)
+    if call is not None:
+        ptr = call.ptr
+        first, second = (batch_indices, positions) if given else call.new()
+        call.launch(call.stream(call.device), ptr(append_indptr), ptr(seq_lens), ptr(first), ptr(second))
+        return first, second
     indptr, lengths = _index(op, "append_indptr", append_indptr), _index(op, "seq_lens", seq_lens)
     batch = _batch(op, "append_indptr", indptr)
     check_shape(op, "seq_lens", lengths, (batch,))
@@ -65,10 +76,10 @@ def get_batch_indices_positions(
     if nnz < 0:
         fail(op, "nnz", "is negative", nnz, "the number of rows")
     outputs = []
-    for arg, given in (("batch_indices", batch_indices), ("positions", positions)):
-        obj = empty(indptr, (nnz,), INT32) if given is None else given
+    for arg, target in (("batch_indices", batch_indices), ("positions", positions)):
+        obj = empty(indptr, (nnz,), INT32) if target is None else target
         out = view(obj, op, arg)
-        if given is not None:
+        if target is not None:
             check_dtype(op, arg, out, (INT32,))
             check_shape(op, arg, out, (nnz,))
             check_last_dim_contiguous(op, arg, out)
@@ -91,7 +102,10 @@ def get_batch_indices_positions(
     wide = (indptr.dtype is INT64) | (lengths.dtype is INT64) << 1
     stretches = min(64, max(1, nnz // (1024 * max(1, batch))))
     values = (indptr.ptr, lengths.ptr, first_view.ptr, second_view.ptr, nnz, batch, wide)
-    kernel(current_stream(indptr), (batch + 1, stretches, 1), values, has_pdl)
+    whole = given != 1  # one given, one not: nothing `find` could be asked with
+    allocated = () if given else (((nnz,), INT32),) * 2
+    grid = (batch + 1, stretches, 1)
+    _position_calls.launch(scalars, known, indptr, kernel, grid, values, 4, has_pdl, whole, allocated)
     return first, second
 
 
@@ -117,6 +131,12 @@ def get_seq_lens(kv_indptr: Any, kv_last_page_len: Any, page_size: int) -> Any:
         For a wrong dtype or shape.
     """
     op = "get_seq_lens"
+    given_page_size = page_size
+    call = _length_calls.find(page_size, (kv_indptr, kv_last_page_len))
+    if call is not None:
+        out = call.new()
+        call.launch(call.stream(call.device), call.ptr(kv_indptr), call.ptr(kv_last_page_len), call.ptr(out))
+        return out
     indptr, last = _index(op, "kv_indptr", kv_indptr), _index(op, "kv_last_page_len", kv_last_page_len)
     batch = _batch(op, "kv_indptr", indptr)
     check_shape(op, "kv_last_page_len", last, (batch,))
@@ -135,8 +155,10 @@ def get_seq_lens(kv_indptr: Any, kv_last_page_len: Any, page_size: int) -> Any:
         return out
     kernel, has_pdl = _kernel(indptr.device, "seq_lens")
     wide = (indptr.dtype is INT64) | (last.dtype is INT64) << 1
-    kernel(
-        current_stream(indptr), -(-batch // 128), (indptr.ptr, last.ptr, view(out).ptr, page_size, batch, wide), has_pdl
+    values = (indptr.ptr, last.ptr, view(out).ptr, page_size, batch, wide)
+    tensors, outputs = (kv_indptr, kv_last_page_len), (((batch,), INT32),)
+    _length_calls.launch(
+        given_page_size, tensors, indptr, kernel, -(-batch // 128), values, 3, has_pdl, outputs=outputs
     )
     return out
 
@@ -184,6 +206,12 @@ def append_paged_kv_cache(
         request's pages; nothing is written then. On a GPU such tokens are left out, since finding them would take a synchronisation.
     """
     op = "append_paged_kv_cache"
+    index_tensors = (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+    pair = type(paged_kv_cache) is tuple and len(paged_kv_cache) == 2
+    tensors = (append_key, append_value, *(paged_kv_cache if pair else (paged_kv_cache,)), *index_tensors)
+    scalars = (kv_layout, len(tensors))
+    if _append_again(scalars, tensors):
+        return
     check_layout(op, kv_layout)
     key, value = view(append_key, op, "append_key"), view(append_value, op, "append_value")
     check_ndim(op, "append_key", key, 3)
@@ -191,7 +219,7 @@ def append_paged_kv_cache(
     k_cache, v_cache = paged_views(op, paged_kv_cache, kv_layout, 1)
     slot_axis, head_axis = (1, 2) if kv_layout == "NHD" else (2, 1)
     _append(
-        op, ("append_key", "append_value"), (key, value), ("paged_kv_cache (K)", "paged_kv_cache (V)"), (k_cache, v_cache),
+        scalars, tensors, op, ("append_key", "append_value"), (key, value), ("paged_kv_cache (K)", "paged_kv_cache (V)"), (k_cache, v_cache),
         slot_axis, head_axis, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len,
     )  # fmt: skip
 
@@ -224,6 +252,10 @@ def append_paged_mla_kv_cache(
         As `append_paged_kv_cache`.
     """
     op = "append_paged_mla_kv_cache"
+    scalars = (op, 9)
+    tensors = (append_ckv, append_kpe, ckv_cache, kpe_cache, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)  # fmt: skip
+    if _append_again(scalars, tensors):
+        return
     sources, caches = [], []
     for arg, x in (("append_ckv", append_ckv), ("append_kpe", append_kpe)):
         v = view(x, op, arg)
@@ -234,7 +266,7 @@ def append_paged_mla_kv_cache(
         check_ndim(op, arg, v, 3)
         caches.append(_with_head_axis(v, 2))
     _append(
-        op, ("append_ckv", "append_kpe"), (sources[0], sources[1]), ("ckv_cache", "kpe_cache"), (caches[0], caches[1]),
+        scalars, tensors, op, ("append_ckv", "append_kpe"), (sources[0], sources[1]), ("ckv_cache", "kpe_cache"), (caches[0], caches[1]),
         1, 2, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len,
     )  # fmt: skip
 
@@ -266,7 +298,27 @@ def _batch(op: str, arg: str, indptr: TensorView) -> int:
     return indptr.shape[0] - 1
 
 
+def _append_again(scalars: tuple[str, int], tensors: tuple[Any, ...]) -> bool:
+    """Whether this append is like one before; if so it is launched."""
+    call = _append_calls.find(scalars, tensors)
+    if call is None:
+        return False
+    if len(tensors) == 9:
+        key, value, key_cache, value_cache, batch_indices, positions, kv_indices, kv_indptr, _ = map(call.ptr, tensors)
+    else:  # keys and values in one tensor
+        key, value, key_cache, batch_indices, positions, kv_indices, kv_indptr, _ = map(call.ptr, tensors)
+        value_cache = key_cache + call.offset
+    if (key | value | key_cache | value_cache) & 15:
+        return False
+    call.launch(
+        call.stream(call.device), key, value, key_cache, value_cache, batch_indices, positions, kv_indices, kv_indptr
+    )
+    return True
+
+
 def _append(
+    scalars: tuple[str, int],
+    tensors: tuple[Any, ...],
     op: str,
     names: tuple[str, str],
     sources: tuple[TensorView, TensorView],
@@ -349,7 +401,9 @@ def _append(
         key.ptr, value.ptr, key_cache.ptr, value_cache.ptr, batch_indices.ptr, positions.ptr, kv_indices.ptr, kv_indptr.ptr, *strides,
         kv_indices.shape[0], num_pages, batch, page_size, heads, key_chunks, value_chunks, parts, wide,
     )  # fmt: skip
-    kernel(current_stream(key), nnz * parts, values, has_pdl)
+    aligned = not (key.ptr | value.ptr | key_cache.ptr | value_cache.ptr) & 15
+    offset = value_cache.ptr - key_cache.ptr
+    _append_calls.launch(scalars, tensors, key, kernel, nnz * parts, values, 8, has_pdl, aligned, offset=offset)
 
 
 def _fail_token(op: str, what: int, token: int, arrays: list[Any], batch: int, page_size: int, num_pages: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from pyinfer.core.calls import Calls
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64
 from pyinfer.core.errors import (
     check_dtype,
@@ -21,7 +22,7 @@ from pyinfer.core.errors import (
     fail,
 )
 from pyinfer.core.rows import vector_length
-from pyinfer.core.tensor import TensorView, as_numpy, current_stream, empty, view
+from pyinfer.core.tensor import TensorView, as_numpy, empty, view
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
@@ -45,6 +46,9 @@ _MAX_ROTARY_DIM = 512  # the table of frequencies is a kernel parameter, of whic
 _MANY_TOKENS = (
     2048  # from here on a block takes all heads of its token: the sines are computed once, and there are blocks enough
 )
+
+_calls = Calls()
+_NEW = object()
 
 
 def apply_rope(
@@ -291,6 +295,30 @@ def _outputs(q: TensorView, k: TensorView, in_place: bool) -> tuple[Any, Any, Te
     return q_out, k_out, view(q_out), view(k_out)
 
 
+def _again(scalars: tuple[Any, ...], in_place: bool, q: Any, k: Any, *others: Any) -> Any:
+    """The result of a call like one before, launched; `_NEW` if there was none."""
+    call = _calls.find(scalars, (q, k, *others))
+    if call is None:
+        return _NEW
+    ptr = call.ptr
+    q_ptr, k_ptr, last = ptr(q), ptr(k), ptr(others[-1])
+    bits = q_ptr | k_ptr | last if scalars[0] == "cache" else q_ptr | k_ptr
+    if bits & 15:
+        return _NEW
+    if in_place:
+        result, q_out, k_out = None, q_ptr, k_ptr
+    else:
+        result = call.new()
+        q_out, k_out = ptr(result[0]), ptr(result[1])
+        if (q_out | k_out) & 15:
+            return _NEW
+    if len(others) == 1:
+        call.launch(call.stream(call.device), q_ptr, k_ptr, q_out, k_out, last)
+    else:
+        call.launch(call.stream(call.device), q_ptr, k_ptr, q_out, k_out, ptr(others[0]), last)
+    return result
+
+
 def _pos_ids(
     op: str,
     q_: Any,
@@ -301,6 +329,10 @@ def _pos_ids(
     scales: tuple[float, ...],
     in_place: bool,
 ) -> Any:
+    key = ("pos_ids", in_place, rotary_dim, interleave, scales)
+    known = _again(key, in_place, q_, k_, pos_ids)
+    if known is not _NEW:
+        return known
     q, k, positions = view(q_, op, "q"), view(k_, op, "k"), view(pos_ids, op, "pos_ids")
     _check(op, ("q", "k"), q, k, 3)
     _check_indices(op, "pos_ids", positions, q.shape[0], q)
@@ -312,10 +344,11 @@ def _pos_ids(
         if q.device < 0:
             _run_cpu(q, k, q_out, k_out, as_numpy(positions), rotary_dim, interleave, scales, in_place)
         else:
-            first = (_frequency_bytes(rotary_dim, *scales), positions.ptr)
+            table = (_frequency_bytes(rotary_dim, *scales),)
+            wide = positions.dtype is INT64
             _launch(
-                "pos_ids", q, k, q_out, k_out, rotary_dim, interleave, in_place, positions.dtype is INT64, first, (), 0
-            )
+                key, (q_, k_, pos_ids), (positions.ptr,), q, k, q_out, k_out, rotary_dim, interleave, in_place, wide, table, (), 0
+            )  # fmt: skip
     return None if in_place else (q_obj, k_obj)
 
 
@@ -330,6 +363,10 @@ def _indptr(
     scales: tuple[float, ...],
     in_place: bool,
 ) -> Any:
+    key = ("indptr", in_place, rotary_dim, interleave, scales)
+    known = _again(key, in_place, q_, k_, indptr_, offsets_)
+    if known is not _NEW:
+        return known
     q, k, indptr, offsets = (
         view(q_, op, "q"),
         view(k_, op, "k"),
@@ -358,27 +395,21 @@ def _indptr(
             positions = positions_of_rows(rows, as_numpy(offsets), q.shape[0])
             _run_cpu(q, k, q_out, k_out, positions, rotary_dim, interleave, scales, in_place)
         else:
-            first = (_frequency_bytes(rotary_dim, *scales), indptr.ptr, offsets.ptr)
+            table = (_frequency_bytes(rotary_dim, *scales),)
+            wide, indices = indptr.dtype is INT64, (indptr.ptr, offsets.ptr)
             _launch(
-                "indptr",
-                q,
-                k,
-                q_out,
-                k_out,
-                rotary_dim,
-                interleave,
-                in_place,
-                indptr.dtype is INT64,
-                first,
-                (requests,),
-                0,
-            )
+                key, (q_, k_, indptr_, offsets_), indices, q, k, q_out, k_out, rotary_dim, interleave, in_place, wide, table, (requests,), 0
+            )  # fmt: skip
     return None if in_place else (q_obj, k_obj)
 
 
 def _cached(
     op: str, positions_: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool, in_place: bool
 ) -> Any:
+    scalars = ("cache", in_place, head_size, is_neox)
+    known = _again(scalars, in_place, query, key, positions_, cos_sin_cache)
+    if known is not _NEW:
+        return known
     positions, q, k = view(positions_, op, "positions"), view(query, op, "query"), view(key, op, "key")
     cache = view(cos_sin_cache, op, "cos_sin_cache")
     _check(op, ("query", "key"), q, k, 2)
@@ -420,10 +451,15 @@ def _cached(
                 q, k, q_out, k_out, where, cos_sin_cache=as_numpy(cache), interleave=not is_neox, in_place=in_place
             )
         else:
-            first = (positions.ptr, cache.ptr, cache.strides[0], cache.shape[0])
             bits = cache.ptr | (cache.strides[0] | rotary_dim // 2) * 4
-            wide = positions.dtype is INT64
-            _launch("cache", q, k, q_out, k_out, rotary_dim, not is_neox, in_place, wide, first, (), bits)
+            wide, indices, table = (
+                positions.dtype is INT64,
+                (positions.ptr, cache.ptr),
+                (cache.strides[0], cache.shape[0]),
+            )
+            _launch(
+                scalars, (query, key, positions_, cos_sin_cache), indices, q, k, q_out, k_out, rotary_dim, not is_neox, in_place, wide, table, (), bits
+            )  # fmt: skip
     return None if in_place else (q_obj, k_obj)
 
 
@@ -473,7 +509,9 @@ def _frequency_bytes(*key: float) -> bytes:
 
 
 def _launch(
-    mode: str,
+    key: tuple[Any, ...],
+    tensors: tuple[Any, ...],
+    indices: tuple[int, ...],
     q: TensorView,
     k: TensorView,
     q_out: TensorView,
@@ -482,10 +520,11 @@ def _launch(
     interleave: bool,
     in_place: bool,
     wide: bool,
-    first: tuple[Any, ...],
+    table: tuple[Any, ...],
     last: tuple[Any, ...],
     cache_bits: int,
 ) -> None:
+    """`key`, `tensors`: what `_again` will be asked with. `indices`: the addresses behind q's and k's; `table`: the fields that follow; `last`: the last."""
     tokens, q_heads, head_dim = q.shape
     num_heads = q_heads + k.shape[1]
     if not num_heads:
@@ -496,26 +535,18 @@ def _launch(
     bits = rotary_dim // 2 | tail
     for s in strides:
         bits |= s
-    vec = 1 if cache_bits & 15 else vector_length(size, q.ptr | k.ptr | q_out.ptr | k_out.ptr | bits * size)
-    kernel, at_once, has_pdl = _rope_kernel(q.device, mode, q.dtype.name, rotary_dim, bool(interleave), num_heads, vec)
+    addresses = q.ptr | k.ptr | q_out.ptr | k_out.ptr
+    vec = 1 if cache_bits & 15 else vector_length(size, addresses | bits * size)
+    kernel, at_once, has_pdl = _rope_kernel(
+        q.device, key[0], q.dtype.name, rotary_dim, bool(interleave), num_heads, vec
+    )
     heads_per_block = num_heads if tokens >= _MANY_TOKENS else at_once
     parts = -(-num_heads // heads_per_block)
-    values = (
-        *first,
-        q.ptr,
-        k.ptr,
-        q_out.ptr,
-        k_out.ptr,
-        *strides,
-        q_heads,
-        num_heads,
-        parts,
-        heads_per_block,
-        tail,
-        wide,
-        *last,
-    )
-    kernel(current_stream(q), tokens * parts, values, has_pdl)
+    pointers = (q.ptr, k.ptr, q_out.ptr, k_out.ptr, *indices)
+    values = (*pointers, *table, *strides, q_heads, num_heads, parts, heads_per_block, tail, wide, *last)
+    aligned = not (addresses | (indices[-1] if key[0] == "cache" else 0)) & 15
+    outputs = () if in_place else tuple((view(x).shape, q.dtype) for x in tensors[:2])
+    _calls.launch(key, tensors, q, kernel, tokens * parts, values, len(pointers), has_pdl, aligned, outputs)
 
 
 @functools.cache

@@ -43,6 +43,14 @@ def _driver() -> Any:
     return library
 
 
+@functools.cache
+def _launch_function() -> Any:
+    """cuLaunchKernelEx for arguments that are ctypes objects already: a function of its own, without argtypes."""
+    function = _driver()["cuLaunchKernelEx"]
+    function.restype = ctypes.c_int
+    return function
+
+
 def error_text(code: int) -> str:
     """The driver's name and description of an error code."""
     name, text = ctypes.c_char_p(), ctypes.c_char_p()
@@ -51,19 +59,36 @@ def error_text(code: int) -> str:
     return f"{(name.value or b'unknown').decode()} ({code}): {(text.value or b'').decode()}"
 
 
-class _Slot(threading.local):
-    """A thread's own launch buffers: another thread may launch while the driver reads ours with the GIL released.
+class _Buffers:
+    """Launch buffers, which begin as copies of `params` and `config`, and their addresses (`_argument`: as objects that ctypes passes without conversion)."""
 
-    Each thread starts with a copy of `params` and `config`.
-    """
+    __slots__ = (
+        "argv",
+        "argv_address",
+        "argv_argument",
+        "config",
+        "config_address",
+        "config_argument",
+        "params",
+        "stream",
+    )
 
     def __init__(self, params: bytes, config: bytes) -> None:
         self.params = ctypes.create_string_buffer(params, len(params))
         self.argv = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
         self.argv_address = ctypes.addressof(self.argv)
+        self.argv_argument = ctypes.c_void_p(self.argv_address)
         self.config = ctypes.create_string_buffer(config, _CONFIG.size)
         self.config_address = ctypes.addressof(self.config)
+        self.config_argument = ctypes.c_void_p(self.config_address)
         self.stream = -1  # in `config`
+
+
+class _Slot(threading.local):
+    """A thread's own launch buffers: another thread may launch while the driver reads ours with the GIL released."""
+
+    def __init__(self, params: bytes, config: bytes) -> None:
+        self.own = _Buffers(params, config)
 
 
 class Kernel:
@@ -83,6 +108,7 @@ class Kernel:
         self._block = spec.block
         self._smem = spec.smem
         self._launch = _driver().cuLaunchKernelEx
+        self._launch_arguments = _launch_function()
         self._get_device = cupy.cuda.runtime.getDevice
         fixed = []
         if spec.cluster:
@@ -119,7 +145,7 @@ class Kernel:
         pdl
             Let the launch overlap the tail of the kernel before it (the kernel must contain griddepcontrol.wait).
         """
-        slot = self._slot
+        slot = self._slot.own
         self._pack(slot.params, 0, *values)
         x, y, z = (grid, 1, 1) if isinstance(grid, int) else grid
         if not (x and y and z):
@@ -134,7 +160,7 @@ class Kernel:
         """Pack a launch once whose grid and parameters stay, but for the first `pointers` fields: see `BoundLaunch`."""
         return BoundLaunch(self, grid, values, pointers, pdl)
 
-    def _submit(self, slot: _Slot) -> None:
+    def _submit(self, slot: _Buffers) -> None:
         """Hand a thread's packed buffers to the driver, on this kernel's device."""
         if self._get_device() != self.device:
             import cupy
@@ -178,7 +204,7 @@ class BoundLaunch:
     What operators keep for calls that look like one before: same shapes, strides, dtypes and scalars, other addresses.
     """
 
-    __slots__ = ("_pack_pointers", "_slot", "_submit", "kernel")
+    __slots__ = ("_device", "_get_device", "_handle", "_launch", "_pack_pointers", "_slot", "_submit", "kernel")
 
     def __init__(
         self,
@@ -197,21 +223,34 @@ class BoundLaunch:
         config = _CONFIG.pack(x, y, z, *kernel._block, kernel._smem, 0, attributes, count)
         self.kernel = kernel
         self._slot = _Slot(kernel.spec.params.pack(*values), config)
-        self._pack_pointers = struct.Struct(f"@{pointers}P").pack_into
-        self._submit = kernel._submit if x and y and z else _submit_nothing
+        self._pack_pointers = _pointer_packer(pointers)
+        self._handle = ctypes.c_void_p(kernel._handle)
+        self._device, self._get_device = kernel.device, kernel._get_device
+        empty = not (x and y and z)
+        self._launch = _launch_nothing if empty else kernel._launch_arguments
+        self._submit = _launch_nothing if empty else kernel._submit
 
     def __call__(self, stream: int, *pointers: int) -> None:
         """Launch on `stream` with these values of the leading pointer fields."""
-        slot = self._slot
+        slot = self._slot.own
         self._pack_pointers(slot.params, 0, *pointers)
         if slot.stream != stream:
             _STREAM.pack_into(slot.config, _STREAM_OFFSET, stream)
             slot.stream = stream
-        self._submit(slot)
+        if self._get_device() != self._device or self._launch(
+            slot.config_argument, self._handle, slot.argv_argument, None
+        ):
+            self._submit(slot)  # another device is current, or an error to deal with: all over again
 
 
-def _submit_nothing(slot: _Slot) -> None:
+@functools.cache
+def _pointer_packer(pointers: int) -> Any:
+    return struct.Struct(f"@{pointers}P").pack_into
+
+
+def _launch_nothing(*_: Any) -> int:
     """An empty grid launches nothing."""
+    return 0
 
 
 def _check(code: int, what: str) -> None:

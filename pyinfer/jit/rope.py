@@ -18,12 +18,14 @@ MODES = ("pos_ids", "indptr", "cache")
 
 @functools.cache
 def rope_params(mode: str, pairs: int) -> ParamStruct:
-    """The parameter struct of a mode. The table of frequencies travels by value: no buffer to keep, nothing to upload."""
-    common = (
+    """The parameter struct of a mode, pointers first. The table of frequencies travels by value: no buffer to keep, nothing to upload."""
+    pointers = (
         ptr("q", "const scalar_t", "[tokens, num_q_heads, head_dim]"),
         ptr("k", "const scalar_t", "[tokens, num_heads - num_q_heads, head_dim]"),
         ptr("q_out", "scalar_t", "as q; may be q"),
         ptr("k_out", "scalar_t", "as k; may be k"),
+    )
+    common = (
         *(i64(f"{t}_stride_{axis}", "elements") for t in ("q", "k", "q_out", "k_out") for axis in ("n", "h")),
         i32("num_q_heads"),
         i32("num_heads", "q's and k's"),
@@ -34,15 +36,17 @@ def rope_params(mode: str, pairs: int) -> ParamStruct:
     )
     table = u64_array("frequency", pairs, "turns per position, times 2^64")
     if mode == "pos_ids":
-        return ParamStruct("RopePosIdsParams", table, ptr("positions", "const void", "[tokens]"), *common)
+        return ParamStruct("RopePosIdsParams", *pointers, ptr("positions", "const void", "[tokens]"), table, *common)
     if mode == "indptr":
         requests = (ptr("indptr", "const void", "[num_requests + 1]"), ptr("offsets", "const void", "[num_requests]"))
-        return ParamStruct("RopeIndptrParams", table, *requests, *common, i32("num_requests"))
+        return ParamStruct("RopeIndptrParams", *pointers, *requests, table, *common, i32("num_requests"))
     cache = (
         ptr("positions", "const void", "[tokens]"),
         ptr("cos_sin_cache", "const float", "[max_position, 2 * PAIRS]: cosines, then sines"),
     )
-    return ParamStruct("RopeCacheParams", *cache, i64("cache_stride", "elements"), i64("max_position"), *common)
+    return ParamStruct(
+        "RopeCacheParams", *pointers, *cache, i64("cache_stride", "elements"), i64("max_position"), *common
+    )
 
 
 @functools.lru_cache(maxsize=256)
