@@ -11,6 +11,8 @@ from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, check_nd
 from pyinfer.core.tensor import TensorView, as_numpy, current_stream, empty, is_tensor, view
 
 MAX_VOCAB = 1 << 18
+CLUSTER_MIN_VOCAB = 8192
+"""Smaller rows are drawn from by one block each, also where the GPU has clusters."""
 _FLOATS = (FLOAT32, BFLOAT16, FLOAT16)
 _INTS = (INT32, INT64)
 _ONE_FOR_ALL, _PER_OUTPUT, _PER_ROW = range(3)
@@ -264,6 +266,41 @@ def _sample_kernel(device: int, dtype: str, source: str, filter_kind: int) -> An
 
 
 @functools.cache
+def _cluster_kernel(device: int, dtype: str, source: str, cluster: int, many_keys: bool) -> Any:
+    from pyinfer.jit.sampling import gen_sample_cluster
+
+    return gen_sample_cluster(dtype, source, cluster, many_keys).build_and_load(device)
+
+
+@functools.lru_cache(1024)
+def _cluster_choices(device: int, vocab: int, itemsize: int) -> tuple[tuple[int, bool], ...]:
+    """Clusters into which a row fits: (blocks, whether by the kernel of many keys), smallest first. Empty: none, or not worth it."""
+    from pyinfer.core.device import arch_number_of
+    from pyinfer.jit import sampling as jit
+
+    arch = arch_number_of(device)
+    if arch < 90 or vocab < CLUSTER_MIN_VOCAB:
+        return ()
+    fits = {c: jit.cluster_keys_per_warp(vocab, itemsize, c) for c in jit.CLUSTER_SIZES}
+    choices = tuple((c, False) for c, keys in fits.items() if keys <= jit.KEYS_PER_WARP)
+    largest = jit.CLUSTER_SIZES[-1]
+    if not choices and fits[largest] <= jit.MANY_KEYS_PER_WARP and arch < 120:  # 12.0 has 99 KB a block
+        return ((largest, True),)
+    return choices
+
+
+def _cluster_of(device: int, vocab: int, itemsize: int, outputs: int) -> tuple[int, bool] | None:
+    """The cluster for a call: the largest whose blocks all run at once, else the smallest that holds a row. None: one block an output."""
+    choices = _cluster_choices(device, vocab, itemsize)
+    if not choices:
+        return None
+    from pyinfer.core.device import num_sms
+
+    slots = 2 * num_sms(device)
+    return next((c for c in reversed(choices) if c[0] * outputs <= slots), choices[0])
+
+
+@functools.cache
 def _row_kernel(device: int, dtype: str, factory: str) -> Any:
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit import sampling
@@ -338,18 +375,20 @@ def sample(
 def _sample_cuda(c: _Call) -> None:
     v, k, p, m = c.input, c.top_k, c.top_p, c.min_p
     out = view(c.out)
-    kernel, pdl = _sample_kernel(v.device, v.dtype.name, c.source, c.filter)
-    kernel(
-        current_stream(v),
-        out.shape[0],
-        (
-            v.ptr, v.strides[0], v.shape[0], v.shape[1], out.ptr, 0 if c.valid is None else view(c.valid).ptr,
-            0 if c.indices is None else c.indices.ptr, int(c.indices is not None and c.indices.dtype is INT64),
-            k.ptr, k.wide, k.spread, k.value, p.ptr, p.spread, p.value, m.ptr, m.spread, m.value,
-            c.seed.ptr, c.seed.wide, c.offset.ptr, c.offset.wide, c.seed.value, c.offset.value,
-        ),
-        pdl,
+    outputs = out.shape[0]
+    values = (
+        v.ptr, v.strides[0], v.shape[0], v.shape[1], out.ptr, 0 if c.valid is None else view(c.valid).ptr,
+        0 if c.indices is None else c.indices.ptr, int(c.indices is not None and c.indices.dtype is INT64),
+        k.ptr, k.wide, k.spread, k.value, p.ptr, p.spread, p.value, m.ptr, m.spread, m.value,
+        c.seed.ptr, c.seed.wide, c.offset.ptr, c.offset.wide, c.seed.value, c.offset.value,
     )  # fmt: skip
+    cluster = _cluster_of(v.device, v.shape[1], v.dtype.itemsize, outputs)
+    if cluster is None:
+        kernel, pdl = _sample_kernel(v.device, v.dtype.name, c.source, c.filter)
+        kernel(current_stream(v), outputs, values, pdl)
+    else:
+        kernel = _cluster_kernel(v.device, v.dtype.name, c.source, *cluster)
+        kernel(current_stream(v), outputs * cluster[0], (*values, c.filter), True)
 
 
 def _rows_of(v: TensorView) -> tuple[Any, int, int, int, int]:

@@ -1,10 +1,14 @@
-// Reductions over a block of 1024 threads: 32 warps, so that one warp scans one value of every warp.
+// Reductions over a block of up to 32 warps, so that one warp scans one value of every warp. A template that wants fewer than 1024 threads defines
+// SAMPLING_BLOCK before it includes this.
 #pragma once
 
 #include "common/ptx_sync.cuh"
 #include "common/types.cuh"
 
-constexpr int BLOCK = 1024;
+#ifndef SAMPLING_BLOCK
+#define SAMPLING_BLOCK 1024
+#endif
+constexpr int BLOCK = SAMPLING_BLOCK;
 constexpr int WARPS = BLOCK / 32;
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
@@ -46,9 +50,11 @@ PYINFER_DEVICE uint64_t block_exclusive_scan(uint64_t x, BlockScratch& scratch, 
     }
     __syncthreads();
     if (warp_id() == 0) {
-        const uint64_t own = scratch.slot[lane_id()];
+        const uint64_t own = lane_id() < WARPS ? scratch.slot[lane_id()] : 0;
         const uint64_t sum = warp_inclusive_scan(own);
-        scratch.slot[lane_id()] = sum - own;
+        if (lane_id() < WARPS) {
+            scratch.slot[lane_id()] = sum - own;
+        }
         if (lane_id() == 31) {
             scratch.slot[WARPS] = sum;
         }
@@ -66,7 +72,7 @@ PYINFER_DEVICE uint64_t block_sum(uint64_t x, BlockScratch& scratch) {
         scratch.slot[warp_id()] = of_warp;
     }
     __syncthreads();
-    const uint64_t total = warp_sum(scratch.slot[lane_id()]);
+    const uint64_t total = warp_sum(lane_id() < WARPS ? scratch.slot[lane_id()] : 0);
     __syncthreads();
     return total;
 }
@@ -77,7 +83,7 @@ PYINFER_DEVICE uint32_t block_max(uint32_t x, BlockScratch& scratch) {
         scratch.slot[warp_id()] = of_warp;
     }
     __syncthreads();
-    const uint32_t largest = __reduce_max_sync(ALL_LANES, static_cast<uint32_t>(scratch.slot[lane_id()]));
+    const uint32_t largest = __reduce_max_sync(ALL_LANES, lane_id() < WARPS ? static_cast<uint32_t>(scratch.slot[lane_id()]) : 0u);
     __syncthreads();
     return largest;
 }

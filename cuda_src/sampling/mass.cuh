@@ -17,6 +17,16 @@ PYINFER_DEVICE uint32_t bits_of_key(uint32_t key) {
     return key >> 1;
 }
 
+constexpr uint32_t LOWEST_KEY = 2u;  // of the smallest positive float
+
+// Keeps value x iff count(> x) < k and mass(> x) < limit.
+struct Filter {
+    uint64_t k;
+    uint64_t limit;
+
+    PYINFER_DEVICE bool accepts(uint64_t count_above, uint64_t mass_above) const { return count_above < k && mass_above < limit; }
+};
+
 // s: 44 for a row of probabilities (largest value in [2^-19, 2)), else what brings the largest value into [2^44, 2^45).
 PYINFER_DEVICE int scale_exponent(uint32_t max_bits) {
     const int exponent = max_of(static_cast<int>(max_bits >> 23), 1);

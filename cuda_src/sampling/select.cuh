@@ -13,15 +13,7 @@
 constexpr int DIGITS = 2048;  // bins of a histogram: 11, 11 and 10 bits of the key
 constexpr int TOP_SHIFT = 21;
 constexpr int MAX_CANDIDATES = 4096;
-constexpr uint32_t LOWEST_KEY = 2u;  // of the smallest positive float
 constexpr uint32_t HIGHEST_KEY = 0xffffffffu;
-
-struct Filter {
-    uint64_t k;
-    uint64_t limit;
-
-    PYINFER_DEVICE bool accepts(uint64_t count_above, uint64_t mass_above) const { return count_above < k && mass_above < limit; }
-};
 
 struct SelectShared {
     uint32_t count[DIGITS];

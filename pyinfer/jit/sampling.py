@@ -9,6 +9,10 @@ from pyinfer.core.params import Field, ParamStruct, f32, i32, i64, ptr, u64
 from pyinfer.jit.spec import JitModule, JitSpec
 
 BLOCK = (1024, 1, 1)
+CLUSTER_BLOCK = (512, 1, 1)  # two on a multiprocessor: one loads while the other computes
+CLUSTER_SIZES = (2, 4, 8)
+KEYS_PER_WARP = 1280  # 80 KB a block: two blocks of 9.0 and 10.0, one of 12.0
+MANY_KEYS_PER_WARP = 2304  # 144 KB a block: 262,144 tokens in a cluster of 8
 DTYPES = ("float32", "bfloat16", "float16")
 SOURCES = ("probs", "logits")
 FILTERS = ("all", "min_p", "joint", "first")
@@ -49,6 +53,7 @@ SAMPLE = ParamStruct(
     u64("seed"),
     u64("offset"),
 )
+SAMPLE_CLUSTER = ParamStruct("SampleClusterParams", *SAMPLE.fields, i32("filter", "index in FILTERS"))
 SOFTMAX = ParamStruct(
     "SoftmaxParams", *_INPUT, i32("vocab"), ptr("out", "float", "[rows, vocab]"), *_floats("temperature")
 )
@@ -96,6 +101,42 @@ def gen_sample(dtype: str, source: str = "probs", filter: str = "all") -> JitSpe
     return JitSpec(f"sample_{source}_{filter}_{t.short}", "sampling/sample.cu.jinja", SAMPLE, constants, BLOCK)
 
 
+def cluster_keys_per_warp(vocab: int, itemsize: int, cluster: int) -> int:
+    """Keys that a warp of a cluster keeps of a row, wherever the row begins."""
+    vec = 16 // itemsize
+    warps = cluster * (CLUSTER_BLOCK[0] // 32)
+    vectors = -(-(vocab + vec - 1) // vec)
+    run = -(-vectors // warps)
+    return -(-run // 32) * 32 * vec
+
+
+@functools.cache
+def gen_sample_cluster(dtype: str, source: str, cluster: int, many_keys: bool = False) -> JitSpec:
+    """The samplers of gen_sample, all filters in one kernel, a cluster of blocks per output; the row must fit (`cluster_keys_per_warp`)."""
+    if source not in SOURCES or cluster not in CLUSTER_SIZES:
+        raise ValueError(
+            f"gen_sample_cluster: no such kernel: got source={source!r}, cluster={cluster}, wanted one of {SOURCES} and one of {CLUSTER_SIZES}."
+        )
+    t = canonical_dtype(dtype)
+    keys = MANY_KEYS_PER_WARP if many_keys else KEYS_PER_WARP
+    constants = (
+        ("scalar_t", t.ctype),
+        ("source", source),
+        ("cluster", cluster),
+        ("blocks_per_sm", 1 if many_keys else 2),
+    )
+    return JitSpec(
+        f"sample_cluster{cluster}_{source}_{'many_' if many_keys else ''}{t.short}",
+        "sampling/sample_cluster.cu.jinja",
+        SAMPLE_CLUSTER,
+        constants,
+        CLUSTER_BLOCK,
+        smem=CLUSTER_BLOCK[0] // 32 * keys * 4,
+        min_arch=90,
+        cluster=(cluster, 1, 1),
+    )
+
+
 @functools.cache
 def gen_softmax(dtype: str) -> JitSpec:
     """softmax(logits / temperature) to float32."""
@@ -128,6 +169,8 @@ def gen_chain(dtype: str) -> JitSpec:
 def all_specs() -> tuple[JitSpec, ...]:
     """Every kernel of the family."""
     specs = [gen_sample(d, s, f) for d in DTYPES for s in SOURCES for f in FILTERS if (s, f) != ("logits", "min_p")]
+    specs += [gen_sample_cluster(d, s, c) for d in DTYPES for s in SOURCES for c in CLUSTER_SIZES]
+    specs += [gen_sample_cluster(d, s, CLUSTER_SIZES[-1], True) for d in DTYPES for s in SOURCES]
     return (*specs, *(g(d) for d in DTYPES for g in (gen_softmax, gen_renorm, gen_mask_logits, gen_chain)))
 
 

@@ -1,0 +1,40 @@
+// Thread block clusters (sm_90 and newer): rank, barrier, and reading the shared memory of another block of the cluster. One function per instruction.
+#pragma once
+#include "common/types.cuh"
+
+// Index of this block in its cluster.
+PYINFER_DEVICE uint32_t cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// A barrier of all threads of all blocks of the cluster in two halves: what each wrote before it arrived, to its own shared memory too, the others see
+// once they have waited. Whole warps call them.
+PYINFER_DEVICE void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+PYINFER_DEVICE void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+PYINFER_DEVICE void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
+
+// Address of block `rank`'s copy of a shared variable, for the loads below.
+PYINFER_DEVICE uint32_t cluster_address(const void* own, uint32_t rank) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank));
+    return address;
+}
+PYINFER_DEVICE uint32_t load_cluster_u32(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
+PYINFER_DEVICE uint64_t load_cluster_u64(uint32_t address) {
+    uint64_t x;
+    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(x) : "r"(address) : "memory");
+    return x;
+}
