@@ -16,7 +16,7 @@ if globals().get("INTERPRETED", False):  # `lazy` runs this module twice: withou
         return lambda function: function
 
 else:
-    from pyinfer.cpu.compile import kernel
+    from pyinfer.cpu.compile import kernel  # type: ignore[assignment]  # one name, two ways to run
 
 # What check_page_table returns first.
 OK, BAD_START, NOT_MONOTONE, BAD_LAST_PAGE, TOO_FEW_INDICES, NEGATIVE_PAGE, TOO_LONG = range(7)

@@ -123,7 +123,7 @@ class _PinnedSlot:
         memory = cupy.cuda.alloc_pinned_memory(nbytes)
         self.host = np.frombuffer(memory, np.int32, nbytes // 4)
         self.address = memory.ptr  # reading it off the array costs 2 us
-        self.event = cupy.cuda.Event(disable_timing=True)
+        self.event: Any = cupy.cuda.Event(disable_timing=True)
 
 
 _shared: dict[tuple[int, str, str, int], DeviceBuffer] = {}

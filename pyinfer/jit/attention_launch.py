@@ -311,7 +311,7 @@ def _ragged_strides(x: TensorView, kv_layout: str) -> tuple[int, int, int]:
 def _run_values(
     q: TensorView, k: TensorView, v: TensorView, k_strides: tuple[int, int, int], v_strides: tuple[int, int, int], out: TensorView, lse: TensorView | None,
     sm_scale: float, logits_soft_cap: float, v_scale: float,
-) -> tuple[tuple[int | float, ...], bool]:  # fmt: skip
+) -> tuple[tuple[Any, ...], bool]:  # fmt: skip
     """The changing fields: five pointers, then strides and scales (what belongs to the plan goes between them). And whether all is aligned."""
     q_token, q_head, _ = q.strides
     out_token, out_head, _ = out.strides
