@@ -6,12 +6,22 @@ The batch wrappers' base is in _batch_attention.py.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT32, DType, canonical_dtype
+from pyinfer._support import (
+    KV_DTYPES_FP8,
+    check_backend,
+    check_head_counts,
+    check_kernel,
+    check_pos_encoding,
+)
+from pyinfer._support import check_soft_cap as check_soft_cap
+from pyinfer._support import check_window as check_window
+from pyinfer.core.dtypes import INT32, INT64, DType
 from pyinfer.core.errors import (
     check_dtype,
     check_last_dim_contiguous,
@@ -22,15 +32,17 @@ from pyinfer.core.errors import (
     fail_type,
 )
 from pyinfer.core.tensor import TensorView, as_numpy, current_stream, host_ints, is_tensor, view
+from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, AttentionOptions
 
 if TYPE_CHECKING:
     import numpy as np
 
-SUPPORTED = "Supported so far: causal, window_left, sm_scale, logits_soft_cap, LSE, float q/k/v scales."
-CUDA_DTYPES = (FLOAT16, BFLOAT16)
-CPU_DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
-CUDA_HEAD_DIMS = (64, 128, 256)
-CPU_MAX_HEAD_DIM = 256
+_log = logging.getLogger("pyinfer")
+_INSTEAD = {
+    "seq_lens": "It belongs to the trtllm-gen backend: pass the page table.",
+    "block_tables": "It belongs to the trtllm-gen backend: pass the page table.",
+    "jit_args": "Compiled modules of FlashInfer's cannot be used here.",
+}
 MANY_ROWS = 1024  # no kernel distinguishes more packed rows; keeps the cache of configurations small
 
 
@@ -43,47 +55,20 @@ def check_layout(op: str, kv_layout: object) -> str:
 
 
 def check_options(op: str, *, pos_encoding_mode: str = "NONE", backend: str = "auto", **absent: Any) -> None:
-    """ValueError for an option that is not supported yet: an argument is never accepted and then ignored. `absent` are those that must be None or False."""
-    if pos_encoding_mode != "NONE":
-        if pos_encoding_mode not in ("ROPE_LLAMA", "ALIBI"):
-            fail(
-                op,
-                "pos_encoding_mode",
-                "is no positional encoding",
-                repr(pos_encoding_mode),
-                "'NONE', 'ROPE_LLAMA' or 'ALIBI'",
-            )
-        fix = (
-            "Rotate q and k beforehand with pyinfer.apply_rope_pos_ids."
-            if pos_encoding_mode == "ROPE_LLAMA"
-            else SUPPORTED
-        )
-        fail(op, "pos_encoding_mode", "is not supported yet", repr(pos_encoding_mode), "'NONE'", fix)
-    if backend not in ("auto", "fa2"):
-        fail(op, "backend", "is not available", repr(backend), "'auto' or 'fa2'")
+    """ValueError for an option that does not exist, or that belongs to another backend: an argument is never accepted and then ignored.
+
+    `absent` are those that must be None or False.
+    """
+    check_pos_encoding(op, pos_encoding_mode)
+    check_backend(op, backend)
     for arg, value in absent.items():
         if value is not None and value is not False:
             got = value if isinstance(value, bool | int | float | str) else type(value).__name__
-            fail(op, arg, "is not supported yet", got, "None" if value is not True else "False", SUPPORTED)
-
-
-def check_soft_cap(op: str, logits_soft_cap: float | None) -> float:
-    """The soft cap, 0.0 for none."""
-    cap = 0.0 if logits_soft_cap is None else float(logits_soft_cap)
-    if not 0.0 <= cap < math.inf:
-        fail(op, "logits_soft_cap", "is no soft cap", logits_soft_cap, "None, 0 (off) or a positive number")
-    return cap
-
-
-def check_window(op: str, window_left: int) -> int:
-    """The window: -1 none."""
-    if int(window_left) < -1:
-        fail(op, "window_left", "is no window", window_left, "-1 (none) or the number of keys to the left, 0 or more")
-    return int(window_left)
+            fail(op, arg, "is not supported", got, "None" if value is not True else "False", _INSTEAD.get(arg, ""))
 
 
 def scale(op: str, arg: str, value: Any) -> float:
-    """A scale as a Python float. A GPU tensor is refused: reading it would synchronise."""
+    """A scale as a Python float. One in a GPU tensor costs a copy that waits for the GPU (logged at DEBUG): the kernels take numbers."""
     if value is None:
         return 1.0
     if type(value) is float:
@@ -91,16 +76,10 @@ def scale(op: str, arg: str, value: Any) -> float:
     if is_tensor(value):
         v = view(value, op, arg)
         if v.size != 1:
-            fail(op, arg, "is not one number", f"shape {tuple(v.shape)}", "a float", SUPPORTED)
+            fail(op, arg, "is not one number", f"shape {tuple(v.shape)}", "a float or a tensor of one element")
         if v.is_cuda:
-            fail_type(
-                op,
-                arg,
-                "is on the GPU",
-                device_name(v.device),
-                "a Python float",
-                f"Pass float({arg}) once, outside the serving loop.",
-            )
+            _log.debug("%s: reading %s from the device; this synchronises. Pass a float to avoid it.", op, arg)
+            return float(v.obj)
         return float(as_numpy(v).reshape(()))
     try:
         return float(value)
@@ -113,41 +92,6 @@ def softmax_scale(op: str, sm_scale: float | None, head_dim_qk: int) -> float:
     if head_dim_qk < 1:
         fail(op, "head_dim", "is no head dimension", head_dim_qk, "1 or more")
     return 1.0 / math.sqrt(head_dim_qk) if sm_scale is None else scale(op, "sm_scale", sm_scale)
-
-
-def check_head_counts(op: str, num_qo_heads: int, num_kv_heads: int, arg: str = "num_qo_heads") -> None:
-    """ValueError unless the query heads are a multiple of the kv heads."""
-    if num_kv_heads < 1 or num_qo_heads < 1 or num_qo_heads % num_kv_heads:
-        fail(
-            op,
-            arg,
-            "does not divide among the kv heads",
-            f"{num_qo_heads} query heads, {num_kv_heads} kv heads",
-            "a multiple of num_kv_heads",
-        )
-
-
-def check_kernel(
-    op: str, device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int, dtype_arg: str = "q_data_type"
-) -> None:
-    """TypeError or ValueError if a device has no kernel for the type or the head dimensions."""
-    where = "CUDA" if device >= 0 else "CPU"
-    allowed = CUDA_DTYPES if device >= 0 else CPU_DTYPES
-    if dtype not in allowed:
-        names = " or ".join(d.name for d in allowed)
-        fail_type(op, dtype_arg, f"has no {where} kernel", dtype.name, names, f"Convert to {names.split(' or ')[0]}.")
-    if device >= 0:
-        if head_dim_qk != head_dim_vo or head_dim_qk not in CUDA_HEAD_DIMS:
-            fail(
-                op,
-                "head_dim",
-                "has no CUDA kernel",
-                f"{head_dim_qk} (qk), {head_dim_vo} (vo)",
-                "equal dimensions of 64, 128 or 256",
-                "Pad q, k and v with zeros and pass sm_scale.",
-            )
-    elif not (1 <= head_dim_qk <= CPU_MAX_HEAD_DIM and 1 <= head_dim_vo <= CPU_MAX_HEAD_DIM):
-        fail(op, "head_dim", "has no CPU kernel", f"{head_dim_qk} (qk), {head_dim_vo} (vo)", f"1..{CPU_MAX_HEAD_DIM}")
 
 
 def deprecated(op: str, instead: str) -> None:
@@ -231,7 +175,9 @@ def paged_views(op: str, cache: Any, kv_layout: str, page_size: int) -> tuple[Te
     return k, v
 
 
-def dense_views(op: str, q: TensorView, k: Any, v: Any, kv_layout: str) -> tuple[TensorView, TensorView]:
+def dense_views(
+    op: str, q: TensorView, k: Any, v: Any, kv_layout: str, rope: bool = False
+) -> tuple[TensorView, TensorView]:
     """Views of one request's k and v, checked against q: dtype, device, shapes, head counts, a kernel for them."""
     hnd = kv_layout == "HND"
     layout = "[num_kv_heads, kv_len, head_dim]" if hnd else "[kv_len, num_kv_heads, head_dim]"
@@ -245,14 +191,9 @@ def dense_views(op: str, q: TensorView, k: Any, v: Any, kv_layout: str) -> tuple
                 f"{len(x.shape)} (shape {tuple(x.shape)})",
                 f"3: {layout} ({kv_layout})",
             )
-        if x.dtype is not q.dtype:
+        if x.dtype is not q.dtype and x.dtype not in KV_DTYPES_FP8:
             fail_type(
-                op,
-                arg,
-                "differs in dtype from q",
-                x.dtype.name,
-                q.dtype.name,
-                "fp8 keys are not supported yet." if x.dtype.itemsize == 1 else "Convert one of them.",
+                op, arg, "differs in dtype from q", x.dtype.name, f"{q.dtype.name} or fp8", "Convert one of them."
             )
         if x.device != q.device:
             fail(
@@ -264,12 +205,14 @@ def dense_views(op: str, q: TensorView, k: Any, v: Any, kv_layout: str) -> tuple
                 f"Move it, e.g. {arg}.to({device_name(q.device)!r}).",
             )
         check_last_dim_contiguous(op, arg, x)
+    if kv.dtype is not vv.dtype:
+        fail_type(op, "v", "differs in dtype from k", vv.dtype.name, kv.dtype.name, "Convert one of them.")
     if kv.shape[2] != q.shape[-1]:
         fail(op, "k", "differs from q in head_dim", f"{kv.shape[2]} (shape {tuple(kv.shape)})", f"{q.shape[-1]} (q's)")
     if tuple(vv.shape[:2]) != tuple(kv.shape[:2]):
         fail(op, "v", "differs from k in its first axes", tuple(vv.shape), f"({kv.shape[0]}, {kv.shape[1]}, any)")
     check_head_counts(op, q.shape[-2], kv.shape[0 if hnd else 1], "q")
-    check_kernel(op, q.device, q.dtype, q.shape[-1], vv.shape[2], "q")
+    check_kernel(op, q.device, q.dtype, q.shape[-1], vv.shape[2], "q", rope)
     return kv, vv
 
 
@@ -285,34 +228,9 @@ def check_out(op: str, arg: str, out: Any, q: TensorView, shape: tuple[int, ...]
     return v
 
 
-def plan_dtype(op: str, q_data_type: Any, kv_data_type: Any, data_type: Any = None) -> DType:
-    """The one element type of q and the KV cache.
-
-    FlashInfer's older `data_type` named the KV type while q_data_type kept its default of float16; here it names both, unless q_data_type was given.
-    """
-    if data_type is not None and kv_data_type is None:
-        kv_data_type = data_type
-        if q_data_type == "float16":
-            q_data_type = data_type
-    q_dtype = canonical_dtype(q_data_type, op, "q_data_type")
-    kv_dtype = q_dtype if kv_data_type is None else canonical_dtype(kv_data_type, op, "kv_data_type")
-    if kv_dtype.itemsize == 1:
-        fail_type(op, "kv_data_type", "is not supported yet", kv_dtype.name, "the dtype of q", SUPPORTED)
-    if q_dtype is not kv_dtype:
-        fail_type(
-            op,
-            "kv_data_type",
-            "differs from q_data_type",
-            kv_dtype.name,
-            q_dtype.name,
-            "q and the KV cache have one dtype.",
-        )
-    return q_dtype
-
-
 # ---- metadata -------------------------------------------------------------------------------------------------------------------
 def copy_to_buffer(buffer: TensorView, values: Any) -> None:
-    """Copy int32 values (a host array, or the view of a device tensor) to the front of a caller's buffer, on the caller's stream."""
+    """Copy values of the buffer's type (a host array, or the view of a device tensor) to the front of a caller's buffer, on the caller's stream."""
     if buffer.device < 0:
         as_numpy(buffer)[: len(values)] = values
         return
@@ -323,13 +241,14 @@ def copy_to_buffer(buffer: TensorView, values: Any) -> None:
     with cupy.cuda.Device(buffer.device):
         if isinstance(values, TensorView):
             if values.ptr != buffer.ptr:
-                runtime.memcpyAsync(buffer.ptr, values.ptr, 4 * values.size, runtime.memcpyDeviceToDevice, stream)
+                nbytes = values.dtype.itemsize * values.size
+                runtime.memcpyAsync(buffer.ptr, values.ptr, nbytes, runtime.memcpyDeviceToDevice, stream)
         elif len(values):  # pageable memory: staged by the driver before the call returns
             runtime.memcpyAsync(buffer.ptr, values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice, stream)
 
 
-def host_metadata(op: str, **arrays: Any) -> list[np.ndarray]:
-    """Several integer arrays on the host as int32; those on one device come over in a single copy."""
+def host_metadata(op: str, *, strict: bool = False, **arrays: Any) -> list[np.ndarray]:
+    """Several integer arrays on the host as int32; those on one device come over in a single copy, which `strict` forbids (ValueError)."""
     import numpy as np
 
     on_device = {
@@ -340,7 +259,8 @@ def host_metadata(op: str, **arrays: Any) -> list[np.ndarray]:
     fetched: dict[str, np.ndarray] = {}
     if (
         len(on_device) > 1
-        and all(v.ndim == 1 and v.dtype is INT32 for v in on_device.values())
+        and not strict
+        and all(v.ndim == 1 and v.dtype in (INT32, INT64) for v in on_device.values())
         and len({v.framework for v in on_device.values()}) == 1
     ):
         first = next(iter(on_device.values()))
@@ -356,7 +276,7 @@ def host_metadata(op: str, **arrays: Any) -> list[np.ndarray]:
             flat = host_ints(joined, op, ", ".join(on_device))
             ends = np.cumsum([v.shape[0] for v in on_device.values()])
             fetched = dict(zip(on_device, np.split(flat, ends[:-1]), strict=True))
-    return [fetched[arg] if arg in fetched else host_ints(x, op, arg) for arg, x in arrays.items()]
+    return [fetched[arg] if arg in fetched else host_ints(x, op, arg, strict=strict) for arg, x in arrays.items()]
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------------------
@@ -368,12 +288,22 @@ def launchers() -> tuple[Callable[..., None], Callable[..., None]]:
 
 
 @functools.cache
-def tile_config(device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int, max_packed_rows: int) -> Any:
+def tile_config(
+    device: int,
+    dtype: DType,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    max_packed_rows: int,
+    kv_dtype: DType | None = None,
+    options: AttentionOptions = PLAIN,
+) -> Any:
     """`jit.attention.attention_config` for a CUDA device."""
     from pyinfer.core.device import arch_number_of
     from pyinfer.jit.attention import attention_config
 
-    return attention_config(arch_number_of(device), dtype.name, head_dim_qk, head_dim_vo, max_packed_rows)
+    kv = dtype if kv_dtype is None else kv_dtype
+    arch = arch_number_of(device)
+    return attention_config(arch, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv, options)
 
 
 def batch_tiles(
@@ -384,6 +314,8 @@ def batch_tiles(
     max_packed_rows: int,
     total_packed_rows: int,
     num_kv_heads: int,
+    kv_dtype: DType | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> tuple[int, int, int, int]:
     """(tile_q, tile_kv, num_sms, ctas_per_sm) for the scheduler: the device's kernel, or the CPU's."""
     if device < 0:
@@ -393,7 +325,8 @@ def batch_tiles(
         return tile_q, tile_kv, threads, 1
     from pyinfer.core.device import num_sms
 
-    config = tile_config(device, dtype, head_dim_qk, head_dim_vo, min(max_packed_rows, MANY_ROWS))
+    rows = min(max_packed_rows, MANY_ROWS)
+    config = tile_config(device, dtype, head_dim_qk, head_dim_vo, rows, kv_dtype, options)
     return config.tile_q, config.tile_kv, num_sms(device), config.ctas_per_sm
 
 
@@ -420,8 +353,13 @@ def run_single(
     sm_scale: float,
     logits_soft_cap: float,
     v_scale: float,
+    options: AttentionOptions = PLAIN,
+    mask: Any = None,
 ) -> None:
-    """Attention of one request, on checked views: q, out [rows, heads, dim], k, v as kv_layout says."""
+    """Attention of one request, on checked views: q, out [rows, heads, dim], k, v as kv_layout says.
+
+    `mask` is an `_attention_options.Mask`; `causal` is then False.
+    """
     hnd = kv_layout == "HND"
     rows, num_qo_heads, dk = q.shape
     num_kv_heads, kv_len = (k.shape[0], k.shape[1]) if hnd else (k.shape[1], k.shape[0])
@@ -441,15 +379,18 @@ def run_single(
             num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=dk, head_dim_vo=dv, page_size=0, tile_q=tile_q, tile_kv=tile_kv,
             num_sms=threads, causal=causal, window_left=window_left, op=op,
         )  # fmt: skip
+        bits, offsets = (None, None) if mask is None else (mask.host, mask.byte_indptr)
         cpu.run_plan(
-            plan, q, k, v, kv_layout, out, lse, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale
-        )
+            plan, q, k, v, kv_layout, out, lse, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale,
+            extras=cpu.CpuExtras(options.alibi, options.rope, bits, offsets),
+        )  # fmt: skip
         return
     from pyinfer.core.device import num_sms
     from pyinfer.core.workspace import shared_workspace
     from pyinfer.schedulers.prefill import single_schedule
 
-    config = tile_config(q.device, q.dtype, dk, dv, min(rows * group, MANY_ROWS))
+    config = tile_config(q.device, q.dtype, dk, dv, min(rows * group, MANY_ROWS), k.dtype, options)
+    extras = NO_EXTRAS if mask is None else AttentionExtras(mask_ptr=mask.view.ptr)
     schedule = single_schedule(
         rows, kv_len, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_vo=dv, tile_q=config.tile_q, tile_kv=config.tile_kv,
         num_sms=num_sms(q.device), ctas_per_sm=config.ctas_per_sm, causal=causal, window_left=window_left,
@@ -462,4 +403,5 @@ def run_single(
     launchers()[1](
         q.device, stream, q, k, v, kv_layout, out, lse, workspace, causal=causal, window_left=window_left, sm_scale=sm_scale,
         logits_soft_cap=logits_soft_cap, v_scale=v_scale, kv_chunk=schedule.kv_chunk, num_splits=schedule.num_splits, pdl=use_pdl(q.device, None),
+        options=options, extras=extras,
     )  # fmt: skip

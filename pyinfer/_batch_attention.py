@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pyinfer import _attention as common
+from pyinfer._attention_options import (
+    Items,
+    Mask,
+    PlanKey,
+    bind_mask,
+    joined_items,
+    joined_mask,
+    mask_bits_offset,
+    qo_lengths,
+)
+from pyinfer._batch_run import BatchRun
 from pyinfer._repeated_run import RepeatedRun
-from pyinfer.core.dtypes import FLOAT32, INT32, DType
+from pyinfer.core.dtypes import INT32, UINT8, DType
 from pyinfer.core.errors import (
     check_dtype,
     check_last_dim_contiguous,
     check_ndim,
-    check_shape,
     device_name,
     fail,
-    fail_type,
 )
-from pyinfer.core.tensor import CPU, TensorView, current_stream, empty, host_ints, view
+from pyinfer.core.tensor import CPU, TensorView, current_stream, host_ints, view
+from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, AttentionOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,12 +36,25 @@ if TYPE_CHECKING:
     from pyinfer.schedulers.plan import AttentionPlan
 
 
+_FIXED = (  # the names of what a plain key holds
+    "num_qo_heads",
+    "num_kv_heads",
+    "head_dim_qk",
+    "head_dim_vo",
+    "page_size",
+    "q_data_type",
+    "fixed_split_size",
+    "disable_split_kv",
+)
+_MASK_BUFFERS = ("custom_mask_buf", "mask_indptr_buf")
+
+
 def _home(v: TensorView) -> TensorView:
     """A view that stands for a tensor's device and framework and keeps no memory alive."""
     return TensorView(None, 0, (), (), v.dtype, v.device, v.framework)
 
 
-class BatchAttention:
+class BatchAttention(BatchRun):
     """What the batch wrappers share: one plan, where it lies, and the checked run.
 
     A wrapper belongs to the device of its workspace or, without one, to that of the first tensor it sees; a plan made from host metadata alone is moved to
@@ -72,6 +94,11 @@ class BatchAttention:
         self._q_shape = (0, 0, 0)
         self._kv_tokens = 0
         self._repeated = RepeatedRun()
+        self._options: AttentionOptions = PLAIN
+        self._extras: AttentionExtras = NO_EXTRAS
+        self._mask: Mask | None = None
+        self._items: Items | None = None
+        self._extra_buffers: dict[str, Any] = {}  # device copies of masks and items that came from the host
         self._kv_known: tuple[Any, ...] | None = None  # the last cache's layout, found good for the plan
         self._indices: TensorView | None = None  # page indices that lie on the device
         if float_workspace_buffer is not None:
@@ -81,6 +108,8 @@ class BatchAttention:
             if not self._use_cuda_graph:
                 break
             if buffer is None:
+                if arg in _MASK_BUFFERS:  # needed by plans with a mask alone
+                    continue
                 fail(
                     self._op,
                     arg,
@@ -91,7 +120,7 @@ class BatchAttention:
                 )
             v = view(buffer, self._op, arg)
             check_ndim(self._op, arg, v, 1)
-            check_dtype(self._op, arg, v, (INT32,))
+            check_dtype(self._op, arg, v, (UINT8 if arg == "custom_mask_buf" else INT32,))
             check_last_dim_contiguous(self._op, arg, v)
             if self._ref is not None and v.device != self._ref.device:
                 fail(
@@ -115,7 +144,7 @@ class BatchAttention:
         return self._plan
 
     def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
-        """Use another workspace. It is used when large enough; otherwise the library allocates its own."""
+        """Use another workspace from the next plan() on, which refuses one that is too small."""
         v = view(float_workspace_buffer, self._op, "float_workspace_buffer")
         if not v.is_contiguous():
             fail(
@@ -147,11 +176,17 @@ class BatchAttention:
         sm_scale: float,
         indices: Any,
         buffers: dict[str, Any],
+        kv_dtype: DType | None = None,
+        out_dtype: DType | None = None,
+        options: AttentionOptions = PLAIN,
+        mask: tuple[TensorView, bool] | None = None,
+        items: Items | None = None,
     ) -> None:
         """Schedule, for the wrapper's device if that is known (else for the CPU until run() shows q), and send the plan there.
 
         Nothing of the wrapper changes if this raises. `metadata` are the host arrays that `_schedule` takes: the plan holds its own copy of them, and none are
-        kept. `buffers` are the values of the caller's buffers, in CUDA graph mode.
+        kept. `buffers` are the values of the caller's buffers, in CUDA graph mode. kv_dtype and out_dtype are q's by default. `mask` is the view of a custom
+        mask and whether it is packed.
         """
         on_device = indices if isinstance(indices, TensorView) else None
         ref = self._ref
@@ -165,10 +200,22 @@ class BatchAttention:
                     device_name(on_device.device),
                     device_name(ref.device),
                 )
+        if mask is not None and mask[0].device >= 0:
+            ref = self._same_device("packed_custom_mask" if mask[1] else "custom_mask", mask[0].device, ref, mask[0])
+        if items is not None and items.device >= 0:
+            ref = self._same_device("prefix_len_ptr", items.device, ref, items.prefix_len)
         device = CPU if ref is None else ref.device
         self._check_kernel(device, dtype, *self._dims)
+        if options.rope is not None:
+            common.check_kernel(self._op, device, dtype, *self._dims, rope=True)
         self._graph_proposal = None
         plan = self._schedule(*metadata, key, device, window_left, causal)
+        self._check_workspace(plan.workspace_bytes)
+        bound = None
+        if mask is not None:
+            bound = bind_mask(self._op, *mask, qo_lengths(plan), plan.kv_len)
+            if self._use_cuda_graph:
+                buffers = {**buffers, **self._mask_buffers(bound)}
         if self._use_cuda_graph:
             self._graph_state = self._graph_proposal or self._graph_state
             for arg, values in buffers.items():
@@ -176,8 +223,43 @@ class BatchAttention:
             if device >= 0 and self._paged:
                 on_device = self._buffers[self._indices_arg]
         self._ref, self._plan_key, self._dtype, self._indices = ref, key, dtype, on_device
+        self._kv_dtype, self._out_dtype = kv_dtype or dtype, out_dtype or dtype
+        self._options, self._mask, self._items = options, bound, items
         self._soft_cap, self._sm_scale = soft_cap, sm_scale
         self._adopt(plan, device)
+
+    def _same_device(self, arg: str, device: int, ref: TensorView | None, like: TensorView) -> TensorView:
+        """What stands for the wrapper's device, now that an argument lies on one; ValueError if it is another."""
+        if ref is not None and ref.device != device:
+            fail(self._op, arg, "is on another device", device_name(device), device_name(ref.device))
+        return ref or _home(like)
+
+    def _check_workspace(self, need: int) -> None:
+        given = self._workspace
+        if given is None:
+            return
+        have = given.size * given.dtype.itemsize
+        usable = have - -given.ptr % 16
+        if usable < need:
+            fail(
+                self._op, "float_workspace_buffer", "is too small", f"{have} bytes", f"{need + have - usable} for this plan",
+                "Pass a larger one to reset_workspace_buffer(), or make the wrapper without one: the library then allocates what it needs.",
+            )  # fmt: skip
+
+    def _mask_buffers(self, mask: Mask) -> dict[str, Any]:
+        """What goes into the caller's mask buffers, in CUDA graph mode."""
+        for arg in _MASK_BUFFERS:
+            if arg not in self._buffers:
+                fix = "A plan with a custom mask needs it in CUDA graph mode."
+                fail(self._op, arg, "is missing", "None", "a tensor that stays where it is", fix)
+        self._check_buffer("mask_indptr_buf", len(mask.byte_indptr))
+        need = int(mask.byte_indptr[-1])
+        self._check_buffer("custom_mask_buf", need, exact=False)
+        bits = mask.host
+        if mask.view is not None:
+            v = mask.view
+            bits = TensorView(v.obj, v.ptr, (need,), (1,), v.dtype, v.device, v.framework)
+        return {"custom_mask_buf": bits, "mask_indptr_buf": mask.byte_indptr}
 
     def _schedule(
         self,
@@ -227,17 +309,27 @@ class BatchAttention:
         logits_soft_cap: float | None,
         sm_scale: float | None,
         causal: bool = False,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
     ) -> None:
-        """What the deprecated forward() replaces in the plan."""
+        """What the deprecated forward() replaces in the plan. A custom mask stays, and replaces causality as it does in plan()."""
         plan = self._plan
         if plan is None:
             return  # run() says so
-        common.check_options(self._op, pos_encoding_mode=pos_encoding_mode)
+        mode, scale, theta = common.check_pos_encoding(self._op, pos_encoding_mode, rope_scale, rope_theta)
+        rope = (scale, theta) if mode == "ROPE_LLAMA" else None
+        options = self._options._replace(alibi=mode == "ALIBI", rope=rope)
+        causal = causal and not options.mask
         self._repeated.forget()
         window = common.check_window(self._op, window_left)
         self._soft_cap = common.check_soft_cap(self._op, logits_soft_cap)
         self._sm_scale = common.softmax_scale(self._op, sm_scale, plan.head_dim_qk)
-        if window != plan.window_left or causal != plan.causal:
+        if window != plan.window_left or causal != plan.causal or options != self._options:
+            dims = plan.head_dim_qk, plan.head_dim_vo
+            common.check_kernel(self._op, self._planned_device, self._dtype, *dims, rope=rope is not None)
+            self._options = options
+            if isinstance(self._plan_key, PlanKey):
+                self._plan_key = self._plan_key._replace(pos_encoding_mode=mode, rope_scale=scale, rope_theta=theta)
             self._adopt(self._replan(self._planned_device, window, causal), self._planned_device)
 
     def _upload(self, plan: AttentionPlan) -> None:
@@ -253,22 +345,55 @@ class BatchAttention:
             self._indices_ptr = self._indices.ptr
         else:
             self._indices_ptr = self._plan_ptr + 4 * plan.offsets.kv_indices if plan.offsets.kv_indices >= 0 else 0
-        need = plan.workspace_bytes
-        given = self._workspace
-        if given is not None and given.size * given.dtype.itemsize >= need and given.ptr % 16 == 0:
-            self._workspace_ptr = given.ptr
+        if self._workspace is not None:
+            self._workspace_ptr = self._workspace.ptr + -self._workspace.ptr % 16
         else:
             if self._own_workspace is None:
                 self._own_workspace = DeviceBuffer(ref.device, ref.framework)
-            self._workspace_ptr = self._own_workspace.reserve(need)
+            self._workspace_ptr = self._own_workspace.reserve(plan.workspace_bytes)
+        self._extras = self._upload_extras(ref)
         self._pdl_default = common.use_pdl(ref.device, None)
         self._prepare(plan, ref.device)
+
+    def _upload_extras(self, ref: TensorView) -> AttentionExtras:
+        """Addresses of what the options need, after bringing to the device what came from the host."""
+        mask, items = self._mask, self._items
+        extras = NO_EXTRAS
+        if mask is not None:
+            if self._use_cuda_graph:
+                at, indptr = self._buffers["custom_mask_buf"].ptr, self._buffers["mask_indptr_buf"].ptr
+            elif mask.view is not None:
+                at, indptr = mask.view.ptr, self._send("mask", mask.byte_indptr, ref)
+            else:
+                indptr = self._send("mask", joined_mask(mask), ref)
+                at = indptr + mask_bits_offset(mask)
+            extras = extras._replace(mask_ptr=at, mask_indptr_ptr=indptr)
+        if items is not None:
+            if items.device >= 0:
+                prefix, places = items.prefix_len.ptr, items.token_pos.ptr
+            else:
+                prefix = self._send("items", joined_items(items), ref)
+                places = prefix + 4 * ((len(items.prefix_len) + 3) & -4)
+            extras = extras._replace(prefix_len_ptr=prefix, token_pos_ptr=places, token_pos_len=items.token_pos_len)
+        return extras
+
+    def _send(self, name: str, data: np.ndarray, ref: TensorView) -> int:
+        """Copy an int32 array to a device buffer of the wrapper's own, asynchronously; returns its address."""
+        from pyinfer.core.workspace import PlanBuffer
+
+        buffer = self._extra_buffers.get(name)
+        if buffer is None:
+            buffer = self._extra_buffers[name] = PlanBuffer(ref.device, ref.framework)
+        return buffer.upload(data, current_stream(ref))
 
     def _prepare(self, plan: AttentionPlan, device: int) -> None:
         """Fetch or compile the plan's kernel."""
         from pyinfer.jit.attention_launch import prepare_attention
 
-        prepare_attention(device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0)
+        prepare_attention(
+            device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0,
+            kv_dtype=self._kv_dtype, out_dtype=self._out_dtype, options=self._options,
+        )  # fmt: skip
 
     def _check_kernel(self, device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int) -> None:
         """TypeError or ValueError if the device has no kernel for the type or the head dimensions."""
@@ -305,7 +430,11 @@ class BatchAttention:
         check_last_dim_contiguous(op, self._page_arg, v)
         if len(indptr) and v.shape[0] < indptr[-1]:
             fail(
-                op, self._page_arg, "is too short", v.shape[0], f"at least {int(indptr[-1])} ({self._page_arg.replace('indices', 'indptr')}[-1])"
+                op,
+                self._page_arg,
+                "is too short",
+                v.shape[0],
+                f"at least {int(indptr[-1])} ({self._page_arg.replace('indices', 'indptr')}[-1])",
             )
         return v
 
@@ -337,16 +466,7 @@ class BatchAttention:
         if state is None:
             state = self._graph_proposal = {"key": key, "fixed": choose()}
         if state["key"] != key:
-            names = (
-                "num_qo_heads",
-                "num_kv_heads",
-                "head_dim_qk",
-                "head_dim_vo",
-                "page_size",
-                "q_data_type",
-                "fixed_split_size",
-                "disable_split_kv",
-            )
+            names = key._fields if isinstance(key, PlanKey) else _FIXED
             for name, had, got in zip(names, state["key"], key, strict=True):
                 if had != got:
                     fail(
@@ -358,182 +478,3 @@ class BatchAttention:
                         "In CUDA graph mode the first plan fixes it; make a new wrapper.",
                     )
         return state["fixed"]
-
-    # ---- run
-    def _check_run(self, q: Any, window_left: int | None, args: tuple[Any, ...]) -> TensorView:
-        plan = self._plan
-        if plan is None:
-            fail(self._op, "plan()", "was not called", "run() first", "plan() before run()")
-        if args:
-            fail_type(
-                self._op,
-                "*args",
-                "are not supported yet",
-                f"{len(args)} extra arguments",
-                "none (they belong to jit_args)",
-            )
-        v = common.q_view(self._op, q)
-        if v.dtype is not self._dtype:
-            fail_type(
-                self._op,
-                "q",
-                "differs from the planned dtype",
-                v.dtype.name,
-                self._dtype.name,
-                "Pass q_data_type to plan().",
-            )
-        if v.shape != self._q_shape:
-            rows, heads, dim = self._q_shape  # a captured graph's q may have room for more rows than the plan has
-            if not (self._use_cuda_graph and v.shape[0] >= rows and v.shape[1] == heads and v.shape[2] == dim):
-                check_shape(self._op, "q", v, self._q_shape)
-        if v.device != self._planned_device:
-            self._move_plan(v)
-        if window_left is not None and int(window_left) != plan.window_left:
-            fail(
-                self._op,
-                "window_left",
-                "differs from the plan",
-                window_left,
-                plan.window_left,
-                "It is an argument of plan().",
-            )
-        return v
-
-    def _paged_kv(self, q: TensorView, cache: Any) -> tuple[TensorView, TensorView]:
-        """Checked views of the caches. Layers share one layout: what was checked for the last cache is not checked again."""
-        known = self._kv_known
-        if type(cache) is not tuple and type(cache) is not list:  # a list is refused below
-            both = view(cache, self._op, "paged_kv_cache")
-            if known is not None and known[:4] == (both.shape, both.strides, both.dtype, both.device):
-                _, _, dtype, device, shape, strides, v_offset = known
-                owner, framework, ptr = both.obj, both.framework, both.ptr
-                k = TensorView(owner, ptr, shape, strides, dtype, device, framework)
-                return k, TensorView(owner, ptr + v_offset, shape, strides, dtype, device, framework)
-        assert self._plan is not None
-        k, v = common.paged_views(self._op, cache, self._kv_layout, self._plan.page_size)
-        if type(cache) is tuple:
-            now: tuple[Any, ...] = (k.shape, k.strides, k.dtype, k.device, v.shape, v.strides, v.dtype, v.device)
-            if now == known:
-                return k, v
-        else:
-            now = (both.shape, both.strides, both.dtype, both.device, k.shape, k.strides, v.ptr - k.ptr)
-        self._check_kv(q, k, v, "paged_kv_cache (K)", "paged_kv_cache (V)")
-        self._kv_known = now
-        return k, v
-
-    def _check_kv(self, q: TensorView, k: TensorView, v: TensorView, k_name: str, v_name: str) -> None:
-        plan = self._plan
-        assert plan is not None
-        hnd = self._kv_layout == "HND"
-        for x, name, dim in ((k, k_name, plan.head_dim_qk), (v, v_name, plan.head_dim_vo)):
-            if x.dtype is not self._dtype:
-                fix = (
-                    "fp8 KV caches are not supported yet." if x.dtype.itemsize == 1 else "Pass kv_data_type to plan()."
-                )
-                fail_type(self._op, name, "differs from the planned dtype", x.dtype.name, self._dtype.name, fix)
-            if x.device != q.device:
-                fail(
-                    self._op,
-                    name,
-                    "is on another device",
-                    device_name(x.device),
-                    f"{device_name(q.device)} (where q is)",
-                )
-            shape = x.shape
-            if plan.page_size:
-                page_axis, head_axis = (2, 1) if hnd else (1, 2)
-                if shape[page_axis] != plan.page_size or shape[head_axis] != plan.num_kv_heads or shape[3] != dim:
-                    wanted = [None, None, None, dim]
-                    wanted[page_axis], wanted[head_axis] = plan.page_size, plan.num_kv_heads
-                    check_shape(self._op, name, x, tuple(wanted))
-                if shape[0] <= plan.max_page:
-                    fail(
-                        self._op,
-                        "paged_kv_indices",
-                        "names a page outside the cache",
-                        plan.max_page,
-                        f"0..{shape[0] - 1} ({name} has {shape[0]} pages)",
-                    )
-            else:
-                check_ndim(self._op, name, x, 3)
-                token_axis, head_axis = (1, 0) if hnd else (0, 1)
-                if shape[head_axis] != plan.num_kv_heads or shape[2] != dim:
-                    wanted = [None, None, dim]
-                    wanted[head_axis] = plan.num_kv_heads
-                    check_shape(self._op, name, x, tuple(wanted))
-                if shape[token_axis] < self._kv_tokens:
-                    fail(
-                        self._op,
-                        name,
-                        "is shorter than the plan",
-                        f"{shape[token_axis]} tokens",
-                        f"at least {self._kv_tokens} (kv_indptr[-1])",
-                    )
-            if x.strides[-1] != 1:
-                check_last_dim_contiguous(self._op, name, x)
-
-    def _execute(
-        self,
-        q: TensorView,
-        k: TensorView,
-        v: TensorView,
-        out: Any,
-        lse: Any,
-        return_lse: bool,
-        sm_scale: float,
-        soft_cap: float,
-        v_scale: float,
-        enable_pdl: bool | None,
-        options: tuple[Any, ...],
-    ) -> Any:
-        """Allocate what is not given, and launch. `options`: the arguments by which `RepeatedRun` recognises the call."""
-        plan = self._plan
-        assert plan is not None
-        given_lse = lse is not None
-        shape = (q.shape[0], plan.num_qo_heads, plan.head_dim_vo)
-        if out is None:
-            out = empty(q, shape)
-            out_view = view(out)
-        else:
-            out_view = common.check_out(self._op, "out", out, q, shape, q.dtype)
-        lse_view = None
-        if return_lse:
-            if lse is None:
-                lse = empty(q, shape[:2], FLOAT32)
-                lse_view = view(lse)
-            else:
-                lse_view = common.check_out(self._op, "lse", lse, q, shape[:2], FLOAT32)
-                if not lse_view.is_contiguous():
-                    fail(
-                        self._op,
-                        "lse",
-                        "is not contiguous",
-                        f"strides {tuple(lse_view.strides)}",
-                        "a contiguous tensor",
-                    )
-        if q.device >= 0:
-            pdl = self._pdl_default if enable_pdl is None else common.use_pdl(q.device, enable_pdl)
-            launch = functools.partial(
-                common.launchers()[0],
-                q.device, current_stream(q), self._plan_ptr, plan, q, k, v, self._indices_ptr, self._kv_layout, out_view, lse_view, self._workspace_ptr,
-                sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl,
-            )  # fmt: skip
-            launch()
-            if not given_lse:
-                self._repeated.note(q, k, v, out_view, lse_view, options, functools.partial(launch, bind=True))
-        else:
-            from pyinfer.cpu.attention import run_plan
-
-            run_plan(
-                plan,
-                q,
-                k,
-                v,
-                self._kv_layout,
-                out_view,
-                lse_view,
-                sm_scale=sm_scale,
-                logits_soft_cap=soft_cap,
-                v_scale=v_scale,
-            )
-        return (out, lse) if return_lse else out

@@ -8,7 +8,9 @@ import numpy as np
 
 from pyinfer import _attention as common
 from pyinfer._attention import host_metadata
+from pyinfer._attention_options import PlanKey, options_of
 from pyinfer._batch_attention import BatchAttention
+from pyinfer._support import out_dtype, plan_dtypes
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import fail
 from pyinfer.core.tensor import TensorView, empty, view
@@ -52,18 +54,23 @@ def single_decode_with_kv_cache(
     q
         [num_qo_heads, head_dim]; float16 or bfloat16, on the CPU float32 as well.
     k, v
-        [kv_len, num_kv_heads, head_dim] (NHD) or [num_kv_heads, kv_len, head_dim] (HND), q's dtype and device; any strides but a last one of 1.
-        Query head h reads kv head h // (num_qo_heads / num_kv_heads).
+        [kv_len, num_kv_heads, head_dim] (NHD) or [num_kv_heads, kv_len, head_dim] (HND), of q's dtype, float8_e4m3fn or float8_e5m2, on q's device; any
+        strides but a last one of 1. Query head h reads kv head h // (num_qo_heads / num_kv_heads).
+    pos_encoding_mode
+        "NONE"; "ROPE_LLAMA": the query is rotated by position kv_len - 1, key j by j, in halves over the whole head_dim; "ALIBI": slope * j is added to
+        the score of key j, with the slopes of Press et al.
     use_tensor_cores
         Accepted; the kernel is chosen from the shape.
     q_scale, k_scale, v_scale
-        q_scale and k_scale multiply sm_scale, v_scale the output.
+        Numbers or tensors of one element (one on the GPU is read, which waits for it): q_scale and k_scale multiply sm_scale, v_scale the output.
     window_left
         Only the last window_left + 1 keys are seen; -1 all.
     logits_soft_cap
         Scores become cap * tanh(score * sm_scale / cap); None or 0 off.
     sm_scale
         1 / sqrt(head_dim) by default.
+    rope_scale, rope_theta
+        Pair i turns by position * rope_theta^(-2 i / head_dim) / rope_scale; 1 and 10,000 by default.
     return_lse
         Also return the base-2 log-sum-exp of the scaled scores.
 
@@ -77,13 +84,13 @@ def single_decode_with_kv_cache(
     Raises
     ------
     ValueError, TypeError
-        Before any launch, naming the argument. pos_encoding_mode other than "NONE" is not supported yet.
+        Before any launch, naming the argument.
     """
     op = "single_decode_with_kv_cache"
     common.check_layout(op, kv_layout)
-    common.check_options(op, pos_encoding_mode=pos_encoding_mode)
+    options = options_of(*common.check_pos_encoding(op, pos_encoding_mode, rope_scale, rope_theta))
     qv = common.q_view(op, q, 2)
-    kv, vv = common.dense_views(op, qv, k, v, kv_layout)
+    kv, vv = common.dense_views(op, qv, k, v, kv_layout, options.rope is not None)
     scale = common.softmax_scale(op, sm_scale, qv.shape[1])
     if q_scale is not None:
         scale *= common.scale(op, "q_scale", q_scale)
@@ -94,7 +101,7 @@ def single_decode_with_kv_cache(
     common.run_single(
         op, _three_axes(qv), kv, vv, kv_layout, _three_axes(view(out)), None if lse is None else _three_axes(view(lse)), causal=False,
         window_left=common.check_window(op, window_left), sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap),
-        v_scale=common.scale(op, "v_scale", v_scale),
+        v_scale=common.scale(op, "v_scale", v_scale), options=options,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -105,7 +112,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
     Parameters
     ----------
     float_workspace_buffer
-        A tensor of any dtype for split-KV partial results, used when large enough (`plan_info.workspace_bytes`); None: the library allocates what it needs.
+        A tensor of any dtype for split-KV partial results; plan() refuses one smaller than `plan_info.workspace_bytes`. None: the library allocates what it
+        needs.
         With a workspace the wrapper belongs to its device, otherwise to that of the tensors it is given.
     kv_layout
         "NHD": pages [page_size, num_kv_heads, head_dim]; "HND": [num_kv_heads, page_size, head_dim].
@@ -179,30 +187,37 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
         block_tables: Any = None,
         seq_lens: Any = None,
         *,
+        o_data_type: Any = None,
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
+        strict: bool = False,
     ) -> None:
         """Schedule a batch.
 
         Parameters
         ----------
         indptr, indices, last_page_len
-            The page table: int32 [batch + 1], [at least indptr[-1]], [batch]. Lists, NumPy arrays and CPU tensors never synchronise and are checked; those on
-            a GPU cost one copy, but for indices, which are used where they are, unchecked. A request without pages gives zeros.
+            The page table: int32 or int64 [batch + 1], [at least indptr[-1]], [batch]. Lists, NumPy arrays and CPU tensors never synchronise and are
+            checked; those on a GPU cost one copy, but for indices, which are used where they are, unchecked. A request without pages gives zeros.
         num_qo_heads, num_kv_heads, head_dim, page_size
             Shapes; num_qo_heads is a multiple of num_kv_heads.
+        pos_encoding_mode, rope_scale, rope_theta
+            As in `single_decode_with_kv_cache`.
         window_left
             Only the last window_left + 1 keys are seen; -1 all.
         logits_soft_cap, sm_scale
             As in `single_decode_with_kv_cache`.
-        q_data_type, kv_data_type
-            One dtype for both. `data_type` is the older name of both.
+        q_data_type, kv_data_type, o_data_type
+            Of q, of the cache (q's by default; float8_e4m3fn and float8_e5m2 as well) and of the output (q's by default). `data_type` is the older name of
+            the first two.
         non_blocking
             Accepted; copies never block.
         fixed_split_size
             Split every request's keys into pieces of this many pages, so that its result does not depend on the rest of the batch, to the bit.
         disable_split_kv
             Never split (the same guarantee).
+        strict
+            Refuse metadata whose reading would wait for the GPU: everything on a GPU but the page indices.
 
         Raises
         ------
@@ -210,15 +225,17 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             Naming the argument, what it got and what is wanted.
         """
         op = self._op
-        common.check_options(op, pos_encoding_mode=pos_encoding_mode, block_tables=block_tables, seq_lens=seq_lens)
+        common.check_options(op, block_tables=block_tables, seq_lens=seq_lens)
+        encoding = common.check_pos_encoding(op, pos_encoding_mode, rope_scale, rope_theta)
         common.check_head_counts(op, num_qo_heads, num_kv_heads)
-        dtype = common.plan_dtype(op, q_data_type, kv_data_type, data_type)
-        window = common.check_window(op, window_left)
-        soft_cap = common.check_soft_cap(op, logits_soft_cap)
-        scale = common.softmax_scale(op, sm_scale, head_dim)
+        dtype, kv_dtype = plan_dtypes(op, q_data_type, kv_data_type, data_type)
+        key = PlanKey(
+            num_qo_heads, num_kv_heads, head_dim, head_dim, page_size, dtype, kv_dtype, out_dtype(op, dtype, o_data_type), fixed_split_size, disable_split_kv,
+            False, common.check_window(op, window_left), common.check_soft_cap(op, logits_soft_cap), common.softmax_scale(op, sm_scale, head_dim), *encoding,
+        )  # fmt: skip
         if fixed_split_size is not None and fixed_split_size < 1:
             fail(op, "fixed_split_size", "is no number of pages", fixed_split_size, "1 or more")
-        host_indptr, host_last = host_metadata(op, indptr=indptr, last_page_len=last_page_len)
+        host_indptr, host_last = host_metadata(op, strict=strict, indptr=indptr, last_page_len=last_page_len)
         page_indices = self._page_indices(op, indices, host_indptr)
         buffers = {}
         if self._use_cuda_graph:
@@ -232,11 +249,13 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
                 else page_indices,
                 "paged_kv_last_page_len_buffer": host_last,
             }
-        key = (num_qo_heads, num_kv_heads, head_dim, head_dim, page_size, dtype, fixed_split_size, disable_split_kv)
         host_indices = page_indices if isinstance(page_indices, np.ndarray) else None
         self._dims = (head_dim, head_dim)
         metadata = (None, host_indptr, host_indices, host_last)
-        self._set_plan(metadata, key, dtype, window, False, soft_cap, scale, page_indices, buffers)
+        self._set_plan(
+            metadata, key, dtype, key.window_left, False, key.logits_soft_cap, key.sm_scale, page_indices, buffers,
+            kv_dtype, key.o_data_type, key.options,
+        )  # fmt: skip
 
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:
         """Deprecated: `plan`."""
@@ -249,33 +268,34 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
         indptr: np.ndarray,
         indices: np.ndarray | None,
         last: np.ndarray,
-        key: tuple[Any, ...],
+        key: Any,
         device: int,
         window_left: int,
         causal: bool,
     ) -> AttentionPlan:
         from pyinfer.schedulers.decode import decode_capacity, decode_plan
 
-        num_qo_heads, num_kv_heads, head_dim, _, page_size, dtype, fixed_split_size, disable_split_kv = key
-        batch, group = len(last), num_qo_heads // num_kv_heads
-        tiles = common.batch_tiles(device, dtype, head_dim, head_dim, group, batch * group, num_kv_heads)
+        heads = dict(num_qo_heads=key.num_qo_heads, num_kv_heads=key.num_kv_heads, page_size=key.page_size)
+        splits = dict(fixed_split_size=key.fixed_split_size, disable_split_kv=key.disable_split_kv)
+        batch, group = len(last), key.num_qo_heads // key.num_kv_heads
+        tiles = common.batch_tiles(
+            device, key.q_data_type, key.head_dim_qk, key.head_dim_vo, group, batch * group, key.num_kv_heads, key.kv_data_type, key.options
+        )  # fmt: skip
         capacity = None
         if self._use_cuda_graph:
             max_pages = self._buffers["paged_kv_indices_buffer"].shape[0]
 
             def choose() -> tuple[Any, Any]:
                 bound = decode_capacity(
-                    batch, max_pages, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, page_size=page_size, tile_q=tiles[0], num_sms=tiles[2],
-                    ctas_per_sm=tiles[3], fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv,
-                )  # fmt: skip
+                    batch, max_pages, tile_q=tiles[0], num_sms=tiles[2], ctas_per_sm=tiles[3], **heads, **splits
+                )
                 return tiles, bound._replace(max_indices=max_pages if device < 0 else 0)
 
-            tiles, capacity = self._fixed(device, key, choose)
+            tiles, capacity = self._fixed(device, key._replace(window_left=window_left), choose)
         tile_q, tile_kv, num_sms, ctas_per_sm = tiles
         return decode_plan(
-            indptr, indices, last, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim, page_size=page_size, tile_q=tile_q,
-            tile_kv=tile_kv, num_sms=num_sms, ctas_per_sm=ctas_per_sm, window_left=window_left, fixed_split_size=fixed_split_size,
-            disable_split_kv=disable_split_kv, capacity=capacity, op=self._op,
+            indptr, indices, last, head_dim_qk=key.head_dim_qk, tile_q=tile_q, tile_kv=tile_kv, num_sms=num_sms, ctas_per_sm=ctas_per_sm,
+            window_left=window_left, capacity=capacity, op=self._op, **heads, **splits,
         )  # fmt: skip
 
     def run(
@@ -303,15 +323,17 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             A tuple of two caches [pages, page_size, num_kv_heads, head_dim] (NHD) or [pages, num_kv_heads, page_size, head_dim] (HND), or one tensor with
             K and V in an axis of size 2 after the pages. Any strides but a last one of 1. With page_size 1 the page axis may be missing.
         q_scale, k_scale, v_scale
-            q_scale and k_scale multiply sm_scale, v_scale the output.
+            As in `single_decode_with_kv_cache`.
         out, lse
-            Where to write, instead of new tensors: q's shape and dtype; float32 [batch, num_qo_heads].
+            Where to write, instead of new tensors: q's shape, o_data_type; float32 [batch, num_qo_heads].
         return_lse
             Also return the base-2 log-sum-exp.
         enable_pdl
             Programmatic dependent launch; None wherever it works (compute capability 9.0 or newer).
         window_left
             If given, must repeat the plan's.
+        sinks
+            float32 [num_qo_heads]: a logit for each query head that joins the denominator of the softmax (and the LSE) and brings no value.
 
         Returns
         -------
@@ -324,27 +346,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             if done is not None:
                 return done
         qv = self._check_run(q, window_left, args)
-        if sinks is not None:
-            common.check_options(self._op, sinks=sinks)
         k, v = self._paged_kv(qv, paged_kv_cache)
-        sm_scale = self._sm_scale
-        if q_scale is not None:
-            sm_scale *= common.scale(self._op, "q_scale", q_scale)
-        if k_scale is not None:
-            sm_scale *= common.scale(self._op, "k_scale", k_scale)
-        return self._execute(
-            qv,
-            k,
-            v,
-            out,
-            lse,
-            return_lse,
-            sm_scale,
-            self._soft_cap,
-            common.scale(self._op, "v_scale", v_scale),
-            enable_pdl,
-            options,
-        )
+        return self._run(qv, k, v, out, lse, sinks, options)
 
     def run_return_lse(self, q: Any, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:
         """`run` with return_lse=True."""
@@ -368,7 +371,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
     ) -> Any:
         """Deprecated: `run`, with the plan's window, soft cap and scale replaced by those given here."""
         common.deprecated(f"{self._op}.forward", "run")
-        self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
+        self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, False, rope_scale, rope_theta)
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
     def forward_return_lse(self, q: Any, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
+
 from pyinfer import _attention as common
 from pyinfer._attention import host_metadata
+from pyinfer._attention_options import bind_mask, mask_view, options_of
 from pyinfer._batch_prefill import BatchPrefill
-from pyinfer.core.dtypes import FLOAT32, canonical_dtype
-from pyinfer.core.errors import fail_type
+from pyinfer._support import out_dtype
+from pyinfer.core.dtypes import FLOAT32
+from pyinfer.core.errors import device_name, fail
 from pyinfer.core.tensor import empty, view
 
 __all__ = [
@@ -49,21 +53,32 @@ def single_prefill_with_kv_cache(
     q
         [qo_len, num_qo_heads, head_dim_qk]; float16 or bfloat16, on the CPU float32 as well.
     k
-        [kv_len, num_kv_heads, head_dim_qk] (NHD) or [num_kv_heads, kv_len, head_dim_qk] (HND), q's dtype and device.
+        [kv_len, num_kv_heads, head_dim_qk] (NHD) or [num_kv_heads, kv_len, head_dim_qk] (HND), of q's dtype, float8_e4m3fn or float8_e5m2, on q's device.
     v
         As k, with head_dim_vo. Any strides but a last one of 1.
     scale_q, scale_k, scale_v
-        Numbers here (per-head tensors belong to fp8): scale_q and scale_k multiply sm_scale, scale_v the output.
+        Numbers or tensors of one element (one on the GPU is read, which waits for it): scale_q and scale_k multiply sm_scale, scale_v the output.
     o_dtype
-        None or q's dtype.
+        Of the output: float16, bfloat16 or float32; q's dtype by default.
+    custom_mask
+        bool [qo_len, kv_len], True where key j is seen, on q's device. It replaces `causal` and is combined with the window.
+    packed_custom_mask
+        The same as bits, little-endian, uint8 [ceil(qo_len * kv_len / 8)]. If both are given this one counts.
     causal
         Query i sees key j iff j <= kv_len - qo_len + i (aligned at the ends).
     window_left
         Query i further sees only j >= kv_len - qo_len + i - window_left; -1 all.
     logits_soft_cap
         Scores become cap * tanh(score * sm_scale / cap); None or 0 off.
+    pos_encoding_mode
+        "NONE"; "ROPE_LLAMA": query i is rotated by position kv_len - qo_len + i, key j by j, in halves over the whole head_dim_qk; "ALIBI":
+        slope * (j - i) is added to the score, with the slopes of Press et al.
+    use_fp16_qk_reduction
+        Accepted; scores are always accumulated in float32.
     sm_scale
         1 / sqrt(head_dim_qk) by default.
+    rope_scale, rope_theta
+        Pair i turns by position * rope_theta^(-2 i / head_dim_qk) / rope_scale; 1 and 10,000 by default.
     return_lse
         Also return the base-2 log-sum-exp of the scaled scores.
 
@@ -77,30 +92,33 @@ def single_prefill_with_kv_cache(
     Raises
     ------
     ValueError, TypeError
-        Before any launch, naming the argument. custom_mask, packed_custom_mask, pos_encoding_mode and use_fp16_qk_reduction are not supported yet.
+        Before any launch, naming the argument.
     """
     op = "single_prefill_with_kv_cache"
     common.check_layout(op, kv_layout)
-    common.check_options(
-        op, pos_encoding_mode=pos_encoding_mode, backend=backend, custom_mask=custom_mask, packed_custom_mask=packed_custom_mask,
-        use_fp16_qk_reduction=use_fp16_qk_reduction,
-    )  # fmt: skip
+    common.check_options(op, backend=backend)
+    encoding = common.check_pos_encoding(op, pos_encoding_mode, rope_scale, rope_theta)
     qv = common.q_view(op, q)
-    kv, vv = common.dense_views(op, qv, k, v, kv_layout)
-    if o_dtype is not None and canonical_dtype(o_dtype, op, "o_dtype") is not qv.dtype:
-        fail_type(
-            op, "o_dtype", "is not supported yet", canonical_dtype(o_dtype).name, f"None or {qv.dtype.name} (q's)"
-        )
+    kv, vv = common.dense_views(op, qv, k, v, kv_layout, pos_encoding_mode == "ROPE_LLAMA")
+    mask = mask_view(op, custom_mask, packed_custom_mask)
+    bound = None
+    if mask is not None:
+        arg = "custom_mask" if packed_custom_mask is None else "packed_custom_mask"
+        if mask.device != qv.device:
+            fail(op, arg, "is on another device", device_name(mask.device), f"{device_name(qv.device)} (where q is)")
+        lengths = np.array([qv.shape[0]]), np.array([kv.shape[1 if kv_layout == "HND" else 0]])
+        bound = bind_mask(op, mask, packed_custom_mask is not None, *lengths)
     scale = (
         common.softmax_scale(op, sm_scale, qv.shape[2])
         * common.scale(op, "scale_q", scale_q)
         * common.scale(op, "scale_k", scale_k)
     )
-    out = empty(qv, (qv.shape[0], qv.shape[1], vv.shape[2]))
+    out = empty(qv, (qv.shape[0], qv.shape[1], vv.shape[2]), out_dtype(op, qv.dtype, o_dtype, "o_dtype"))
     lse = empty(qv, (qv.shape[0], qv.shape[1]), FLOAT32) if return_lse else None
     common.run_single(
-        op, qv, kv, vv, kv_layout, view(out), None if lse is None else view(lse), causal=bool(causal), window_left=common.check_window(op, window_left),
-        sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap), v_scale=common.scale(op, "scale_v", scale_v),
+        op, qv, kv, vv, kv_layout, view(out), None if lse is None else view(lse), causal=bool(causal) and bound is None,
+        window_left=common.check_window(op, window_left), sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap),
+        v_scale=common.scale(op, "scale_v", scale_v), options=options_of(*encoding, bound is not None), mask=bound,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -118,7 +136,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
     qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf
         CUDA graph mode: int32 [batch + 1], [batch + 1], [most pages ever], [batch]. The first plan fixes the most query rows.
     custom_mask_buf, mask_indptr_buf
-        Not supported yet.
+        CUDA graph mode, for plans with a custom mask: uint8 [most bytes ever], int32 [batch + 1]. plan() packs the mask into them.
     """
 
     _op = "BatchPrefillWithPagedKVCacheWrapper"
@@ -137,12 +155,13 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         backend: str = "auto",
         jit_args: Any = None,
     ) -> None:
-        common.check_options(self._op, custom_mask_buf=custom_mask_buf, mask_indptr_buf=mask_indptr_buf)
         buffers = {
             "qo_indptr_buf": qo_indptr_buf,
             "paged_kv_indptr_buf": paged_kv_indptr_buf,
             "paged_kv_indices_buf": paged_kv_indices_buf,
             "paged_kv_last_page_len_buf": paged_kv_last_page_len_buf,
+            "custom_mask_buf": custom_mask_buf,
+            "mask_indptr_buf": mask_indptr_buf,
         }
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, buffers)
 
@@ -177,60 +196,61 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         seq_lens: Any = None,
         block_tables: Any = None,
         *,
+        o_data_type: Any = None,
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
+        strict: bool = False,
     ) -> None:
         """Schedule a batch.
 
         Parameters
         ----------
         qo_indptr
-            int32 [batch + 1]: request b's query tokens are rows qo_indptr[b] .. qo_indptr[b + 1] - 1 of q.
+            int32 or int64 [batch + 1]: request b's query tokens are rows qo_indptr[b] .. qo_indptr[b + 1] - 1 of q.
         paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
             The page table, as in `BatchDecodeWithPagedKVCacheWrapper.plan`.
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size
             Shapes; num_qo_heads is a multiple of num_kv_heads, head_dim_vo is head_dim_qk by default.
-        causal, sm_scale, window_left, logits_soft_cap
+        custom_mask
+            bool, flat: the [qo_len, kv_len] masks of the requests one after another, True where key j is seen. It replaces `causal` and is combined with
+            the window; it may lie on the host or the GPU, and a plan without one forgets that of the plan before.
+        packed_custom_mask
+            The same in bits, little-endian, each request from a whole byte on (`segment_packbits(..., "little")`). If both are given this one counts.
+        causal, pos_encoding_mode, use_fp16_qk_reduction, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta
             As in `single_prefill_with_kv_cache`.
-        q_data_type, kv_data_type
-            One dtype for both.
+        q_data_type, kv_data_type, o_data_type
+            Of q, of the keys and values (q's by default; float8_e4m3fn and float8_e5m2 as well) and of the output (q's by default).
         non_blocking
             Accepted; copies never block.
+        prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len
+            Multi-item scoring, causal always: uint32 [batch] and uint16 [batch * token_pos_in_items_len]. A query at position p >= prefix sees, of the keys up
+            to p, the prefix and those j with p < j + token_pos_in_items[p - prefix]: its own item. Host arrays may be of any integer type.
+        max_item_len_ptr
+            Accepted; these kernels do without the hint.
         fixed_split_size
             Split every tile's keys into pieces of this many pages, so that a request's result does not depend on the rest of the batch, to the bit.
         disable_split_kv
             Never split (the same guarantee).
+        strict
+            Refuse metadata whose reading would wait for the GPU: everything on a GPU but the page indices and masks.
 
         Raises
         ------
         ValueError, TypeError
-            Naming the argument, what it got and what is wanted. custom_mask, packed_custom_mask, pos_encoding_mode, use_fp16_qk_reduction, multi-item
-            scoring, seq_lens and block_tables are not supported yet.
+            Naming the argument, what it got and what is wanted. seq_lens and block_tables belong to a backend that is not here.
         """
         op = self._op
-        self._check_plan_options(
-            op, pos_encoding_mode, custom_mask=custom_mask, packed_custom_mask=packed_custom_mask, use_fp16_qk_reduction=use_fp16_qk_reduction,
-            prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr, token_pos_in_items_len=token_pos_in_items_len,
-            max_item_len_ptr=max_item_len_ptr, seq_lens=seq_lens, block_tables=block_tables,
+        common.check_options(op, seq_lens=seq_lens, block_tables=block_tables)
+        key = self._key(
+            (num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size), (q_data_type, kv_data_type, o_data_type),
+            (causal, window_left, logits_soft_cap, sm_scale), (pos_encoding_mode, rope_scale, rope_theta), (fixed_split_size, disable_split_kv),
         )  # fmt: skip
-        dtype = common.plan_dtype(op, q_data_type, kv_data_type)
-        host = host_metadata(
-            op, qo_indptr=qo_indptr, paged_kv_indptr=paged_kv_indptr, paged_kv_last_page_len=paged_kv_last_page_len
-        )
-        page_indices = self._page_indices(op, paged_kv_indices, host[1])
-        key = (
-            num_qo_heads,
-            num_kv_heads,
-            head_dim_qk,
-            head_dim_vo or head_dim_qk,
-            page_size,
-            dtype,
-            fixed_split_size,
-            disable_split_kv,
-        )
-        self._plan_batch(
-            (host[0], host[1], host[2]), page_indices, key, dtype, causal, window_left, logits_soft_cap, sm_scale
-        )
+        qo, kv, last = host_metadata(
+            op, strict=strict, qo_indptr=qo_indptr, paged_kv_indptr=paged_kv_indptr, paged_kv_last_page_len=paged_kv_last_page_len
+        )  # fmt: skip
+        page_indices = self._page_indices(op, paged_kv_indices, kv)
+        items = (prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
+        self._plan_batch((qo, kv, last), page_indices, key, custom_mask, packed_custom_mask, items)
 
     def run(
         self,
@@ -253,10 +273,10 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         ----------
         q
             [qo_indptr[-1], num_qo_heads, head_dim_qk] in the planned dtype; in CUDA graph mode it may have more rows, which are left alone.
-        paged_kv_cache, q_scale, k_scale, v_scale, enable_pdl, window_left
+        paged_kv_cache, q_scale, k_scale, v_scale, enable_pdl, window_left, sinks
             As in `BatchDecodeWithPagedKVCacheWrapper.run`.
         out, lse
-            Where to write: [rows, num_qo_heads, head_dim_vo] in q's dtype, float32 [rows, num_qo_heads].
+            Where to write: [rows, num_qo_heads, head_dim_vo] in o_data_type, float32 [rows, num_qo_heads].
         return_lse
             Also return the base-2 log-sum-exp.
 
@@ -271,27 +291,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             if done is not None:
                 return done
         qv = self._check_run(q, window_left, args)
-        if sinks is not None:
-            common.check_options(self._op, sinks=sinks)
         k, v = self._paged_kv(qv, paged_kv_cache)
-        sm_scale = self._sm_scale
-        if q_scale is not None:
-            sm_scale *= common.scale(self._op, "q_scale", q_scale)
-        if k_scale is not None:
-            sm_scale *= common.scale(self._op, "k_scale", k_scale)
-        return self._execute(
-            qv,
-            k,
-            v,
-            out,
-            lse,
-            return_lse,
-            sm_scale,
-            self._soft_cap,
-            common.scale(self._op, "v_scale", v_scale),
-            enable_pdl,
-            options,
-        )
+        return self._run(qv, k, v, out, lse, sinks, options)
 
     def forward(
         self,
@@ -312,8 +313,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
     ) -> Any:
         """Deprecated: `run`, with the plan's mask, window, soft cap and scale replaced by those given here."""
         common.deprecated(f"{self._op}.forward", "run")
-        common.check_options(self._op, use_fp16_qk_reduction=use_fp16_qk_reduction)
-        self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, bool(causal))
+        self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, bool(causal), rope_scale, rope_theta)
         return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
 
@@ -327,7 +327,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
     qo_indptr_buf, kv_indptr_buf
         CUDA graph mode: int32 [batch + 1] both. The first plan fixes the most query rows.
     custom_mask_buf, mask_indptr_buf
-        Not supported yet.
+        CUDA graph mode, for plans with a custom mask: uint8 [most bytes ever], int32 [batch + 1]. plan() packs the mask into them.
     """
 
     _op = "BatchPrefillWithRaggedKVCacheWrapper"
@@ -345,8 +345,12 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         backend: str = "auto",
         jit_args: Any = None,
     ) -> None:
-        common.check_options(self._op, custom_mask_buf=custom_mask_buf, mask_indptr_buf=mask_indptr_buf)
-        buffers = {"qo_indptr_buf": qo_indptr_buf, "kv_indptr_buf": kv_indptr_buf}
+        buffers = {
+            "qo_indptr_buf": qo_indptr_buf,
+            "kv_indptr_buf": kv_indptr_buf,
+            "custom_mask_buf": custom_mask_buf,
+            "mask_indptr_buf": mask_indptr_buf,
+        }
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, buffers)
 
     def plan(
@@ -375,8 +379,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         token_pos_in_items_len: int = 0,
         max_item_len_ptr: Any = None,
         *,
+        o_data_type: Any = None,
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
+        strict: bool = False,
     ) -> None:
         """Schedule a batch.
 
@@ -389,25 +395,13 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
 
         Other parameters and errors as `BatchPrefillWithPagedKVCacheWrapper.plan`.
         """
-        op = self._op
-        self._check_plan_options(
-            op, pos_encoding_mode, custom_mask=custom_mask, packed_custom_mask=packed_custom_mask, use_fp16_qk_reduction=use_fp16_qk_reduction,
-            prefix_len_ptr=prefix_len_ptr, token_pos_in_items_ptr=token_pos_in_items_ptr, token_pos_in_items_len=token_pos_in_items_len,
-            max_item_len_ptr=max_item_len_ptr,
+        key = self._key(
+            (num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, 0), (q_data_type, kv_data_type, o_data_type),
+            (causal, window_left, logits_soft_cap, sm_scale), (pos_encoding_mode, rope_scale, rope_theta), (fixed_split_size, disable_split_kv),
         )  # fmt: skip
-        dtype = common.plan_dtype(op, q_data_type, kv_data_type)
-        host = host_metadata(op, qo_indptr=qo_indptr, kv_indptr=kv_indptr)
-        key = (
-            num_qo_heads,
-            num_kv_heads,
-            head_dim_qk,
-            head_dim_vo or head_dim_qk,
-            0,
-            dtype,
-            fixed_split_size,
-            disable_split_kv,
-        )
-        self._plan_batch((host[0], host[1], None), None, key, dtype, causal, window_left, logits_soft_cap, sm_scale)
+        qo, kv = host_metadata(self._op, strict=strict, qo_indptr=qo_indptr, kv_indptr=kv_indptr)
+        items = (prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
+        self._plan_batch((qo, kv, None), None, key, custom_mask, packed_custom_mask, items)
 
     def run(
         self,
@@ -423,6 +417,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         return_lse: bool = False,
         enable_pdl: bool | None = None,
         window_left: int | None = None,
+        sinks: Any = None,
     ) -> Any:
         """Attention of the planned batch.
 
@@ -436,31 +431,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         Other parameters and returns as `BatchPrefillWithPagedKVCacheWrapper.run`.
         """
         options = (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left)
-        if self._repeated.ready and not args:
+        if self._repeated.ready and not args and sinks is None:
             done = self._repeated(q, (k, v), out, lse, options)
             if done is not None:
                 return done
         qv = self._check_run(q, window_left, args)
         kv, vv = view(k, self._op, "k"), view(v, self._op, "v")
         self._check_kv(qv, kv, vv, "k", "v")
-        sm_scale = self._sm_scale
-        if q_scale is not None:
-            sm_scale *= common.scale(self._op, "q_scale", q_scale)
-        if k_scale is not None:
-            sm_scale *= common.scale(self._op, "k_scale", k_scale)
-        return self._execute(
-            qv,
-            kv,
-            vv,
-            out,
-            lse,
-            return_lse,
-            sm_scale,
-            self._soft_cap,
-            common.scale(self._op, "v_scale", v_scale),
-            enable_pdl,
-            options,
-        )
+        return self._run(qv, kv, vv, out, lse, sinks, options)
 
     def forward(
         self,
@@ -480,6 +458,5 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
     ) -> Any:
         """Deprecated: `run`, with the plan's mask, window, soft cap and scale replaced by those given here."""
         common.deprecated(f"{self._op}.forward", "run")
-        common.check_options(self._op, use_fp16_qk_reduction=use_fp16_qk_reduction)
-        self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, bool(causal))
+        self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, bool(causal), rope_scale, rope_theta)
         return self.run(q, k, v, return_lse=return_lse)

@@ -78,6 +78,20 @@ def test_the_inputs_are_valid(x):
     assert x.ragged().run(x.q, x.k, x.k).shape == (2, 4, 64)
 
 
+def graph_prefill(x, **changes):
+    buffers = dict(
+        qo_indptr_buf=x.b.array(np.zeros(2), "int32"), paged_kv_indptr_buf=x.b.array(np.zeros(2), "int32"),
+        paged_kv_indices_buf=x.b.array(np.zeros(4), "int32"), paged_kv_last_page_len_buf=x.b.array(np.zeros(1), "int32"),
+    )  # fmt: skip
+    return pyinfer.BatchPrefillWithPagedKVCacheWrapper(None, "NHD", True, **{**buffers, **changes})
+
+
+def small_workspace(x):
+    """A plan that splits, in 64 bytes."""
+    wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper(x.b.array(np.zeros(64, np.uint8)))
+    wrapper.plan([0, 40], np.arange(40), [16], 4, 2, 64, 16, q_data_type=x.dtype, fixed_split_size=10)
+
+
 # A case: what is called, the exception, the text (a regular expression).
 PLAN_CASES = {
     "decode: indptr start": (lambda x: x.decode(indptr=[1, 2, 3]), ValueError, rf"{DECODE}: paged_kv_indptr does not start at 0: got 1, wanted 0"),
@@ -95,34 +109,45 @@ PLAN_CASES = {
     "decode: no heads": (lambda x: x.decode(num_kv_heads=0), ValueError, "num_qo_heads does not divide among the kv heads: got 4 query heads, 0 kv heads"),
     "decode: q_data_type": (lambda x: x.decode(q_data_type="float12"), TypeError, "q_data_type is no element type known here: got 'float12'"),
     "decode: int type": (lambda x: x.decode(q_data_type="int32"), TypeError, r"q_data_type has no \w+ kernel: got int32, wanted float16 or bfloat16"),
-    "decode: fp8 kv": (lambda x: x.decode(kv_data_type="float8_e4m3fn"), TypeError, "kv_data_type is not supported yet: got float8_e4m3fn, wanted the dtype of q. Supported so far: causal"),
-    "decode: two types": (lambda x: x.decode(kv_data_type=x.other), TypeError, r"kv_data_type differs from q_data_type: got \w+, wanted \w+\. q and the KV cache have one dtype"),
-    "decode: rope": (lambda x: x.decode(pos_encoding_mode="ROPE_LLAMA"), ValueError, "pos_encoding_mode is not supported yet: got 'ROPE_LLAMA', wanted 'NONE'. Rotate q and k beforehand"),
-    "decode: alibi": (lambda x: x.decode(pos_encoding_mode="ALIBI"), ValueError, "pos_encoding_mode is not supported yet: got 'ALIBI', wanted 'NONE'. Supported so far"),
+    "decode: o_data_type": (lambda x: x.decode(o_data_type="int32"), TypeError, "o_data_type is no output dtype: got int32, wanted None, float16, bfloat16 or float32"),
+    "decode: fp8 q": (lambda x: x.decode(q_data_type="float8_e4m3fn"), TypeError, r"q_data_type has no \w+ kernel: got float8_e4m3fn"),
+    "decode: large group": (lambda x: x.decode(num_qo_heads=258), ValueError, r"num_qo_heads makes too large a group: got 129 \(258 query heads, 2 kv heads\), wanted at most 128"),
+    "decode: rope_theta": (lambda x: x.decode(pos_encoding_mode="ROPE_LLAMA", rope_theta=0), ValueError, "rope_theta is no positive number: got 0.0"),
+    "decode: rope_scale": (lambda x: x.decode(pos_encoding_mode="ROPE_LLAMA", rope_scale=float("inf")), ValueError, "rope_scale is no positive number: got inf"),
+    "decode: two types": (lambda x: x.decode(kv_data_type=x.other), TypeError, r"kv_data_type differs from q_data_type: got \w+, wanted \w+ \(q's\), float8_e4m3fn or float8_e5m2"),
     "decode: nonsense encoding": (lambda x: x.decode(pos_encoding_mode="rope"), ValueError, "pos_encoding_mode is no positional encoding: got 'rope'"),
     "decode: window": (lambda x: x.decode(window_left=-2), ValueError, r"window_left is no window: got -2, wanted -1 \(none\)"),
     "decode: soft cap": (lambda x: x.decode(logits_soft_cap=-1.0), ValueError, "logits_soft_cap is no soft cap: got -1.0"),
     "decode: soft cap nan": (lambda x: x.decode(logits_soft_cap=float("nan")), ValueError, "logits_soft_cap is no soft cap: got nan"),
     "decode: sm_scale": (lambda x: x.decode(sm_scale="large"), TypeError, "sm_scale is no number: got str, wanted a float"),
-    "decode: block_tables": (lambda x: x.decode(block_tables=x.q), ValueError, "block_tables is not supported yet: got Tensor, wanted None. Supported so far"),
+    "decode: block_tables": (lambda x: x.decode(block_tables=x.q), ValueError, "block_tables is not supported: got Tensor, wanted None. It belongs to the trtllm-gen backend"),
     "decode: split size": (lambda x: x.decode(fixed_split_size=0), ValueError, "fixed_split_size is no number of pages: got 0, wanted 1 or more"),
     "decode: layout": (lambda x: x.decode(kv_layout="NDH"), ValueError, f"{DECODE}: kv_layout is no layout: got 'NDH', wanted 'NHD' or 'HND'"),
     "paged: qo_indptr": (lambda x: x.paged(qo_indptr=[0, 2, 1]), ValueError, f"{PAGED}: qo_indptr decreases: got 1 at entry 2 after 2"),
     "paged: qo_indptr start": (lambda x: x.paged(qo_indptr=[1, 1, 2]), ValueError, "qo_indptr does not start at 0: got 1"),
     "paged: qo_indptr length": (lambda x: x.paged(qo_indptr=[0, 1]), ValueError, r"qo_indptr has the wrong length: got 2, wanted 3 \(as paged_kv_indptr\)"),
     "paged: qo_indptr empty": (lambda x: x.paged(qo_indptr=[]), ValueError, "qo_indptr is empty: got 0 entries, wanted batch_size \\+ 1 entries"),
-    "paged: custom mask": (lambda x: x.paged(custom_mask=x.q), ValueError, "custom_mask is not supported yet: got Tensor, wanted None"),
-    "paged: packed mask": (lambda x: x.paged(packed_custom_mask=x.q), ValueError, "packed_custom_mask is not supported yet"),
-    "paged: fp16 reduction": (lambda x: x.paged(use_fp16_qk_reduction=True), ValueError, "use_fp16_qk_reduction is not supported yet: got True, wanted False"),
-    "paged: multi-item": (lambda x: x.paged(prefix_len_ptr=x.q), ValueError, "prefix_len_ptr is not supported yet"),
-    "paged: multi-item length": (lambda x: x.paged(token_pos_in_items_len=4), ValueError, "token_pos_in_items_len is not supported yet: got multi-item scoring"),
+    "paged: custom mask": (lambda x: x.paged(custom_mask=x.q), TypeError, "custom_mask has the wrong dtype: got float"),
+    "paged: custom mask size": (lambda x: x.paged(custom_mask=x.b.array(np.ones(34, bool))), ValueError, r"custom_mask has the wrong size: got 34 \(shape \(34,\)\), wanted 35 \(the sum of qo_len \* kv_len\)"),
+    "paged: packed mask": (lambda x: x.paged(packed_custom_mask=x.q), TypeError, "packed_custom_mask has the wrong dtype"),
+    "paged: packed mask axes": (lambda x: x.paged(packed_custom_mask=x.b.array(np.ones((2, 3), np.uint8))), ValueError, "packed_custom_mask has the wrong number of axes: got 2"),
+    "paged: packed mask size": (lambda x: x.paged(packed_custom_mask=x.b.array(np.ones(4, np.uint8))), ValueError, "packed_custom_mask is too short: got 4 bytes, wanted 5"),
+    "paged: multi-item": (lambda x: x.paged(prefix_len_ptr=x.q), ValueError, "token_pos_in_items_ptr is missing: got None"),
+    "paged: multi-item length": (lambda x: x.paged(token_pos_in_items_len=4), ValueError, "token_pos_in_items_len was given without prefix_len_ptr"),
+    "paged: multi-item zero": (lambda x: x.paged(prefix_len_ptr=[1, 1], token_pos_in_items_ptr=[0, 0]), ValueError, "token_pos_in_items_len is no length: got 0, wanted 1 or more"),
+    "paged: multi-item batch": (lambda x: x.paged(prefix_len_ptr=[1], token_pos_in_items_ptr=[0, 0], token_pos_in_items_len=1), ValueError, "prefix_len_ptr is too short: got 1 entries, wanted at least 2"),
+    "paged: multi-item places": (lambda x: x.paged(prefix_len_ptr=[1, 1], token_pos_in_items_ptr=[0], token_pos_in_items_len=1), ValueError, "token_pos_in_items_ptr is too short: got 1 entries, wanted at least 2"),
+    "paged: multi-item range": (lambda x: x.paged(prefix_len_ptr=[1, 1], token_pos_in_items_ptr=[0, 70000], token_pos_in_items_len=1), ValueError, "token_pos_in_items_ptr does not fit uint16: got values from 0 to 70000"),
+    "paged: two masks": (lambda x: x.paged(prefix_len_ptr=[1, 1], token_pos_in_items_ptr=[0, 0], token_pos_in_items_len=1, custom_mask=x.b.array(np.ones(35, bool))), ValueError, "custom_mask excludes multi-item scoring"),
     "ragged: kv_indptr": (lambda x: x.ragged(kv_indptr=[0, 4, 3]), ValueError, f"{RAGGED}: kv_indptr decreases: got 3 at entry 2 after 4"),
     "ragged: lengths": (lambda x: x.ragged(kv_indptr=[0, 4]), ValueError, r"qo_indptr has the wrong length: got 3, wanted 2 \(as kv_indptr\)"),
     "head_dim": (lambda x: x.decode(head_dim=0), ValueError, "head_dim is no head dimension: got 0, wanted 1 or more"),
     "backend": (lambda x: pyinfer.BatchPrefillWithPagedKVCacheWrapper(None, backend="cudnn"), ValueError, "backend is not available: got 'cudnn', wanted 'auto' or 'fa2'"),
-    "jit_args": (lambda x: pyinfer.BatchDecodeWithPagedKVCacheWrapper(None, jit_args=["x"]), ValueError, "jit_args is not supported yet: got list, wanted None"),
+    "jit_args": (lambda x: pyinfer.BatchDecodeWithPagedKVCacheWrapper(None, jit_args=["x"]), ValueError, "jit_args is not supported: got list, wanted None. Compiled modules"),
     "workspace": (lambda x: pyinfer.BatchDecodeWithPagedKVCacheWrapper("128MB"), TypeError, "float_workspace_buffer is no tensor: got builtins.str"),
-    "mask buffer": (lambda x: pyinfer.BatchPrefillWithPagedKVCacheWrapper(None, custom_mask_buf=x.q), ValueError, "custom_mask_buf is not supported yet"),
+    "mask buffer": (lambda x: graph_prefill(x, custom_mask_buf=x.q[0, 0]), TypeError, "custom_mask_buf has the wrong dtype: got \\w+, wanted uint8"),
+    "no mask buffer": (lambda x: graph_prefill(x).plan([0, 1], [0, 1], [0], [16], 4, 2, 64, 16, q_data_type=x.dtype, custom_mask=x.b.array(np.ones(16, bool))), ValueError, "custom_mask_buf is missing: got None, wanted a tensor that stays where it is. A plan with a custom mask needs it"),
+    "workspace size": (lambda x: small_workspace(x), ValueError, r"float_workspace_buffer is too small: got 64 bytes, wanted \d+ for this plan. Pass a larger one"),
 }  # fmt: skip
 
 RUN_CASES = {
@@ -143,12 +168,14 @@ RUN_CASES = {
     "cache heads": (lambda x: x.decode().run(x.q, (x.cache[0], x.zeros(6, 16, 4, 64))), ValueError, r"paged_kv_cache \(V\) has the wrong shape: got \(6, 16, 4, 64\), wanted \(any, 16, 2, 64\)"),
     "cache layout": (lambda x: x.decode(kv_layout="HND").run(x.q, x.cache), ValueError, r"paged_kv_cache \(K\) has the wrong shape: got \(6, 16, 2, 64\), wanted \(any, 2, 16, 64\)"),
     "cache dtype": (lambda x: x.decode().run(x.q, (x.zeros(6, 16, 2, 64, dtype=x.other),) * 2), TypeError, r"paged_kv_cache \(K\) differs from the planned dtype"),
-    "cache fp8": (lambda x: x.decode().run(x.q, (x.zeros(6, 16, 2, 64, dtype="float8_e4m3fn"),) * 2), TypeError, "got float8_e4m3fn, wanted .* fp8 KV caches are not supported yet"),
+    "cache fp8": (lambda x: x.decode().run(x.q, (x.zeros(6, 16, 2, 64, dtype="float8_e4m3fn"),) * 2), TypeError, "got float8_e4m3fn, wanted .* Pass kv_data_type to plan"),
     "cache stride": (lambda x: x.decode().run(x.q, (x.zeros(6, 16, 64, 2).transpose(2, 3),) * 2), ValueError, r"paged_kv_cache \(K\) is not contiguous in its last axis"),
     "page outside": (lambda x: x.decode(indices=[4, 6, 5]).run(x.q, x.cache), ValueError, r"paged_kv_indices names a page outside the cache: got 6, wanted 0\.\.5 \(paged_kv_cache \(K\) has 6 pages\)"),
     "window": (lambda x: x.decode(window_left=5).run(x.q, x.cache, window_left=6), ValueError, r"window_left differs from the plan: got 6, wanted 5. It is an argument of plan\(\)"),
-    "extra arguments": (lambda x: x.decode().run(x.q, x.cache, x.q), TypeError, r"\*args are not supported yet: got 1 extra arguments"),
-    "sinks": (lambda x: x.decode().run(x.q, x.cache, sinks=x.q), ValueError, "sinks is not supported yet: got Tensor, wanted None"),
+    "extra arguments": (lambda x: x.decode().run(x.q, x.cache, x.q), TypeError, r"\*args are not supported: got 1 extra arguments"),
+    "sinks": (lambda x: x.decode().run(x.q, x.cache, sinks=x.zeros(4, dtype="float16")), TypeError, "sinks has the wrong dtype: got float16, wanted float32"),
+    "sinks shape": (lambda x: x.decode().run(x.q, x.cache, sinks=x.zeros(2, dtype="float32")), ValueError, r"sinks has the wrong shape: got \(2,\), wanted \(4,?\)"),
+    "sinks stride": (lambda x: x.decode().run(x.q, x.cache, sinks=x.zeros(8, dtype="float32")[::2]), ValueError, r"sinks is not contiguous: got strides \(2,\)"),
     "v_scale": (lambda x: x.decode().run(x.q, x.cache, v_scale="2x"), TypeError, "v_scale is no number: got str"),
     "k_scale per head": (lambda x: x.decode().run(x.q, x.cache, k_scale=np.ones(2)), ValueError, r"k_scale is not one number: got shape \(2,\)"),
     "out shape": (lambda x: x.decode().run(x.q, x.cache, out=x.zeros(2, 4, 32)), ValueError, r"out has the wrong shape: got \(2, 4, 32\), wanted \(2, 4, 64\)"),
@@ -167,14 +194,15 @@ SINGLE_CASES = {
     "decode q rank": (lambda x: pyinfer.single_decode_with_kv_cache(x.q, x.k, x.k), ValueError, "single_decode_with_kv_cache: q has the wrong number of axes: got 3"),
     "decode heads": (lambda x: pyinfer.single_decode_with_kv_cache(x.zeros(3, 64), x.k, x.k), ValueError, "q does not divide among the kv heads: got 3 query heads, 2 kv heads"),
     "decode layout": (lambda x: pyinfer.single_decode_with_kv_cache(x.q[0], x.k, x.k, "nhd"), ValueError, "kv_layout is no layout: got 'nhd'"),
-    "decode encoding": (lambda x: pyinfer.single_decode_with_kv_cache(x.q[0], x.k, x.k, "NHD", "ALIBI"), ValueError, "pos_encoding_mode is not supported yet"),
+    "decode encoding": (lambda x: pyinfer.single_decode_with_kv_cache(x.q[0], x.k, x.k, "NHD", "alibi"), ValueError, "pos_encoding_mode is no positional encoding: got 'alibi'"),
+    "v dtype": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.zeros(9, 2, 64, dtype="float8_e5m2"), x.k), TypeError, "v differs in dtype from k: got \\w+, wanted float8_e5m2"),
     "k rank": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.k[0], x.k), ValueError, r"single_prefill_with_kv_cache: k has the wrong number of axes: got 2 \(shape \(2, 64\)\), wanted 3: \[kv_len, num_kv_heads, head_dim\] \(NHD\)"),
     "k dtype": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.zeros(9, 2, 64, dtype=x.other), x.k), TypeError, "k differs in dtype from q"),
     "k dim": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.zeros(9, 2, 32), x.k), ValueError, r"k differs from q in head_dim: got 32 \(shape \(9, 2, 32\)\), wanted 64 \(q's\)"),
     "v length": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.k, x.k[:4]), ValueError, r"v differs from k in its first axes: got \(4, 2, 64\), wanted \(9, 2, any\)"),
     "v stride": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.k, x.zeros(9, 64, 2).transpose(1, 2)), ValueError, "v is not contiguous in its last axis"),
-    "custom mask": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.k, x.k, custom_mask=x.q), ValueError, "custom_mask is not supported yet"),
-    "o_dtype": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.k, x.k, o_dtype=x.other), TypeError, "o_dtype is not supported yet"),
+    "custom mask": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.k, x.k, custom_mask=x.b.array(np.ones((2, 8), bool))), ValueError, r"custom_mask has the wrong size: got 16 \(shape \(2, 8\)\), wanted 18"),
+    "o_dtype": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.k, x.k, o_dtype="int8"), TypeError, "o_dtype is no output dtype: got int8"),
     "integers": (lambda x: pyinfer.single_prefill_with_kv_cache(*(x.zeros(4, 2, 64, dtype="int32"),) * 3), TypeError, r"q has no \w+ kernel: got int32"),
     "head_dim": (lambda x: pyinfer.single_prefill_with_kv_cache(*(x.zeros(4, 2, 512),) * 3), ValueError, r"head_dim has no \w+ kernel: got 512 \(qk\), 512 \(vo\)"),
     "scale per head": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.k, x.k, np.ones(4)), ValueError, r"scale_q is not one number: got shape \(4,\)"),
@@ -262,27 +290,16 @@ def test_devices_must_agree(x):
         x.decode().run(x.q, (torch.zeros(6, 16, 2, 64, dtype=torch.float16),) * 2)
     with pytest.raises(ValueError, match="k is on another device: got cpu, wanted cuda:0"):
         pyinfer.single_prefill_with_kv_cache(x.q, torch.zeros(9, 2, 64, dtype=torch.float16), x.k)
-    wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper(x.b.array(np.zeros(64, np.uint8)))
+    wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper(x.b.array(np.zeros(1 << 24, np.uint8)))
     wrapper.plan(*x.table, 4, 2, 64, 16)
     with pytest.raises(ValueError, match="q is on another device: got cpu, wanted cuda:0 "):
         wrapper.run(cpu, x.cache)
     with pytest.raises(ValueError, match="out is on another device: got cpu"):
         wrapper.run(x.q, x.cache, out=cpu)
-    with pytest.raises(TypeError, match=r"k_scale is on the GPU: got cuda:0, wanted a Python float"):
-        wrapper.run(x.q, x.cache, k_scale=torch.ones((), device="cuda"))
     with pytest.raises(TypeError, match="has no CUDA kernel: got float32"):
         pyinfer.single_prefill_with_kv_cache(*(torch.zeros(4, 2, 64, device="cuda"),) * 3)
     with pytest.raises(
         ValueError,
-        match=r"head_dim has no CUDA kernel: got 80 \(qk\), 80 \(vo\), wanted equal dimensions of 64, 128 or 256",
+        match=r"head_dim has no CUDA kernel: got 81 \(qk\), 81 \(vo\), wanted multiples of 8 up to 256. Pad",
     ):
-        pyinfer.single_prefill_with_kv_cache(*(torch.zeros(4, 2, 80, dtype=torch.float16, device="cuda"),) * 3)
-
-
-@pytest.mark.gpu
-def test_misaligned_rows_are_refused(x):
-    import torch
-
-    q = torch.zeros(2 * 4 * 64 + 1, dtype=torch.float16, device="cuda")[1:].view(2, 4, 64)
-    with pytest.raises(ValueError, match=r"q is not aligned"):
-        x.decode().run(q, x.cache)
+        pyinfer.single_prefill_with_kv_cache(*(torch.zeros(4, 2, 81, dtype=torch.float16, device="cuda"),) * 3)

@@ -186,7 +186,7 @@ def test_metadata_forms(rng, backend_arrays, device):
         torch.from_numpy,
         lambda x: torch.from_numpy(x).to(device),
     ):
-        for workspace in (None, backend_arrays.array(np.zeros(1 << 16, np.uint8))):
+        for workspace in (None, backend_arrays.array(np.zeros(1 << 24, np.uint8))):
             wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
             wrapper.plan(*map(convert, table), 4, 2, 64, 16, "NONE", -1, None, getattr(torch, shape.dtype))
             results.append(backend_arrays.numpy(wrapper.run(q, paged.cache)))
@@ -264,7 +264,7 @@ def test_deprecated_names_warn_and_work(rng, backend_arrays, device):
 
 def graph_wrapper(b: Backend, batch: int, pages: int):
     buffers = [b.array(np.full(n, -7), "int32") for n in (batch + 1, pages, batch)]
-    return CUDAGraphBatchDecodeWithPagedKVCacheWrapper(b.array(np.zeros(64, np.uint8)), *buffers), buffers
+    return CUDAGraphBatchDecodeWithPagedKVCacheWrapper(b.array(np.zeros(64 << 20, np.uint8)), *buffers), buffers
 
 
 def test_graph_mode_plans_stay_in_their_buffers(rng, backend_arrays, device):

@@ -153,4 +153,3 @@ def pack_segments(begin, end, values, indptr, byte_indptr, out):
         for i in range(np.int64(indptr[b + 1]) - first):
             if values[first + i] != 0:
                 out[at + (i >> 3)] |= np.uint8(1 << (i & 7))
-

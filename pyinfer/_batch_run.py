@@ -1,0 +1,278 @@
+"""How the batch attention wrappers run a plan: tensors checked against it, outputs allocated, the launch on either device."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from pyinfer import _attention as common
+from pyinfer._attention_options import Items, Mask, sinks_view
+from pyinfer._repeated_run import RepeatedRun
+from pyinfer.core.dtypes import FLOAT32, DType
+from pyinfer.core.errors import (
+    check_last_dim_contiguous,
+    check_ndim,
+    check_shape,
+    device_name,
+    fail,
+    fail_type,
+)
+from pyinfer.core.tensor import TensorView, as_numpy, current_stream, empty, view
+from pyinfer.jit.attention_options import AttentionExtras, AttentionOptions
+
+if TYPE_CHECKING:
+    from pyinfer.schedulers.plan import AttentionPlan
+
+
+class BatchRun:
+    """The part of the wrappers behind plan(): everything here reads what `_batch_attention.BatchAttention` planned."""
+
+    _op: str
+    _kv_layout: str
+    _use_cuda_graph: bool
+    _plan: AttentionPlan | None
+    _planned_device: int
+    _dtype: DType
+    _kv_dtype: DType
+    _out_dtype: DType
+    _options: AttentionOptions
+    _extras: AttentionExtras
+    _mask: Mask | None
+    _items: Items | None
+    _buffers: dict[str, TensorView]
+    _workspace: TensorView | None
+    _q_shape: tuple[int, int, int]
+    _kv_tokens: int
+    _kv_known: tuple[Any, ...] | None
+    _repeated: RepeatedRun
+    _plan_ptr: int
+    _indices_ptr: int
+    _workspace_ptr: int
+    _pdl_default: bool
+    _sm_scale: float
+    _soft_cap: float
+
+    def _move_plan(self, q: TensorView) -> None:
+        raise NotImplementedError
+
+    def _check_run(self, q: Any, window_left: int | None, args: tuple[Any, ...]) -> TensorView:
+        plan = self._plan
+        if plan is None:
+            fail(self._op, "plan()", "was not called", "run() first", "plan() before run()")
+        if args:
+            fail_type(
+                self._op,
+                "*args",
+                "are not supported",
+                f"{len(args)} extra arguments",
+                "none (they belong to jit_args)",
+            )
+        v = common.q_view(self._op, q)
+        if v.dtype is not self._dtype:
+            fail_type(
+                self._op,
+                "q",
+                "differs from the planned dtype",
+                v.dtype.name,
+                self._dtype.name,
+                "Pass q_data_type to plan().",
+            )
+        if v.shape != self._q_shape:
+            rows, heads, dim = self._q_shape  # a captured graph's q may have room for more rows than the plan has
+            if not (self._use_cuda_graph and v.shape[0] >= rows and v.shape[1] == heads and v.shape[2] == dim):
+                check_shape(self._op, "q", v, self._q_shape)
+        if v.device != self._planned_device:
+            self._move_plan(v)
+        if window_left is not None and int(window_left) != plan.window_left:
+            fail(
+                self._op,
+                "window_left",
+                "differs from the plan",
+                window_left,
+                plan.window_left,
+                "It is an argument of plan().",
+            )
+        return v
+
+    def _paged_kv(self, q: TensorView, cache: Any) -> tuple[TensorView, TensorView]:
+        """Checked views of the caches. Layers share one layout: what was checked for the last cache is not checked again."""
+        known = self._kv_known
+        if type(cache) is not tuple and type(cache) is not list:  # a list is refused below
+            both = view(cache, self._op, "paged_kv_cache")
+            if known is not None and known[:4] == (both.shape, both.strides, both.dtype, both.device):
+                _, _, dtype, device, shape, strides, v_offset = known
+                owner, framework, ptr = both.obj, both.framework, both.ptr
+                k = TensorView(owner, ptr, shape, strides, dtype, device, framework)
+                return k, TensorView(owner, ptr + v_offset, shape, strides, dtype, device, framework)
+        assert self._plan is not None
+        k, v = common.paged_views(self._op, cache, self._kv_layout, self._plan.page_size)
+        if type(cache) is tuple:
+            now: tuple[Any, ...] = (k.shape, k.strides, k.dtype, k.device, v.shape, v.strides, v.dtype, v.device)
+            if now == known:
+                return k, v
+        else:
+            now = (both.shape, both.strides, both.dtype, both.device, k.shape, k.strides, v.ptr - k.ptr)
+        self._check_kv(q, k, v, "paged_kv_cache (K)", "paged_kv_cache (V)")
+        self._kv_known = now
+        return k, v
+
+    def _check_kv(self, q: TensorView, k: TensorView, v: TensorView, k_name: str, v_name: str) -> None:
+        plan = self._plan
+        assert plan is not None
+        hnd = self._kv_layout == "HND"
+        for x, name, dim in ((k, k_name, plan.head_dim_qk), (v, v_name, plan.head_dim_vo)):
+            if x.dtype is not self._kv_dtype:
+                fix = "Pass kv_data_type to plan()."
+                fail_type(self._op, name, "differs from the planned dtype", x.dtype.name, self._kv_dtype.name, fix)
+            if x.device != q.device:
+                fail(
+                    self._op,
+                    name,
+                    "is on another device",
+                    device_name(x.device),
+                    f"{device_name(q.device)} (where q is)",
+                )
+            shape = x.shape
+            if plan.page_size:
+                page_axis, head_axis = (2, 1) if hnd else (1, 2)
+                if shape[page_axis] != plan.page_size or shape[head_axis] != plan.num_kv_heads or shape[3] != dim:
+                    wanted = [None, None, None, dim]
+                    wanted[page_axis], wanted[head_axis] = plan.page_size, plan.num_kv_heads
+                    check_shape(self._op, name, x, tuple(wanted))
+                if shape[0] <= plan.max_page:
+                    fail(
+                        self._op,
+                        "paged_kv_indices",
+                        "names a page outside the cache",
+                        plan.max_page,
+                        f"0..{shape[0] - 1} ({name} has {shape[0]} pages)",
+                    )
+            else:
+                check_ndim(self._op, name, x, 3)
+                token_axis, head_axis = (1, 0) if hnd else (0, 1)
+                if shape[head_axis] != plan.num_kv_heads or shape[2] != dim:
+                    wanted = [None, None, dim]
+                    wanted[head_axis] = plan.num_kv_heads
+                    check_shape(self._op, name, x, tuple(wanted))
+                if shape[token_axis] < self._kv_tokens:
+                    fail(
+                        self._op,
+                        name,
+                        "is shorter than the plan",
+                        f"{shape[token_axis]} tokens",
+                        f"at least {self._kv_tokens} (kv_indptr[-1])",
+                    )
+            if x.strides[-1] != 1:
+                check_last_dim_contiguous(self._op, name, x)
+
+    def _execute(
+        self,
+        q: TensorView,
+        k: TensorView,
+        v: TensorView,
+        out: Any,
+        lse: Any,
+        return_lse: bool,
+        sm_scale: float,
+        soft_cap: float,
+        v_scale: float,
+        enable_pdl: bool | None,
+        options: tuple[Any, ...],
+        sinks: Any = None,
+    ) -> Any:
+        """Allocate what is not given, and launch. `options`: the arguments by which `RepeatedRun` recognises the call."""
+        plan = self._plan
+        assert plan is not None
+        given_lse = lse is not None
+        shape = (q.shape[0], plan.num_qo_heads, plan.head_dim_vo)
+        if out is None:
+            out = empty(q, shape, self._out_dtype)
+            out_view = view(out)
+        else:
+            out_view = common.check_out(self._op, "out", out, q, shape, self._out_dtype)
+        lse_view = None
+        if return_lse:
+            if lse is None:
+                lse = empty(q, shape[:2], FLOAT32)
+                lse_view = view(lse)
+            else:
+                lse_view = common.check_out(self._op, "lse", lse, q, shape[:2], FLOAT32)
+                if not lse_view.is_contiguous():
+                    fail(
+                        self._op,
+                        "lse",
+                        "is not contiguous",
+                        f"strides {tuple(lse_view.strides)}",
+                        "a contiguous tensor",
+                    )
+        sinks_at = None if sinks is None else sinks_view(self._op, sinks, q, plan.num_qo_heads)
+        if q.device >= 0:
+            selected, extras = self._options, self._extras
+            if sinks_at is not None:
+                selected, extras = selected._replace(sinks=True), extras._replace(sinks_ptr=sinks_at.ptr)
+            pdl = self._pdl_default if enable_pdl is None else common.use_pdl(q.device, enable_pdl)
+            launch = functools.partial(
+                common.launchers()[0],
+                q.device, current_stream(q), self._plan_ptr, plan, q, k, v, self._indices_ptr, self._kv_layout, out_view, lse_view, self._workspace_ptr,
+                sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl, options=selected, extras=extras,
+            )  # fmt: skip
+            launch()
+            if not given_lse and sinks is None:  # which `options` does not tell apart
+                self._repeated.note(q, k, v, out_view, lse_view, options, functools.partial(launch, bind=True))
+        else:
+            from pyinfer.cpu.attention import run_plan
+
+            run_plan(
+                plan, q, k, v, self._kv_layout, out_view, lse_view, sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale,
+                workspace=self._cpu_workspace(plan.workspace_bytes), extras=self._cpu_extras(sinks_at),
+            )  # fmt: skip
+        return (out, lse) if return_lse else out
+
+    def _run(
+        self,
+        q: TensorView,
+        k: TensorView,
+        v: TensorView,
+        out: Any,
+        lse: Any,
+        sinks: Any,
+        options: tuple[Any, ...],
+    ) -> Any:
+        """`_execute` with the scales taken out of `options`: (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left)."""
+        q_scale, k_scale, v_scale, return_lse, enable_pdl, _ = options
+        sm_scale = self._sm_scale
+        if q_scale is not None:
+            sm_scale *= common.scale(self._op, "q_scale", q_scale)
+        if k_scale is not None:
+            sm_scale *= common.scale(self._op, "k_scale", k_scale)
+        factor = common.scale(self._op, "v_scale", v_scale)
+        cap = self._soft_cap
+        return self._execute(q, k, v, out, lse, return_lse, sm_scale, cap, factor, enable_pdl, options, sinks)
+
+    # ---- the CPU backend's view of the options
+    def _cpu_workspace(self, need: int) -> Any:
+        """The caller's workspace as bytes, if there is one."""
+        if self._workspace is None or not need:
+            return None
+        import ctypes
+
+        import numpy as np
+
+        memory = (ctypes.c_char * need).from_address(self._workspace.ptr + -self._workspace.ptr % 16)
+        return np.frombuffer(memory, np.uint8)
+
+    def _cpu_extras(self, sinks: TensorView | None) -> Any:
+        from pyinfer.cpu.attention import NO_EXTRAS as NONE
+        from pyinfer.cpu.attention import CpuExtras
+
+        if self._options is common.PLAIN and sinks is None:
+            return NONE
+        bits = offsets = prefix_len = token_pos = None
+        if self._mask is not None:
+            bits, offsets = self._mask.host, self._mask.byte_indptr
+            if self._use_cuda_graph:  # what a replay reads: the caller's buffers
+                bits, offsets = (as_numpy(self._buffers[arg]) for arg in ("custom_mask_buf", "mask_indptr_buf"))
+        if self._items is not None:
+            prefix_len, token_pos = self._items.prefix_len, self._items.token_pos
+        at = None if sinks is None else as_numpy(sinks)
+        return CpuExtras(self._options.alibi, self._options.rope, bits, offsets, at, prefix_len, token_pos)
