@@ -180,6 +180,27 @@ def test_different_head_dims(backend_arrays: Backend, rng: np.random.Generator) 
                 assert_same_bits(b.numpy(got), w[:, :, 0])
 
 
+@pytest.mark.parametrize("page_size", [1, 16, 64, 256])
+def test_latent_cache_halves_of_one_tensor(backend_arrays: Backend, rng: np.random.Generator, page_size: int) -> None:
+    """The latent and the rotary part as halves of one cache and of one input; what was there otherwise stays."""
+    b = backend_arrays
+    table = reference.PageTable(rng, np.array([5, 300, 1]), page_size)
+    batch_indices, positions = np.array([1, 0, 2, 1, 1, -1]), np.array([299, 4, 0, 0, 255, 7])
+    before = bits(rng, (table.num_pages, page_size, 1, 576), "float16")
+    new = bits(rng, (6, 1, 576), "float16")
+    cache, rows = b.array(before[:, :, 0]), b.array(new[:, 0])
+    index = [b.array(x, "int32") for x in (batch_indices, positions)]
+    pages = [b.array(x, "int32") for x in (table.kv_indices, table.kv_indptr, table.last_page_len)]
+    halves = (rows[:, :512], rows[:, 512:], *index, cache[..., :512], cache[..., 512:], *pages)
+    pyinfer.append_paged_mla_kv_cache(*halves)
+    want = reference.append(before, new, batch_indices, positions, table.kv_indices, table.kv_indptr)
+    assert_same_bits(b.numpy(cache), want[:, :, 0])
+    with pytest.raises(ValueError, match="append_paged_mla_kv_cache: append_kpe has the wrong number of axes: got 1"):
+        pyinfer.append_paged_mla_kv_cache(rows[:, :512], rows[0, 512:], *halves[2:])
+    with pytest.raises(ValueError, match="append_paged_mla_kv_cache: kpe_cache has the wrong shape"):
+        pyinfer.append_paged_mla_kv_cache(*halves[:5], cache[..., :64][:, : page_size - 1 or None][1:], *pages)
+
+
 def test_far_page(backend_arrays: Backend, rng: np.random.Generator) -> None:
     """A page more than 2^31 bytes (and 2^31 elements) into the cache: strides and offsets are 64 bits wide. The memory between is never touched."""
     b = backend_arrays

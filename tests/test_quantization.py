@@ -92,7 +92,7 @@ def test_errors(backend_arrays):
     x = backend_arrays.array(np.ones(10, bool))
     with pytest.raises(ValueError, match="packbits: bitorder is no bit order: got 'middle', wanted 'big' or 'little'"):
         pyinfer.packbits(x, "middle")
-    with pytest.raises(TypeError, match="packbits: x .*float32.*bool or uint8"):
+    with pytest.raises(TypeError, match=r"packbits: x .*float32.*bool or uint8"):
         pyinfer.packbits(backend_arrays.array(np.ones(3, np.float32)))
     with pytest.raises(ValueError, match=r"packbits: x has the wrong number of axes: got 2"):
         pyinfer.packbits(x.reshape(2, 5))
