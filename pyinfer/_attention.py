@@ -281,13 +281,12 @@ def host_metadata(op: str, *, strict: bool = False, **arrays: Any) -> list[np.nd
 
 # ---- launch ----------------------------------------------------------------------------------------------------------------------
 @functools.cache
-def launchers() -> tuple[Callable[..., None], Callable[..., None]]:
+def launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from pyinfer.jit.attention_launch import launch_attention, launch_single
 
     return launch_attention, launch_single
 
 
-@functools.cache
 def tile_config(
     device: int,
     dtype: DType,
@@ -297,13 +296,10 @@ def tile_config(
     kv_dtype: DType | None = None,
     options: AttentionOptions = PLAIN,
 ) -> Any:
-    """`jit.attention.attention_config` for a CUDA device."""
-    from pyinfer.core.device import arch_number_of
-    from pyinfer.jit.attention import attention_config
+    """The configuration of the kernel that a CUDA device runs."""
+    from pyinfer.jit.attention_launch import device_config
 
-    kv = dtype if kv_dtype is None else kv_dtype
-    arch = arch_number_of(device)
-    return attention_config(arch, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv, options)
+    return device_config(device, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
 
 
 def batch_tiles(

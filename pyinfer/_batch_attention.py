@@ -209,7 +209,8 @@ class BatchAttention(BatchRun):
         if options.rope is not None:
             common.check_kernel(self._op, device, dtype, *self._dims, rope=True)
         self._graph_proposal = None
-        plan = self._schedule(*metadata, key, device, window_left, causal)
+        qo_indptr, kv_indptr, host_indices, last_page_len = metadata
+        plan = self._schedule(qo_indptr, kv_indptr, host_indices, last_page_len, key, device, window_left, causal)
         self._check_workspace(plan.workspace_bytes)
         bound = None
         if mask is not None:
@@ -255,7 +256,7 @@ class BatchAttention(BatchRun):
         self._check_buffer("mask_indptr_buf", len(mask.byte_indptr))
         need = int(mask.byte_indptr[-1])
         self._check_buffer("custom_mask_buf", need, exact=False)
-        bits = mask.host
+        bits: Any = mask.host
         if mask.view is not None:
             v = mask.view
             bits = TensorView(v.obj, v.ptr, (need,), (1,), v.dtype, v.device, v.framework)

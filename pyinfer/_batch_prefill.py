@@ -34,10 +34,15 @@ class BatchPrefill(BatchAttention):
         qo, kv, qk, vo, page_size = heads
         causal, window_left, soft_cap, sm_scale = scores
         q_dtype, kv_dtype = plan_dtypes(op, *dtypes[:2])
+        o_dtype = out_dtype(op, q_dtype, dtypes[2])
+        window, cap, scale = (
+            common.check_window(op, window_left),
+            common.check_soft_cap(op, soft_cap),
+            common.softmax_scale(op, sm_scale, qk),
+        )
+        mode, rope_scale, rope_theta = common.check_pos_encoding(op, *encoding)
         return PlanKey(
-            qo, kv, qk, vo or qk, page_size, q_dtype, kv_dtype, out_dtype(op, q_dtype, dtypes[2]), *splits, bool(causal),
-            common.check_window(op, window_left), common.check_soft_cap(op, soft_cap), common.softmax_scale(op, sm_scale, qk),
-            *common.check_pos_encoding(op, *encoding),
+            qo, kv, qk, vo or qk, page_size, q_dtype, kv_dtype, o_dtype, *splits, bool(causal), window, cap, scale, mode, rope_scale, rope_theta,
         )  # fmt: skip
 
     def _plan_batch(

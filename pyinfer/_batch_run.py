@@ -259,7 +259,7 @@ class BatchRun:
         import numpy as np
 
         memory = (ctypes.c_char * need).from_address(self._workspace.ptr + -self._workspace.ptr % 16)
-        return np.frombuffer(memory, np.uint8)
+        return np.frombuffer(memory, np.uint8)  # type: ignore[call-overload]  # its stubs do not know ctypes arrays
 
     def _cpu_extras(self, sinks: TensorView | None) -> Any:
         from pyinfer.cpu.attention import NO_EXTRAS as NONE

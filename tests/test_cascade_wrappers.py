@@ -137,7 +137,9 @@ def test_scales(rng, backend_arrays, device):
 def graph_wrapper(b, batch: int, pages: tuple[int, int]):
     sizes = [(2, batch + 1), (2, batch + 1), pages, (1, batch)]
     buffers = [[b.array(np.full(n, -7), "int32") for n in pair] for pair in sizes]
-    return pyinfer.MultiLevelCascadeAttentionWrapper(2, b.array(np.zeros(64 << 20, np.uint8)), "NHD", True, *buffers), buffers
+    return pyinfer.MultiLevelCascadeAttentionWrapper(
+        2, b.array(np.zeros(64 << 20, np.uint8)), "NHD", True, *buffers
+    ), buffers
 
 
 def random_tree(rng, b, device, i: int) -> Tree:

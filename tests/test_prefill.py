@@ -234,7 +234,9 @@ def test_forward_replaces_the_plans_mask(rng, backend_arrays, device):
 
 def graph_wrapper(b: Backend, batch: int, pages: int):
     buffers = [b.array(np.full(n, -7), "int32") for n in (batch + 1, batch + 1, pages, batch)]
-    return pyinfer.BatchPrefillWithPagedKVCacheWrapper(b.array(np.zeros(64 << 20, np.uint8)), "NHD", True, *buffers), buffers
+    return pyinfer.BatchPrefillWithPagedKVCacheWrapper(
+        b.array(np.zeros(64 << 20, np.uint8)), "NHD", True, *buffers
+    ), buffers
 
 
 def test_graph_mode_plans_stay_in_their_buffers(rng, backend_arrays, device):

@@ -242,7 +242,9 @@ def _shipped_sources() -> tuple[frozenset[str], str]:
 
 @functools.lru_cache(maxsize=4096)
 def _quick_key(spec: JitSpec, arch: str) -> str | None:
-    """Stands for `cache_key` without rendering: sha256 of the spec, every file of cuda_src, options, NVRTC version, architecture. None for a template that is not shipped.
+    """Stands for `cache_key` without rendering: sha256 of the spec, every file of cuda_src, options, NVRTC version, architecture.
+
+    None for a template that is not shipped.
 
     NOTE: Jinja takes 25 ms to import, half of a first call that finds its kernel on disk. Any edit in cuda_src changes the key, and the full one decides.
     """
