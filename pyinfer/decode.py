@@ -400,3 +400,11 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
         super().__init__(
             workspace_buffer, kv_layout, True, use_tensor_cores, indptr_buffer, indices_buffer, last_page_len_buffer
         )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BatchDecodeMlaWithPagedKVCacheWrapper":  # where FlashInfer has it
+        from pyinfer.mla import BatchDecodeMlaWithPagedKVCacheWrapper
+
+        return BatchDecodeMlaWithPagedKVCacheWrapper
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

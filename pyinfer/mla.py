@@ -62,6 +62,8 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
         q_data_type: Any,
         kv_data_type: Any,
         use_profiler: bool = False,
+        *,
+        strict: bool = False,
     ) -> None:
         """Schedule a batch.
 
@@ -85,6 +87,8 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
             One dtype for both: float16 or bfloat16, on the CPU float32 as well.
         use_profiler
             Not supported: False.
+        strict
+            Refuse metadata (but for kv_indices) on a GPU: plan() then never synchronises.
 
         Raises
         ------
@@ -95,7 +99,7 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
         if use_profiler:
             fail(op, "use_profiler", "is not supported", True, False)
         dtype = one_dtype(op, q_data_type, kv_data_type, "q_data_type", "kv_data_type")
-        arrays = host_metadata(op, qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_len_arr=kv_len_arr)
+        arrays = host_metadata(op, strict=strict, qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_len_arr=kv_len_arr)
         buffers = dict(zip(("qo_indptr", "kv_indptr", "kv_len_arr"), arrays, strict=True))
         host, dims = (arrays[0], arrays[1], arrays[2]), (head_dim_ckv, head_dim_kpe)
         self._plan_mla(host, kv_indices, num_heads, dims, page_size, causal, -1, 0.0, sm_scale, dtype, buffers)
@@ -206,6 +210,8 @@ class BatchDecodeMlaWithPagedKVCacheWrapper(PagedMla):
         q_data_type: Any = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
+        *,
+        strict: bool = False,
     ) -> None:
         """Schedule a batch of one query token a request.
 
@@ -221,13 +227,15 @@ class BatchDecodeMlaWithPagedKVCacheWrapper(PagedMla):
             Of caches and queries: one dtype.
         rope_scale, rope_theta
             Accepted: what is rotated already was rotated with them (callers of FlashInfer's tensor-core path pass them).
+        strict
+            Refuse indptr and last_page_len on a GPU.
         """
         from pyinfer.schedulers.plan import page_table
 
         op = self._op
         window, cap = common.check_window(op, window_left), common.check_soft_cap(op, logits_soft_cap)
         dtype = one_dtype(op, data_type if q_data_type is None else q_data_type, data_type, "q_data_type", "data_type")
-        table, last = host_metadata(op, indptr=indptr, last_page_len=last_page_len)
+        table, last = host_metadata(op, strict=strict, indptr=indptr, last_page_len=last_page_len)
         kv_len, _ = page_table(op, table, last, None, page_size)
         host = (np.arange(len(last) + 1, dtype=np.int32), table, kv_len)
         buffers = {"paged_kv_indptr_buffer": table, "paged_kv_last_page_len_buffer": last}

@@ -315,6 +315,12 @@ def test_older_decode_wrapper(rng, backend, device, options):
     case.check(scaled, sm_scale=SCALE / 8, **options)
 
 
+def test_older_wrapper_is_where_flashinfer_has_it():
+    assert pyinfer.decode.BatchDecodeMlaWithPagedKVCacheWrapper is pyinfer.BatchDecodeMlaWithPagedKVCacheWrapper
+    with pytest.raises(AttributeError, match=r"module 'pyinfer\.decode' has no attribute 'nothing'"):
+        pyinfer.decode.nothing  # noqa: B018  # the look-up is what is tested
+
+
 def test_older_wrapper_with_graph_buffers(rng, backend_arrays, device):
     dtype = dtypes(device)[0]
     case = make(rng, backend_arrays, dtype, 16, (1, 1), (20, 40), 16)
@@ -439,6 +445,17 @@ def test_run_errors(good, backend_arrays):
     fails(ValueError, r"out has the wrong shape", out=full((3, 4, 64), 0, good.dtype))
     strided = full((3, 8), 0, "float32")[:, ::2]
     fails(ValueError, r"lse is not contiguous|^.*lse's last axis", lse=strided, return_lse=True)
+
+
+@pytest.mark.gpu
+def test_strict_refuses_metadata_on_the_gpu(good):
+    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper()
+    tables = [good.backend.array(x) for x in (good.qo_indptr, good.kv_indptr, good.kv_indices, good.kv_len)]
+    tail = (good.heads, *DIMS, good.page_size, False, SCALE, good.dtype, good.dtype)
+    with pytest.raises(ValueError, match="qo_indptr is on the GPU under strict=True"):
+        wrapper.plan(*tables, *tail, strict=True)
+    wrapper.plan(good.qo_indptr, good.kv_indptr, tables[2], good.kv_len, *tail, strict=True)
+    good.check(good.run(wrapper))
 
 
 @pytest.mark.gpu
