@@ -78,7 +78,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     ),
 }
 _MODULE_OF = {name: family for family, names in _FAMILIES.items() for name in names}
-_MODULE_OF |= {"ModelConfig": "jit.warmup", "warmup": "jit.warmup"}
+_MODULE_OF |= {"ModelConfig": "jit.warmup", "warmup": "jit.warmup", "support": "_support"}
 _SUBMODULES = (*_FAMILIES, "core", "jit", "profiler", "schedulers")
 
 __all__ = ["__version__", *sorted(_MODULE_OF), *_SUBMODULES]
@@ -89,6 +89,7 @@ if not os.path.isdir(os.path.join(__path__[0], "schedulers")):
     __path__.append(os.path.dirname(__path__[0]))
 
 if TYPE_CHECKING:
+    from pyinfer._support import support as support
     from pyinfer.activation import gelu_and_mul as gelu_and_mul
     from pyinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
     from pyinfer.activation import silu_and_mul as silu_and_mul

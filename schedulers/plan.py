@@ -166,26 +166,35 @@ class AttentionPlan:
         return self.buffer
 
     def copy_into(self, buffer: Any) -> None:
-        """Copy the packed plan into the front of an int32 NumPy array.
+        """Copy the packed plan into the front of an int32 tensor of any framework, on its current stream if it lies on a GPU.
 
         Raises
         ------
-        ValueError
-            If `buffer` holds fewer than `offsets.total` elements or is not int32.
+        TypeError, ValueError
+            If `buffer` is not int32, not contiguous, or holds fewer than `offsets.total` elements.
         """
-        from pyinfer.core.errors import fail, fail_type
+        from pyinfer.core.dtypes import INT32
+        from pyinfer.core.errors import check_dtype, check_ndim, fail
+        from pyinfer.core.tensor import as_numpy, current_stream, view
 
-        if buffer.dtype != self.buffer.dtype:
-            fail_type("AttentionPlan.copy_into", "buffer", "has the wrong dtype", buffer.dtype, "int32")
-        if buffer.size < self.buffer.size:
-            fail(
-                "AttentionPlan.copy_into",
-                "buffer",
-                "is too small",
-                f"{buffer.size} int32",
-                f"at least {self.buffer.size} (plan.offsets.total)",
-            )
-        buffer[: self.buffer.size] = self.buffer
+        op = "AttentionPlan.copy_into"
+        v = view(buffer, op, "buffer")
+        check_dtype(op, "buffer", v, (INT32,))
+        check_ndim(op, "buffer", v, 1)
+        if not v.is_contiguous():
+            fail(op, "buffer", "is not contiguous", f"strides {tuple(v.strides)}", "a contiguous tensor")
+        if v.size < self.buffer.size:
+            wanted = f"at least {self.buffer.size} (plan.offsets.total)"
+            fail(op, "buffer", "is too small", f"{v.size} int32", wanted)
+        if v.device < 0:
+            as_numpy(v)[: self.buffer.size] = self.buffer
+            return
+        import cupy
+
+        runtime = cupy.cuda.runtime
+        with cupy.cuda.Device(v.device):  # from pageable memory: staged by the driver before the call returns
+            nbytes, data = self.buffer.nbytes, self.buffer.ctypes.data
+            runtime.memcpyAsync(v.ptr, data, nbytes, runtime.memcpyHostToDevice, current_stream(v))
 
     def __repr__(self) -> str:
         kind = f"page_size={self.page_size}" if self.page_size else "ragged"
