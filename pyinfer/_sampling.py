@@ -272,7 +272,7 @@ def _cluster_kernel(device: int, dtype: str, source: str, cluster: int, many_key
     return gen_sample_cluster(dtype, source, cluster, many_keys).build_and_load(device)
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(256)
 def _cluster_choices(device: int, vocab: int, itemsize: int) -> tuple[tuple[int, bool], ...]:
     """Clusters into which a row fits: (blocks, whether by the kernel of many keys), smallest first. Empty: none, or not worth it."""
     from pyinfer.core.device import arch_number_of
@@ -289,6 +289,7 @@ def _cluster_choices(device: int, vocab: int, itemsize: int) -> tuple[tuple[int,
     return choices
 
 
+@functools.lru_cache(4096)
 def _cluster_of(device: int, vocab: int, itemsize: int, outputs: int) -> tuple[int, bool] | None:
     """The cluster for a call: the largest whose blocks all run at once, else the smallest that holds a row. None: one block an output."""
     choices = _cluster_choices(device, vocab, itemsize)

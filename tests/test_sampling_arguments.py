@@ -217,6 +217,7 @@ def test_kernels_compile_without_spills(arch):
         J.gen_softmax("bfloat16"),
         J.gen_renorm("float32"),
         J.gen_mask_logits("float32"),
+        J.gen_chain("float16"),
     ]
     if arch == "90a":
         specs.append(J.gen_sample("bfloat16", "logits", "first"))
