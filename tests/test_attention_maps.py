@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -126,6 +127,124 @@ def test_products(dim: int, rng: np.random.Generator) -> None:
         accumulators(out[:, pair * 16 : pair * 16 + 8], mma(p, b[:, 0:2]))
         accumulators(out[:, pair * 16 + 8 : pair * 16 + 16], mma(p, b[:, 2:4]))
     np.testing.assert_allclose(out, s @ v, atol=1e-11)
+
+
+def fp8_pairs(text: str, name: str) -> int:
+    """The selector of a __byte_perm in a header, by what its line assigns or contains."""
+    return int(re.search(name + r".*?0x([0-9a-f]+)\)", text)[1], 16)
+
+
+def byte_perm(x: np.ndarray, selector: int) -> np.ndarray:
+    """__byte_perm(x, 0, selector) of arrays whose last axis is 4 bytes; zeros are byte 4..7."""
+    padded = np.concatenate([x, np.zeros_like(x)], axis=-1)
+    return padded[..., [selector >> 4 * i & 7 for i in range(4)]]
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256, 112, 48, 80])
+def test_products_8bit(dim: int, rng: np.random.Generator) -> None:
+    """The same with 8-bit K and V: one ldmatrix is 16 keys x 32 dims, queries are permuted within 16 columns, output columns come back in place."""
+    text = (SOURCES / "attention_tile.cuh").read_text()
+    steps, pitch = -(-dim // 16), -(-dim // 128) * 128
+    q, k, v = (rng.integers(-8, 9, (16, dim)).astype(float) for _ in range(3))
+
+    def store_bytes(values: np.ndarray) -> np.ndarray:
+        """A tile of 1-byte elements, two of them as the halves (real, imaginary) of a 2-byte unit."""
+        memory = np.zeros(16 * pitch // 2, complex)
+        for row in range(16):
+            for chunk in range(dim // 16):
+                at = int(swizzled_offset(pitch)(row, chunk)) // 2
+                part = values[row, chunk * 16 : chunk * 16 + 16]
+                memory[at : at + 8] = part[::2] + 1j * part[1::2]
+        return memory
+
+    # The queries' permutation, as permute_queries moves 4-byte pairs: first = a.x a.z b.x b.z, second = a.y a.w b.y b.w.
+    moves = re.findall(r"(first|second)\.([xyzw]) = ([ab])\.([xyzw])", text)
+    assert len(moves) == 8
+    permuted = np.empty_like(q)
+    for step in range(steps):
+        for half, to, source, at in moves:
+            target = step * 8 + 4 * (half == "second") + "xyzw".index(to)
+            origin = step * 8 + 4 * (source == "b") + "xyzw".index(at)
+            permuted[:, 2 * target : 2 * target + 2] = q[:, 2 * origin : 2 * origin + 2]
+    q_pitch = -(-dim * 2 // 128) * 128
+    q_tile = store_tile(np.concatenate([permuted, np.zeros((16, q_pitch // 2 - dim))], axis=1))
+    k_tile, v_tile = store_bytes(k), store_bytes(v)
+    q_lane, kv_lane = lane_offset("lane_offset_a", q_pitch), lane_offset("lane_offset_a", pitch)
+
+    def as_bytes(units: np.ndarray) -> np.ndarray:
+        """[lane, matrix, 2] complex units -> [lane, matrix, 4] bytes in memory order."""
+        return np.stack([units.real, units.imag], axis=-1).reshape(32, 4, 4)
+
+    scores = np.zeros((2, 32, 4))
+    for pair in range(0, steps, 2):
+        chunk = as_bytes(ldmatrix(k_tile, swizzled_step(kv_lane, pair * 8)))
+        for i in range(4):
+            if pair + i // 2 < steps:
+                a = ldmatrix(q_tile, swizzled_step(q_lane, (pair + i // 2) * 16))
+                scores[i % 2] += mma(a, chunk[:, i].reshape(32, 2, 2))  # lo is b0, hi is b1
+    s = np.concatenate([accumulators(np.empty((16, 8)), d) for d in scores], axis=1)
+    np.testing.assert_allclose(s, q @ k.T, atol=1e-12)
+
+    column = re.search(r"return VALUE_8BIT \? (.*?) :", text)[1].replace("/", "//")
+    selector = fp8_pairs(text, r"__byte_perm\(b\[2 \* i\]")
+    p = np.stack([scores[half][:, 2 * h : 2 * h + 2] for half in range(2) for h in range(2)], axis=1)
+    out = np.full((16, steps * 16), np.nan)
+    for chunks in range(0, steps, 2):
+        b = as_bytes(ldmatrix(v_tile, swizzled_step(kv_lane, chunks * 8), trans=True))
+        for i in range(2):
+            if chunks + i < steps:
+                first, second = byte_perm(b[:, 2 * i], selector), byte_perm(b[:, 2 * i + 1], selector)
+                for odd in range(2):
+                    both = np.stack([first[:, 2 * odd : 2 * odd + 2], second[:, 2 * odd : 2 * odd + 2]], axis=1)
+                    found = mma(p, both)
+                    for lane in LANES:
+                        g, t = divmod(int(lane), 4)
+                        for e in range(2):
+                            at = eval(column, {"d": 2 * (chunks + i) + odd, "t": t, "e": e})
+                            out[g, at], out[g + 8, at] = found[lane, e], found[lane, 2 + e]
+    np.testing.assert_allclose(out[:, :dim], s @ v, atol=1e-9)
+
+
+def test_e4m3_by_bits() -> None:
+    """The integer conversion for devices without the instruction, for all 256 values: bit for bit what the format says, NaN included."""
+    text = (SOURCES / "fp8.cuh").read_text()
+    assert "(magnitude + 0x01000100u) & 0x80008000u" in text and "r | (nan - (nan >> 15))" in text
+    byte = np.arange(256, dtype=np.uint32)
+    spread = byte_perm(np.stack([byte, byte[::-1], 0 * byte, 0 * byte], -1), fp8_pairs(text, "spread = __byte_perm"))
+    spread = (spread.astype(np.uint32) << np.arange(0, 32, 8, dtype=np.uint32)).sum(-1).astype(np.uint32)
+    magnitude = spread & 0x7F007F00
+    nan = (magnitude + 0x01000100) & 0x80008000
+    want = byte.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    for kind, shift, power in (("float16", 1, 8), ("bfloat16", 4, 120)):
+        assert f"(magnitude >> {shift})" in text and f"2^{power}" in text
+        dtype = np.float16 if kind == "float16" else ml_dtypes.bfloat16
+        small = ((spread & 0x80008000) | (magnitude >> shift)).view(np.uint16).view(dtype).astype(np.float64)
+        bits = (small * 2.0**power).astype(np.float32).astype(dtype).view(np.uint16).view(np.uint32)
+        got = (bits | (nan - (nan >> 15))).view(np.uint16).view(dtype).astype(np.float32).reshape(256, 2)
+        np.testing.assert_array_equal(got[:, 0], want)
+        np.testing.assert_array_equal(got[:, 1], want[::-1])
+        finite = ~np.isnan(want)
+        np.testing.assert_array_equal(np.signbit(got[:, 0])[finite], np.signbit(want)[finite])
+
+
+@pytest.mark.parametrize(("dim", "itemsize"), [(72, 2), (96, 2), (8, 2), (200, 2), (72, 1), (104, 1), (256, 1)])
+@pytest.mark.parametrize("rows", [8, 16, 32])
+def test_copy_matrix(dim: int, itemsize: int, rows: int) -> None:
+    """The general copy writes every chunk of every row once, up to whole steps of 16 columns, and reads exactly the row's bytes."""
+    text = (SOURCES / "paged_kv.cuh").read_text().split("PYINFER_DEVICE void copy_matrix")[1]
+    row_of, chunk_of = re.search(r"row = (.*?);", text)[1], re.search(r"chunk = (.*?);", text)[1]
+    chunks = -(-dim // 16) * itemsize
+    read = re.search(r"bytes = row < valid_rows \? (.*?) : 0;", text)[1]
+    seen: dict[tuple[int, int], int] = {}
+    for i in range(-(-rows * chunks // 32)):
+        for lane in range(32):
+            scope = {"i": i, "lane": lane, "CHUNKS": chunks, "max_of": max, "min_of": min, "BYTES": dim * itemsize}
+            row, chunk = (eval(e.replace("/", "//"), scope) for e in (row_of, chunk_of))
+            if row < rows:
+                assert (row, chunk) not in seen
+                seen[row, chunk] = eval(read, scope | {"chunk": chunk})
+    assert len(seen) == rows * chunks
+    assert all(sum(seen[row, chunk] for chunk in range(chunks)) == dim * itemsize for row in range(rows))
 
 
 def banks_touched(addresses: np.ndarray) -> int:
