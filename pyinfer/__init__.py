@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # tests/test_import.py fails when the two, or a family's __all__, part ways.
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "activation": ("gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"),
+    "attention": ("BatchAttention",),
     "cascade": (
         "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
         "BatchPrefillWithSharedPrefixPagedKVCacheWrapper",
@@ -43,6 +44,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "single_prefill_with_kv_cache_return_lse",
     ),
     "quantization": ("packbits", "segment_packbits"),
+    "pod": ("PODWithPagedKVCacheWrapper",),
     "rope": (
         "apply_llama31_rope",
         "apply_llama31_rope_inplace",
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from pyinfer.activation import gelu_and_mul as gelu_and_mul
     from pyinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
     from pyinfer.activation import silu_and_mul as silu_and_mul
+    from pyinfer.attention import BatchAttention as BatchAttention
     from pyinfer.cascade import (
         BatchDecodeWithSharedPrefixPagedKVCacheWrapper as BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
     )
@@ -120,6 +123,7 @@ if TYPE_CHECKING:
     from pyinfer.page import append_paged_mla_kv_cache as append_paged_mla_kv_cache
     from pyinfer.page import get_batch_indices_positions as get_batch_indices_positions
     from pyinfer.page import get_seq_lens as get_seq_lens
+    from pyinfer.pod import PODWithPagedKVCacheWrapper as PODWithPagedKVCacheWrapper
     from pyinfer.prefill import BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper
     from pyinfer.prefill import BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper
     from pyinfer.prefill import single_prefill_with_kv_cache as single_prefill_with_kv_cache

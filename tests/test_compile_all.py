@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.compile, pytest.mark.timeout(1500)]
 
 LIMIT = 2.0
 """Seconds of one CPU that a kernel's compile may take (the clock would count the other jobs of a busy machine)."""
+TWO_KERNELS = frozenset({"pod"})
+"""Families whose kernels hold two others: they may take twice as long."""
 HOT = frozenset(FAMILIES)
 """Families whose kernels must neither spill nor use a stack frame."""
 _ADVISORIES = ("C7508", "C7510")  # setmaxnreg was ignored; wgmma was serialised
@@ -90,14 +92,15 @@ def test_family_compiles(family, arch):
     with ThreadPoolExecutor(_num_cpus()) as pool:
         results = list(pool.map(build, specs))
     complaints = [r for r in results if isinstance(r, str)]
+    limit = 2 * LIMIT if family in TWO_KERNELS else LIMIT
     for spec, artifact in zip(specs, results, strict=True):
         if isinstance(artifact, str):
             continue
         seconds = artifact.cpu_seconds
-        if seconds >= LIMIT:  # other jobs share the caches of this CPU: a second, quieter look
+        if seconds >= limit:  # other jobs share the caches of this CPU: a second, quieter look
             seconds = min(seconds, compile_seconds(spec, arch))
-        if seconds >= LIMIT:
-            complaints.append(f"{spec.name}: {seconds:.2f} s to compile, wanted under {LIMIT:g}")
+        if seconds >= limit:
+            complaints.append(f"{spec.name}: {seconds:.2f} s to compile, wanted under {limit:g}")
         r = artifact.resources
         if family in HOT and (r.spill_stores or r.spill_loads or r.stack):
             complaints.append(
