@@ -297,9 +297,10 @@ def tile_config(
     options: AttentionOptions = PLAIN,
 ) -> Any:
     """The configuration of the kernel that a CUDA device runs."""
-    from pyinfer.jit.attention_launch import device_config
+    from pyinfer.jit.attention_launch import device_config, hopper_config
 
-    return device_config(device, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
+    case = (device, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
+    return hopper_config(*case) or device_config(*case)
 
 
 def batch_tiles(
@@ -386,7 +387,7 @@ def run_single(
     from pyinfer.schedulers.prefill import single_schedule
 
     config = tile_config(q.device, q.dtype, dk, dv, min(rows * group, MANY_ROWS), k.dtype, options)
-    extras = NO_EXTRAS if mask is None else AttentionExtras(mask_ptr=mask.view.ptr)
+    extras = NO_EXTRAS if mask is None else AttentionExtras(mask_ptr=mask.view.ptr or q.ptr)
     schedule = single_schedule(
         rows, kv_len, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_vo=dv, tile_q=config.tile_q, tile_kv=config.tile_kv,
         num_sms=num_sms(q.device), ctas_per_sm=config.ctas_per_sm, causal=causal, window_left=window_left,

@@ -364,7 +364,8 @@ class BatchAttention(BatchRun):
             if self._use_cuda_graph:
                 at, indptr = self._buffers["custom_mask_buf"].ptr, self._buffers["mask_indptr_buf"].ptr
             elif mask.view is not None:
-                at, indptr = mask.view.ptr, self._send("mask", mask.byte_indptr, ref)
+                indptr = self._send("mask", mask.byte_indptr, ref)
+                at = mask.view.ptr or indptr  # an empty mask has no address, and is not read
             else:
                 indptr = self._send("mask", joined_mask(mask), ref)
                 at = indptr + mask_bits_offset(mask)

@@ -65,6 +65,15 @@ def test_every_value_widens_exactly(dtype, carrier, convert) -> None:
     assert same(got, EVERY_16_BITS.view(dtype).astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("dtype,carrier", [(ml_dtypes.float8_e4m3fn, np.uint8), (ml_dtypes.float8_e5m2, np.int8)])
+def test_every_fp8_value_widens_exactly(dtype, carrier) -> None:
+    every = np.tile(np.arange(256, dtype=np.uint8), 5)  # enough for whole vectors
+    got = np.full(len(every), 7, np.float32)
+    widen(0, len(every), every.view(carrier), got)
+    assert same(got, every.view(dtype).astype(np.float32)).all()
+    assert [widen.py_func.__globals__["to_f32"](x) for x in every[:2].view(carrier)] == got[:2].tolist()
+
+
 @pytest.mark.parametrize(
     "dtype,carrier,shift,convert",
     [
