@@ -2,11 +2,15 @@
 
 The table of compile times, registers and shared memory is printed at the end of the run. What the cache holds is not compiled again, its compile time
 is remembered with it: a second run takes seconds.
+
+Every template is compiled for every architecture, and every specialisation for at least one (they take turns). The whole product takes half an hour of
+CPU time: `PYINFER_COMPILE_ALL=1` asks for it.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -67,6 +71,20 @@ def specs_of(family: str) -> list[JitSpec]:
     return flatten(importlib.import_module(f"pyinfer.jit.{family}").all_specs())
 
 
+def turns(specs: list[JitSpec], arch: str) -> list[JitSpec]:
+    """What is compiled for an architecture: the first and the last spec of every template, and of the others those whose turn it is."""
+    able = [s for s in specs if env.arch_number(arch) >= s.min_arch]
+    if os.environ.get("PYINFER_COMPILE_ALL", "") not in ("", "0"):
+        return able
+    ends = {s.template: s for s in reversed(able)} | {f"{s.template} last": s for s in able}
+
+    def turn(i: int, spec: JitSpec) -> str:
+        archs = [a for a in env.NATIVE_ARCHS if env.arch_number(a) >= spec.min_arch]
+        return archs[i % len(archs)]
+
+    return [s for i, s in enumerate(specs) if s in able and (s in ends.values() or turn(i, s) == arch)]
+
+
 def compile_seconds(spec: JitSpec, arch: str) -> float:
     """Seconds of one CPU that a compile takes now."""
     source = spec.source(arch)
@@ -79,7 +97,7 @@ def compile_seconds(spec: JitSpec, arch: str) -> float:
 @pytest.mark.parametrize("arch", env.NATIVE_ARCHS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_compiles(family, arch):
-    specs = [s for s in specs_of(family) if env.arch_number(arch) >= s.min_arch]
+    specs = turns(specs_of(family), arch)
 
     def build(spec: JitSpec) -> Artifact | str:
         try:
@@ -113,6 +131,16 @@ def test_family_compiles(family, arch):
                 f"{spec.name}: {r.registers} registers times {x * y * z} threads is more than a multiprocessor has"
             )
     assert specs and not complaints, f"{len(complaints)} complaints for sm_{arch}:\n" + "\n".join(complaints)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_spec_has_a_turn(family):
+    specs = specs_of(family)
+    compiled = {s for arch in env.NATIVE_ARCHS for s in turns(specs, arch)}
+    assert compiled == set(specs)
+    for arch in env.NATIVE_ARCHS:
+        able = {s.template for s in specs if env.arch_number(arch) >= s.min_arch}
+        assert {s.template for s in turns(specs, arch)} == able
 
 
 def test_every_family_has_specs_with_names_of_their_own():
