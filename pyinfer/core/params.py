@@ -14,6 +14,7 @@ _KINDS = {
     "i64": ("q", 8, "int64_t"),
     "u64": ("Q", 8, "uint64_t"),
     "f32": ("f", 4, "float"),
+    "tensor_map": ("128s", 8, "TensorMap"),  # aligned to 64 bytes: checked below
 }
 
 
@@ -69,6 +70,11 @@ def u64_array(name: str, count: int, doc: str = "") -> Field:
     return Field(name, "u64", doc=doc, count=count)
 
 
+def tensor_map(name: str, doc: str = "") -> Field:
+    """A TMA descriptor by value (`core.tensormap.encode`), given as bytes. It must lie at a multiple of 64 bytes, behind arrays and 8-byte fields."""
+    return Field(name, "tensor_map", doc=doc)
+
+
 @dataclass(frozen=True)
 class ParamStruct:
     """The parameter struct of one kernel.
@@ -80,6 +86,7 @@ class ParamStruct:
     fields: tuple[Field, ...]
     packer: struct.Struct = field(init=False, repr=False, compare=False)
     size: int = field(init=False, compare=False)
+    alignment: int = field(init=False, repr=False, compare=False)
 
     def __init__(self, name: str, *fields: Field) -> None:
         names = [f.name for f in fields]
@@ -88,15 +95,22 @@ class ParamStruct:
             raise ValueError(f"ParamStruct {name}: field {duplicate} is declared twice")
         if not fields:  # C++ gives an empty struct a size, struct.Struct does not
             raise ValueError(f"ParamStruct {name}: there are no fields, wanted at least one")
-        last_array = max((i for i, f in enumerate(fields) if f.count), default=0)
+        maps = [i for i, f in enumerate(fields) if f.kind == "tensor_map"]
+        last_array = max((i for i, f in enumerate(fields) if f.count or i in maps), default=0)
         if any(_KINDS[f.kind][1] != 8 for f in fields[:last_array]):
             raise ValueError(
                 f"ParamStruct {name}: arrays must come first or behind 8-byte fields, where `struct` aligns them as C++ does"
             )
+        for i in maps:
+            if struct.calcsize("@" + "".join(f.code for f in fields[:i])) % 64:
+                raise ValueError(f"ParamStruct {name}: tensor map {fields[i].name} does not lie at a multiple of 64 bytes")
+        alignment = 64 if maps else 8
         object.__setattr__(self, "name", name)
+        object.__setattr__(self, "alignment", alignment)
         object.__setattr__(self, "fields", tuple(fields))
         # '@' aligns as the C++ compiler does; the trailing 0P rounds the size up to 8.
-        packer = struct.Struct("@" + "".join(f.code for f in fields) + "0P")
+        layout = "@" + "".join(f.code for f in fields) + "0P"
+        packer = struct.Struct(f"{layout}{-struct.calcsize(layout) % alignment}x")
         object.__setattr__(self, "packer", packer)
         object.__setattr__(self, "size", packer.size)
 
@@ -109,7 +123,7 @@ class ParamStruct:
 
     def cpp_source(self) -> str:
         """The C++ struct `Params`, with a static_assert of the size the host packs."""
-        lines = ["struct alignas(8) Params {"]
+        lines = [f"struct alignas({self.alignment}) Params {{"]
         for f in self.fields:
             declaration = (
                 f"{f.ctype}* {f.name};"

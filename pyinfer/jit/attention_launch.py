@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyinfer.core.dtypes import DType
 from pyinfer.core.errors import fail
+from pyinfer.jit import attention_sm90
 from pyinfer.jit.attention import AttentionConfig, attention_config, gen_attention
 from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, AttentionOptions, check_extras
+from pyinfer.jit.attention_sm90 import BoundSm90, Sm90Config
 from pyinfer.jit.rope import frequency_bytes
 from pyinfer.schedulers.plan import SINGLE_SEMAPHORE_BYTES, AttentionPlan, partial_bytes
 
@@ -75,6 +77,23 @@ def device_config(
     )
 
 
+@functools.cache
+def hopper_config(
+    device: int,
+    dtype: DType,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    max_packed_rows: int,
+    kv_dtype: DType | None = None,
+    options: AttentionOptions = PLAIN,
+) -> Sm90Config | None:
+    """`attention_sm90.config_for` of a CUDA device: None where the sm80 family is to plan and run."""
+    from pyinfer.core.device import arch_number_of
+
+    arch = arch_number_of(device)
+    return attention_sm90.config_for(arch, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
+
+
 def _shape_options(options: AttentionOptions) -> AttentionOptions:
     """What of the options a configuration depends on: not the sinks, which come with a run, nor the values of RoPE."""
     return options._replace(sinks=False, rope=None if options.rope is None else (1.0, 1.0))
@@ -98,7 +117,7 @@ def prepare_attention(
     plan_buffer_ptr: int,
     dtype: DType,
     soft_cap: bool,
-    config: AttentionConfig | None = None,
+    config: AttentionConfig | Sm90Config | None = None,
     kv_dtype: DType | None = None,
     out_dtype: DType | None = None,
     options: AttentionOptions = PLAIN,
@@ -126,11 +145,18 @@ def prepare_attention(
         Whether all addresses and strides are multiples of 16 bytes.
     """
     kv, dim_qk, dim_vo = kv_dtype or dtype, plan.head_dim_qk, plan.head_dim_vo
-    config = config or device_config(device, dtype, dim_qk, dim_vo, plan.tile_q, kv, options)
+    if config is None:
+        config = hopper_config(device, dtype, dim_qk, dim_vo, plan.tile_q, kv, options)
+        if config is None or (out_dtype or dtype) is not dtype or not attention_sm90.box_rows(config, plan.page_size):
+            config = device_config(device, dtype, dim_qk, dim_vo, plan.tile_q, kv, options)
     if config.tile_q != plan.tile_q:
         fail("attention", "plan", "was made for another tile", plan.tile_q, f"tile_q {config.tile_q} of {config.tag}")
     variant = "softcap" if soft_cap else "plain"
-    kernel = _kernel(device, config, dtype, dim_qk, dim_vo, "plan", variant, kv, out_dtype or dtype, options, aligned)
+    if isinstance(config, Sm90Config):
+        kernel = attention_sm90.kernel_of(device, config, dtype, "plan", variant)
+    else:
+        out = out_dtype or dtype
+        kernel = _kernel(device, config, dtype, dim_qk, dim_vo, "plan", variant, kv, out, options, aligned)
     at = plan.offsets
     pointers = (
         plan_buffer_ptr,
@@ -139,6 +165,8 @@ def prepare_attention(
     constants = (
         _shape_values(plan.num_qo_heads, plan.num_kv_heads, plan.causal, plan.window_left, plan.page_size) + pointers
     )
+    if isinstance(config, Sm90Config):
+        constants += (attention_sm90.box_rows(config, plan.page_size),)
     return PreparedAttention(
         kernel,
         plan.max_work * plan.num_kv_heads,
@@ -167,11 +195,11 @@ def launch_attention(
     logits_soft_cap: float = 0.0,
     v_scale: float = 1.0,
     pdl: bool = False,
-    config: AttentionConfig | None = None,
+    config: AttentionConfig | Sm90Config | None = None,
     options: AttentionOptions = PLAIN,
     extras: AttentionExtras = NO_EXTRAS,
     bind: bool = False,
-) -> BoundLaunch | None:
+) -> BoundLaunch | BoundSm90 | None:
     """Run a plan; or, with `bind`, return its launch bound but for the addresses of q, k, v, out and lse.
 
     Parameters
@@ -213,11 +241,23 @@ def launch_attention(
     if options is not PLAIN or extras is not NO_EXTRAS:
         check_extras("attention", options, extras)
         values += _extra_values(options, extras)
+    if config is None:
+        rows, dims = plan.tile_q, (plan.head_dim_qk, plan.head_dim_vo)
+        config = _covered(device, q, k, v, out, kv_layout, plan.page_size, dims, rows, options, aligned)
     ready = prepare_attention(
         device, plan, plan_buffer_ptr, q.dtype, logits_soft_cap > 0.0, config, k.dtype, out.dtype, options, aligned
     )
     indices = kv_indices_ptr if plan.page_size else 0
     partials = (indices, workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
+    if isinstance(config, Sm90Config):
+        attention_sm90.check(config, q, k, v, out, kv_layout, plan.page_size, options, aligned)
+        maps = attention_sm90.kv_maps(config, k, v, kv_layout, plan.page_size, k.ptr, v.ptr)
+        values = (*values[:5], *partials[:3], *maps, partials[3], *values[5:], *ready.constants)
+        if bind:
+            bound = ready.kernel.bind(ready.grid, values, 5, pdl)
+            return BoundSm90(bound, config, k, v, kv_layout, plan.page_size)
+        ready.kernel(stream, ready.grid, values, pdl)
+        return None
     values = (*values[:5], *partials, *values[5:15], *ready.rope, *values[15:], *ready.constants)
     if bind:
         return ready.kernel.bind(ready.grid, values, 5, pdl)
@@ -244,7 +284,7 @@ def launch_single(
     kv_chunk: int = 0,
     num_splits: int = 1,
     pdl: bool = False,
-    config: AttentionConfig | None = None,
+    config: AttentionConfig | Sm90Config | None = None,
     options: AttentionOptions = PLAIN,
     extras: AttentionExtras = NO_EXTRAS,
 ) -> None:
@@ -267,10 +307,6 @@ def launch_single(
     num_kv_heads, kv_len = (k.shape[0], k.shape[1]) if kv_layout == "HND" else (k.shape[1], k.shape[0])
     dim_vo = v.shape[-1]
     rows = qo_len * (num_qo_heads // num_kv_heads)
-    config = config or device_config(device, q.dtype, dim_qk, dim_vo, rows, k.dtype, options)
-    tiles = -(-rows // config.tile_q)
-    partial_o = workspace_ptr + SINGLE_SEMAPHORE_BYTES
-    partial_lse = partial_o + partial_bytes(tiles * num_splits, num_kv_heads, config.tile_q, dim_vo)[0]
     values, aligned = _run_values(
         q,
         k,
@@ -286,13 +322,41 @@ def launch_single(
     if options is not PLAIN or extras is not NO_EXTRAS:
         check_extras("attention", options, extras)
         values += _extra_values(options, extras)
+    if config is None:
+        dims = (dim_qk, dim_vo)
+        config = _covered(device, q, k, v, out, kv_layout, 0, dims, rows, options, aligned) or device_config(
+            device, q.dtype, dim_qk, dim_vo, rows, k.dtype, options
+        )
+    tiles = -(-rows // config.tile_q)
+    partial_o = workspace_ptr + SINGLE_SEMAPHORE_BYTES
+    partial_lse = partial_o + partial_bytes(tiles * num_splits, num_kv_heads, config.tile_q, dim_vo)[0]
     variant = "softcap" if logits_soft_cap > 0.0 else "plain"
-    kernel = _kernel(device, config, q.dtype, dim_qk, dim_vo, "single", variant, k.dtype, out.dtype, options, aligned)
     shape = _shape_values(num_qo_heads, num_kv_heads, causal, window_left, 0)
     partials = (0, partial_o, partial_lse, workspace_ptr)
+    if isinstance(config, Sm90Config):
+        attention_sm90.check(config, q, k, v, out, kv_layout, 0, options, aligned)
+        maps = attention_sm90.kv_maps(config, k, v, kv_layout, 0, k.ptr, v.ptr)
+        request = (qo_len, kv_len, kv_chunk, num_splits, attention_sm90.box_rows(config, 0))
+        values = (*values[:5], *partials[:3], *maps, partials[3], *values[5:], *shape, *request)
+        kernel = attention_sm90.kernel_of(device, config, q.dtype, "single", variant)
+        kernel(stream, tiles * num_splits * num_kv_heads, values, pdl)
+        return
+    kernel = _kernel(device, config, q.dtype, dim_qk, dim_vo, "single", variant, k.dtype, out.dtype, options, aligned)
     rope = _rope_table(options, dim_qk)
     values = (*values[:5], *partials, *values[5:15], *rope, *values[15:], *shape, qo_len, kv_len, kv_chunk, num_splits)
     kernel(stream, tiles * num_splits * num_kv_heads, values, pdl)
+
+
+def _covered(
+    device: int, q: TensorView, k: TensorView, v: TensorView, out: TensorView, kv_layout: str, page_size: int, dims: tuple[int, int], rows: int,
+    options: AttentionOptions, aligned: bool,
+) -> AttentionConfig | Sm90Config | None:  # fmt: skip
+    """The sm90 configuration if that kernel runs the call; the sm80 one if it was planned for but cannot; None if it was not."""
+    classes = min(rows, attention_sm90.MIN_ROWS)  # all that matters of the rows: keeps the cache small
+    config = hopper_config(device, q.dtype, *dims, classes, k.dtype, options)
+    if config is None or attention_sm90.covers(config, q, k, v, out, kv_layout, page_size, options, aligned):
+        return config
+    return device_config(device, q.dtype, *dims, rows, k.dtype, options)
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------------------

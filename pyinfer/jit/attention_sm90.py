@@ -1,0 +1,270 @@
+"""Prefill attention for Hopper: when the sm90 kernel is taken, its configurations, specs and launch.
+
+Plans are those of the sm80 family. Both families have prefill tiles of 128 packed rows, so a plan made for this one can also be run by that one,
+which takes over what is not covered here (`covers`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pyinfer.core import tensormap
+from pyinfer.core.dtypes import BFLOAT16, FLOAT16, DType, canonical_dtype
+from pyinfer.core.errors import fail
+from pyinfer.core.params import ParamStruct, i32, tensor_map
+from pyinfer.jit.attention import _RUN_FIELDS, _SCALE_FIELDS, _SHAPE_FIELDS, _SOURCE_FIELDS, SOURCES, VARIANTS, _features
+from pyinfer.jit.attention_options import PLAIN, AttentionOptions
+from pyinfer.jit.spec import JitSpec
+
+if TYPE_CHECKING:
+    from pyinfer.core.launch import BoundLaunch, Kernel
+    from pyinfer.core.tensor import TensorView
+
+DTYPES = (BFLOAT16, FLOAT16)
+HEAD_DIMS = (64, 128)
+MIN_ROWS = 65  # packed query rows of the largest request: below, the sm80 family's tiles of 64 and 16 rows waste less
+COLUMNS = 64  # of a TMA box: 128 bytes
+SLACK = 1024  # bytes for aligning the shared memory
+_POINTERS = 8  # leading fields of _RUN_FIELDS: 64 bytes, so that the tensor maps behind them are aligned
+_MAP_OFFSET = 8 * _POINTERS
+
+
+@dataclass(frozen=True)
+class Sm90Config:
+    """How an sm90 kernel is cut: what `attention_config.AttentionConfig` says of an sm80 one.
+
+    Attributes
+    ----------
+    tile_kv
+        Keys of a tile: the width of the first product, a multiple of 16 up to 256.
+    consumers
+        Warpgroups of 64 rows each.
+    stages
+        Tiles in the rings of K and V.
+    ping_pong
+        Two warpgroups take turns at issuing products.
+    """
+
+    head_dim_qk: int
+    head_dim_vo: int
+    tile_kv: int
+    consumers: int = 2
+    stages: int = 2
+    ping_pong: bool = False
+    kind: str = "prefill_sm90"
+    ctas_per_sm: int = 1
+
+    @property
+    def tile_q(self) -> int:
+        """Packed query rows of a tile."""
+        return 64 * self.consumers
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """Threads per block: the consumers, and a warpgroup for the producer."""
+        return (128 * (self.consumers + 1), 1, 1)
+
+    @property
+    def smem(self) -> int:
+        """Dynamic shared memory per block in bytes: queries, the rings, barriers."""
+        q = self.tile_q * max(self.head_dim_qk, self.head_dim_vo) * 2
+        ring = self.stages * self.tile_kv * (self.head_dim_qk + self.head_dim_vo) * 2
+        return -(-(q + ring + 4 * self.stages * 8) // 1024) * 1024 + SLACK
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a producer's and of a consumer's thread: with those of all others they make up 64 Ki."""
+        return (24, 240) if self.consumers == 2 else (32, 160)
+
+    @property
+    def tag(self) -> str:
+        """Short form for kernel names."""
+        return f"q{self.tile_q}_kv{self.tile_kv}_s{self.stages}{'_pp' if self.ping_pong else ''}"
+
+
+def candidates(head_dim: int) -> tuple[Sm90Config, ...]:
+    """The configurations worth timing, the preferred one first."""
+    if head_dim == 128:
+        shapes = [(128, False), (176, True), (176, False), (144, False), (160, False), (112, False), (128, True)]
+        return tuple(Sm90Config(128, 128, kv, ping_pong=turns) for kv, turns in shapes)
+    wide = [(128, 4, False), (192, 3, True), (192, 3, False), (256, 2, False), (128, 4, True)]
+    return tuple(Sm90Config(64, 64, kv, stages=stages, ping_pong=turns) for kv, stages, turns in wide)
+
+
+@functools.cache
+def enabled(arch: int) -> bool:
+    """Whether this family may be chosen for an architecture number: on Hopper, with PYINFER_SM90=1."""
+    return arch == 90 and os.environ.get("PYINFER_SM90") == "1"
+
+
+def config_for(
+    arch: int,
+    dtype: DType,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    max_packed_rows: int,
+    kv_dtype: DType | None = None,
+    options: AttentionOptions = PLAIN,
+) -> Sm90Config | None:
+    """The configuration to plan with, or None: the sm80 family's. Arguments as `attention_config.attention_config`."""
+    if (
+        not enabled(arch)
+        or dtype not in DTYPES
+        or (kv_dtype is not None and kv_dtype is not dtype)
+        or head_dim_qk != head_dim_vo
+        or head_dim_qk not in HEAD_DIMS
+        or max_packed_rows < MIN_ROWS
+        or options._replace(sinks=False) != PLAIN
+    ):
+        return None
+    return candidates(head_dim_qk)[0]
+
+
+# ---- specs -----------------------------------------------------------------------------------------------------------------------
+@functools.cache
+def sm90_params(source: str) -> ParamStruct:
+    """The sm80 family's fields, with the tensor maps behind the first eight pointers and the box height at the end."""
+    maps = (tensor_map("k_map", "4-D: head_dim, token, head, page"), tensor_map("v_map"))
+    fields = (*_RUN_FIELDS[:_POINTERS], *maps, *_RUN_FIELDS[_POINTERS:], *_SCALE_FIELDS, *_SHAPE_FIELDS, *_SOURCE_FIELDS[source])
+    return ParamStruct(
+        f"{'Planned' if source == 'plan' else 'Single'}Sm90Params", *fields, i32("box_rows", "keys of a TMA box")
+    )
+
+
+@functools.cache
+def gen_prefill_sm90(config: Sm90Config, dtype: DType | str, source: str = "plan", variant: str = "plain") -> JitSpec:
+    """The spec of one kernel.
+
+    Parameters
+    ----------
+    config
+        From `config_for` or `candidates`.
+    dtype
+        Of q, k, v and out: float16 or bfloat16.
+    source, variant
+        As in `attention.gen_attention`.
+    """
+    dt = canonical_dtype(dtype)
+    features, name = _features(VARIANTS[variant], PLAIN)
+    producer, consumer = config.registers
+    constants = {
+        "scalar_t": dt.ctype,
+        "out_t": dt.ctype,
+        "HEAD_DIM_QK": config.head_dim_qk,
+        "HEAD_DIM_VO": config.head_dim_vo,
+        "TILE_KV": config.tile_kv,
+        "CONSUMERS": config.consumers,
+        "STAGES": config.stages,
+        "PING_PONG": config.ping_pong,
+        "PRODUCER_REGISTERS": producer,
+        "CONSUMER_REGISTERS": consumer,
+        "smem": config.smem,
+        "source": source,
+        "FEATURES": features,
+    }
+    return JitSpec(
+        name=f"prefill_sm90_{dt.short}_d{config.head_dim_qk}_{source}_{name}_{config.tag}",
+        template="prefill/prefill_sm90.cu.jinja",
+        params=sm90_params(source),
+        constants=tuple(constants.items()),
+        block=config.block,
+        smem=config.smem,
+        min_arch=90,
+    )
+
+
+def all_specs() -> list[JitSpec]:
+    """The specs worth building ahead, for 9.0a alone."""
+    return [
+        gen_prefill_sm90(candidates(dim)[0], dtype, source, variant)
+        for dim in HEAD_DIMS
+        for dtype in DTYPES
+        for source in SOURCES
+        for variant in VARIANTS
+    ]
+
+
+@functools.cache
+def kernel_of(device: int, config: Sm90Config, dtype: DType, source: str, variant: str) -> Kernel:
+    """The loaded kernel of a CUDA device."""
+    return gen_prefill_sm90(config, dtype, source, variant).build_and_load(device)
+
+
+# ---- launch ----------------------------------------------------------------------------------------------------------------------
+def box_rows(config: Sm90Config, page_size: int) -> int:
+    """Keys of a TMA box: a whole tile of a ragged tensor, else the most that divides both page and tile. 0: pages too small or odd for boxes."""
+    if not page_size:
+        return config.tile_kv
+    rows = math.gcd(page_size, config.tile_kv)
+    return rows if rows % 8 == 0 else 0  # the swizzle repeats every 8 rows
+
+
+def tma_view(x: TensorView, kv_layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """K or V as a 4-D tensor (head_dim, token, head, page): shape, and strides of the outer three axes. A ragged tensor is one page."""
+    shape, strides = tuple(x.shape), tuple(x.strides)
+    if len(shape) == 3:
+        shape, strides = (1, *shape), (0, *strides)
+    pages, first, second, dim = shape
+    page, a, b, _ = strides
+    return ((dim, second, first, pages), (b, a, page)) if kv_layout == "HND" else ((dim, first, second, pages), (a, b, page))
+
+
+def covers(
+    config: Sm90Config, q: TensorView, k: TensorView, v: TensorView, out: TensorView, kv_layout: str, page_size: int, options: AttentionOptions,
+    aligned: bool,
+) -> bool:  # fmt: skip
+    """Whether the kernel can run a call."""
+    size = k.dtype.itemsize
+    return (
+        aligned
+        and options == PLAIN
+        and k.dtype is q.dtype is v.dtype is out.dtype
+        and box_rows(config, page_size) > 0
+        and all(tensormap.encodable(x.ptr, *tma_view(x, kv_layout), size) for x in (k, v))
+    )
+
+
+def check(config: Sm90Config, *call: Any) -> None:
+    """ValueError if a configuration was asked for that cannot run the call; arguments as `covers`."""
+    if not covers(config, *call):
+        fail("attention", "config", "cannot run this call", config.tag, "what attention_sm90.covers", "Pass config=None.")
+
+
+def kv_maps(config: Sm90Config, k: TensorView, v: TensorView, kv_layout: str, page_size: int, k_ptr: int, v_ptr: int) -> tuple[bytes, bytes]:
+    """The tensor maps of K and V at these addresses."""
+    box = (COLUMNS, box_rows(config, page_size), 1, 1)
+    k_view, v_view = tma_view(k, kv_layout), tma_view(v, kv_layout)
+    return tensormap.encode(k_ptr, k.dtype, *k_view, box), tensormap.encode(v_ptr, v.dtype, *v_view, box)
+
+
+class BoundSm90:
+    """A bound launch (`core.launch.BoundLaunch`) whose tensor maps follow the addresses of k and v."""
+
+    __slots__ = ("_bound", "_maps")
+
+    def __init__(self, bound: BoundLaunch, config: Sm90Config, k: TensorView, v: TensorView, kv_layout: str, page_size: int) -> None:
+        self._bound = bound
+        self._maps = functools.partial(kv_maps, config, *(_Layout(x) for x in (k, v)), kv_layout, page_size)
+
+    def __call__(self, stream: int, *pointers: int) -> None:
+        """Launch on `stream` with these addresses of q, k, v, out and lse."""
+        slot = self._bound._slot  # the calling thread's own
+        addresses = pointers[1:3]
+        if getattr(slot, "kv_addresses", None) != addresses:
+            maps = b"".join(self._maps(*addresses))
+            slot.params[_MAP_OFFSET : _MAP_OFFSET + len(maps)] = maps
+            slot.kv_addresses = addresses
+        self._bound(stream, *pointers)
+
+
+class _Layout:
+    """Shape, strides and dtype of a tensor, without holding on to it."""
+
+    __slots__ = ("dtype", "shape", "strides")
+
+    def __init__(self, x: TensorView) -> None:
+        self.shape, self.strides, self.dtype = x.shape, x.strides, x.dtype
