@@ -96,7 +96,7 @@ def pod_config(arch: int, dtype: DType | str, head_dim_qk: int, head_dim_vo: int
             smem = max(prefill.smem, decode.smem)
             if smem + _STATIC_SMEM <= per_block and ctas * (smem + 1024 + _STATIC_SMEM) <= per_sm:
                 return PodConfig(prefill, decode, ctas, smem)
-    raise AssertionError(f"no configuration fits sm_{arch} at head_dim {head_dim_qk}")
+    fail("pod", "head_dim", "has no configuration that fits the GPU", f"{head_dim_qk} on sm_{arch}", "64, 128 or 256")
 
 
 class PodSpec(NamedTuple):
