@@ -136,9 +136,11 @@ def test_cuda_graph(rng, backend_arrays):
 
     b = backend_arrays
     buffers = [b.array(np.zeros(n), "int32") for n in (5, 256, 4)]
-    make = lambda: pyinfer.PODWithPagedKVCacheWrapper(
-        b.array(np.zeros(64, np.uint8)), "NHD", True, *(x.clone() for x in buffers)
-    )  # noqa: E731
+
+    def make():
+        workspace = b.array(np.zeros(64, np.uint8))
+        return pyinfer.PODWithPagedKVCacheWrapper(workspace, "NHD", True, *(x.clone() for x in buffers))
+
     wrapper, eager = make(), make()
     cache = torch.randn(256, 2, 16, 2, 128, dtype=torch.float16, device="cuda")
     q_p, k_p, v_p, q_d = (

@@ -144,6 +144,43 @@ def test_variable_block_sparse(rng, backend, device, i):
     assert_same_bits(backend.numpy(given[1]), np.ascontiguousarray(backend.numpy(lse)), "given lse")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(16, 16, 4, 5, 4, 2), (3, 5, 7, 6, 6, 2), (1, 8, 9, 4, 4, 1), (70, 9, 2, 8, 2, 2)], ids=str
+)
+def test_masks_within_blocks(rng, backend, device, shape, packed):
+    r, c, mb, nb, hq, hk = shape
+    dtype = cases.dtypes(device)[0]
+    seen, indptr, indices = random_bsr(rng, mb, nb, 0.6)
+    mask = rng.random((len(indices), r, c)) < 0.5
+    q, k, v = (
+        backend.array(rng.standard_normal(s), dtype) for s in ((mb * r, hq, 64), (nb * c, hk, 64), (nb * c, hk, 64))
+    )
+    visible = np.zeros((mb, r, nb, c), bool)
+    for row in range(mb):
+        for b in range(indptr[row], indptr[row + 1]):
+            visible[row, :, indices[b], :] = mask[b]
+    options = {"mask": backend.array(mask)}
+    if packed:
+        flat = pyinfer.sparse.convert_bsr_mask_layout(mask, indptr)
+        parts = [np.packbits(flat[a * r * c : b * r * c], bitorder="little") for a, b in itertools.pairwise(indptr)]
+        options = {"packed_mask": backend.array(np.concatenate(parts))}
+    wrapper = pyinfer.BlockSparseAttentionWrapper()
+    wrapper.plan(indptr, indices, mb * r, nb * c, r, c, hq, hk, 64, q_data_type=dtype, **options)
+    out, lse = wrapper.run(q, k, v, return_lse=True)
+    full = np.broadcast_to(visible.reshape(mb * r, nb * c), (hk, mb * r, nb * c))
+    want, want_lse = masked(*(backend.float64(x) for x in (q, k, v)), full)
+    assert_close(backend.float64(out), want, **cases.tolerance(dtype, device))
+    assert_close(backend.float64(lse), want_lse, **cases.lse_tolerance(device))
+    wrapper.plan(
+        indptr, indices, mb * r, nb * c, r, c, hq, hk, 64, q_data_type=dtype
+    )  # a mask from an earlier plan is forgotten
+    want, _ = masked(
+        *(backend.float64(x) for x in (q, k, v)), np.broadcast_to(np.kron(seen, np.ones((r, c), bool)), full.shape)
+    )
+    assert_close(backend.float64(wrapper.run(q, k, v)), want, **cases.tolerance(dtype, device))
+
+
 def test_convert_bsr_mask_layout(rng, backend):
     indptr = np.array([0, 3, 3, 4, 6])
     mask = rng.random((6, 5, 4)) < 0.5
