@@ -381,3 +381,57 @@ def test_deprecated_forward_takes_the_encoding(rng, backend_arrays, device):
     with pytest.warns(DeprecationWarning):
         got = wrapper.forward_return_lse(x.q, x.cache, **ROPE)
     check(backend_arrays, device, case, x, got)
+
+
+def test_sinks_and_none_in_turn(rng, backend_arrays, device):
+    """Calls that differ in nothing but the sinks: a launch remembered for one kind must not serve the other."""
+    case = Case("decode", sinks=True)
+    b, x = backend_arrays, draw(rng, backend_arrays, case)
+    wrapper, other = planned(case, x), planned(case, x)
+    plain, sunk = b.numpy(run(case, other, x, sinks=None)[0]), b.numpy(run(case, other, x)[0])
+    assert (plain != sunk).any()
+    for sinks in (x.sinks, x.sinks, x.sinks, None, None, None, x.sinks, None):
+        got = b.numpy(run(case, wrapper, x, sinks=sinks)[0])
+        assert_same_bits(got, plain if sinks is None else sunk)
+
+
+@pytest.mark.gpu
+def test_replays_follow_masks(rng, backend_arrays):
+    """Captured once; every later plan's mask and lengths are seen by the replay, and give the bits of an eager run."""
+    import torch
+
+    b, pages, ps, batch = backend_arrays, 64, 16, 4
+    cache = torch.randn(pages, 2, ps, 2, 64, dtype=torch.float16, device="cuda")
+    q = torch.empty(80, 4, 64, dtype=torch.float16, device="cuda")
+    out, sinks = torch.empty_like(q), torch.randn(4, device="cuda")
+
+    def make():
+        buffers = [b.array(np.zeros(n), "int32") for n in (batch + 1, batch + 1, pages, batch)]
+        masks = [b.array(np.zeros(1 << 14, np.uint8)), b.array(np.zeros(batch + 1), "int32")]
+        return pyinfer.BatchPrefillWithPagedKVCacheWrapper(None, "NHD", True, *buffers, *masks)
+
+    def plan(wrapper, qo_lens, lens, mask):
+        indptr, indices, last, _ = table
+        wrapper.plan(np.cumsum([0, *qo_lens]), indptr, indices, last, 4, 2, 64, ps, custom_mask=mask)
+
+    wrapper, eager = make(), make()
+    for step in range(20):
+        qo_lens = np.full(batch, 20) if step == 0 else rng.integers(0, 21, batch)
+        lens = np.full(batch, 200) if step == 0 else rng.integers(0, 201, batch)
+        table = cases.page_table(rng, lens, ps, spare=0)
+        mask = rng.random(int((qo_lens * lens).sum())) < 0.5
+        for w in (wrapper, eager):
+            plan(w, qo_lens, lens, mask if step % 2 else b.array(mask))
+        q.copy_(torch.randn_like(q))
+        if step == 0:
+            wrapper.run(q, cache, out=out, sinks=sinks)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                wrapper.run(q, cache, out=out, sinks=sinks)
+        rows = int(qo_lens.sum())
+        out.fill_(float("nan"))
+        graph.replay()
+        want = eager.run(q, cache, sinks=sinks)
+        assert_same_bits(b.numpy(out[:rows]), b.numpy(want[:rows]), f"step {step}")
+        assert torch.isnan(out[rows:]).all()
