@@ -366,7 +366,7 @@ def _append(
             "kv_indptr": kv_indptr,
         }
         check_same_device(op, {names[0]: key, **indices})
-    if not nnz or not heads:
+    if not (nnz and heads and (key.shape[2] or value.shape[2])):
         return
     cache_strides = [(c.strides[0], c.strides[slot_axis], c.strides[head_axis]) for c in caches]
     if device < 0:
@@ -389,7 +389,7 @@ def _append(
         bits |= s
     access = vector_length(1, bits)
     key_chunks, value_chunks = key.shape[2] * size // access, value.shape[2] * size // access
-    kernel, has_pdl, per_block = _append_kernel(device, access, heads * max(key_chunks, value_chunks))
+    kernel, has_pdl, per_block = _append_kernel(device, access, heads, key_chunks, value_chunks)
     parts = -(-heads * max(key_chunks, value_chunks) // per_block)
     wide = (
         (batch_indices.dtype is INT64)
@@ -399,7 +399,7 @@ def _append(
     )
     values = (
         key.ptr, value.ptr, key_cache.ptr, value_cache.ptr, batch_indices.ptr, positions.ptr, kv_indices.ptr, kv_indptr.ptr, *strides,
-        kv_indices.shape[0], num_pages, batch, page_size, heads, key_chunks, value_chunks, parts, wide,
+        kv_indices.shape[0], num_pages, batch, page_size, heads, parts, wide,
     )  # fmt: skip
     aligned = not (key.ptr | value.ptr | key_cache.ptr | value_cache.ptr) & 15
     offset = value_cache.ptr - key_cache.ptr
@@ -439,10 +439,13 @@ def _kernel(device: int, name: str) -> tuple[Kernel, bool]:
 
 
 @functools.cache
-def _append_kernel(device: int, access: int, chunks: int) -> tuple[Kernel, bool, int]:
+def _append_kernel(
+    device: int, access: int, heads: int, key_chunks: int, value_chunks: int
+) -> tuple[Kernel, bool, int]:
     """Kernel, whether it was built for programmatic dependent launch, chunks per block."""
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.page import append_config, gen_append
 
-    block, unroll = append_config(chunks)
-    return gen_append(access, chunks).build_and_load(device), pdl_supported(device), block * unroll
+    block, unroll = append_config(heads * max(key_chunks, value_chunks))
+    kernel = gen_append(access, heads, key_chunks, value_chunks).build_and_load(device)
+    return kernel, pdl_supported(device), block * unroll

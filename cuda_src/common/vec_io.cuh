@@ -67,6 +67,26 @@ struct raw_vec : raw_words<static_cast<int>(sizeof(T)) * N> {
         }
     }
 
+    // First out of L2, too ("evict first"): for what nobody reads again soon.
+    PYINFER_DEVICE static raw_vec load_stream(const T* p) {
+        if constexpr (BYTES == 16) {
+            raw_vec v;
+            asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+            return v;
+        } else {
+            return load_once(p);
+        }
+    }
+
+    // Written and not read again soon: first out of L2.
+    PYINFER_DEVICE void store_stream(T* p) const {
+        if constexpr (BYTES == 16) {
+            asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(this->w[0]), "r"(this->w[1]), "r"(this->w[2]), "r"(this->w[3]) : "memory");
+        } else {
+            store(p);
+        }
+    }
+
     PYINFER_DEVICE void store(T* p) const {
         if constexpr (BYTES == 16) {
             *reinterpret_cast<uint4*>(p) = make_uint4(this->w[0], this->w[1], this->w[2], this->w[3]);

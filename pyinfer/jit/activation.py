@@ -38,25 +38,78 @@ act_func_def_str: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ActConfig:
-    """Threads per row part, rows per block, vectors of each half per thread, row parts."""
+    """How rows are spread over threads and read.
+
+    Attributes
+    ----------
+    lanes, rows
+        Threads per row part, rows per block.
+    unroll
+        Vectors of each half per thread.
+    chunks
+        Row parts, one block each.
+    load, store
+        Access functions of `cuda_src/common/vec_io.cuh`.
+    """
 
     lanes: int
     rows: int
     unroll: int
     chunks: int
+    load: str = "load_once"
+    store: str = "store"
+
+    @property
+    def short(self) -> str:
+        """What tells it apart in a kernel's name, but for lanes and rows."""
+        load, store = self.load.removeprefix("load"), self.store.removeprefix("store")
+        return f"u{self.unroll}{load}{store and '_write' + store}"
+
+
+def _blocks(act: str, config: ActConfig) -> int:
+    """Blocks that a multiprocessor should hold: 1536 threads of 40 registers, if the block's size lets it. erf needs more registers."""
+    return 1 if act == "gelu" else max(1, min(32, 1536 // (config.lanes * config.rows)))
+
+
+def _spread(vectors: int, threads: int, unroll: int, load: str = "load_once", store: str = "store") -> ActConfig:
+    """Parts of equal size, of at most `threads` threads with `unroll` vectors each."""
+    chunks = -(-vectors // (threads * unroll))
+    return ActConfig(32 * -(-vectors // (32 * unroll * chunks)), 1, unroll, chunks, load, store)
 
 
 def act_config(vectors: int) -> ActConfig:
-    """How a row of `vectors` accesses is spread: about 256 threads of two vectors a part, parts of equal size; rows that a warp holds share a block."""
+    """How a row of `vectors` accesses is spread: rows that a warp holds share a block, longer ones take parts of equal size.
+
+    One vector of each half per thread and up to 512 threads a part: what is in flight comes from many warps, not from many loads of one, and neighbouring
+    blocks work on neighbouring memory. (Two vectors and 256 threads reached 3.9 TB/s on an H200 at 16384 rows of 8192, where one row a block reached 4.35.)
+    """
     if vectors <= 64:
         lanes = min(32, 1 << max(0, vectors - 1).bit_length())
         return ActConfig(lanes, 128 // lanes, -(-vectors // lanes), 1)
-    chunks = -(-vectors // 512)
-    return ActConfig(32 * -(-vectors // (64 * chunks)), 1, 2, chunks)
+    return _spread(vectors, 512, 1, "load")
+
+
+def act_candidates(vectors: int) -> list[ActConfig]:
+    """Configurations worth timing for long rows, the default first (tools/gpu/time_ops.py)."""
+    found = [act_config(vectors)]
+    if vectors > 64:
+        for threads, unroll, load, store in (
+            (1024, 1, "load", "store"),
+            (512, 1, "load_once", "store"),
+            (512, 1, "load", "store_stream"),
+            (512, 1, "load_stream", "store_stream"),
+            (256, 1, "load", "store"),
+            (256, 2, "load_once", "store"),
+            (256, 2, "load_stream", "store_stream"),
+        ):
+            found.append(_spread(vectors, threads, unroll, load, store))
+    return list(dict.fromkeys(found))
 
 
 @functools.cache
-def gen_act_and_mul(act: str, dtype: str, width: int, vec: int | None = None) -> JitSpec:
+def gen_act_and_mul(
+    act: str, dtype: str, width: int, vec: int | None = None, config: ActConfig | None = None
+) -> JitSpec:
     """The kernel for rows of `width` results (and others that share its configuration).
 
     Parameters
@@ -67,21 +120,26 @@ def gen_act_and_mul(act: str, dtype: str, width: int, vec: int | None = None) ->
         "float16", "bfloat16" or "float32".
     vec
         Elements per access; default: what `width` allows if pointers and strides are multiples of 16 bytes.
+    config
+        One of `act_candidates`; default `act_config`.
     """
     if act not in act_func_def_str:
         fail("gen_act_and_mul", "act", "is unknown", repr(act), "one of " + ", ".join(act_func_def_str))
     d = canonical_dtype(dtype)
     v = vec or min(16 // d.itemsize, width & -width)
-    config = act_config(width // v)
+    config = config or act_config(width // v)
     constants = (
         ("scalar_t", d.ctype),
         ("VEC", v),
         ("LANES", config.lanes),
         ("ROWS", config.rows),
         ("UNROLL", config.unroll),
+        ("BLOCKS", _blocks(act, config)),
+        ("LOAD", config.load),
+        ("STORE", config.store),
         ("activation", act_func_def_str[act]),
     )
-    name = f"{act}_and_mul_{d.short}_v{v}_{config.lanes}x{config.rows}_u{config.unroll}"
+    name = f"{act}_and_mul_{d.short}_v{v}_{config.lanes}x{config.rows}_{config.short}"
     return JitSpec(
         name, "activation/act_and_mul.cu.jinja", ACT_AND_MUL, constants, block=(config.lanes, config.rows, 1)
     )
@@ -104,5 +162,6 @@ def all_specs() -> list[JitSpec]:
         gen_act_and_mul("silu", "float32", 1536),
         gen_act_and_mul("gelu", "bfloat16", 4),
         gen_act_and_mul("gelu_tanh", "float16", 4096, 1),
+        *(gen_act_and_mul("silu", "bfloat16", 8192, config=c) for c in act_candidates(1024)),
     ]
     return list(dict.fromkeys(specs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyinfer.core.dtypes import DType, canonical_dtype
 from pyinfer.core.params import ParamStruct, f32, i32, i64, ptr, u32
@@ -56,12 +56,26 @@ class RowConfig:
         Vectors of its row a thread keeps in registers.
     reread
         Whether the row has more vectors than lanes * slots.
+    load, store
+        Access functions of `cuda_src/common/vec_io.cuh`.
+    early_bytes
+        Weights are loaded before the reduction if a thread's take at most that.
     """
 
     lanes: int
     rows: int
     slots: int
     reread: bool
+    load: str = "load_once"
+    store: str = "store"
+    early_bytes: int = 0
+
+    @property
+    def short(self) -> str:
+        """What tells it apart in a kernel's name."""
+        access = f"{'' if self.load == 'load_once' else '_read' + self.load.removeprefix('load')}{self.store.removeprefix('store') and '_write_stream'}"
+        early = f"_w{self.early_bytes}" if self.early_bytes else ""
+        return f"{self.lanes}x{self.rows}_s{self.slots}{access}{early}{'_reread' if self.reread else ''}"
 
 
 def row_config(vectors: int, slots: int, longest: tuple[int, int]) -> RowConfig:
@@ -103,8 +117,7 @@ def _constants(dtype: DType, vec: int, config: RowConfig, gemma: bool) -> tuple[
 
 
 def _name(op: str, dtype: DType, vec: int, config: RowConfig, gemma: bool) -> str:
-    reread = "_reread" if config.reread else ""
-    return f"{'gemma_' if gemma else ''}{op}_{dtype.short}_v{vec}_{config.lanes}x{config.rows}_s{config.slots}{reread}"
+    return f"{'gemma_' if gemma else ''}{op}_{dtype.short}_v{vec}_{config.short}"
 
 
 def _vec(dtype: DType, hidden: int, vec: int | None) -> int:
@@ -137,18 +150,44 @@ def gen_rmsnorm(dtype: str, hidden: int, vec: int | None = None, gemma: bool = F
     )
 
 
+def fused_add_config(vectors: int) -> RowConfig:
+    """Two inputs: half of rmsnorm's slots keep as many bytes in flight. Early weights would cost one block in three."""
+    return row_config(vectors, 2, (1024, 4))
+
+
+def fused_add_candidates(vectors: int) -> list[RowConfig]:
+    """Configurations worth timing for long rows, the default first (tools/gpu/time_ops.py)."""
+    found = [fused_add_config(vectors)]
+    if vectors > 128:
+        for slots, load, store, early in (
+            (2, "load_once", "store", 32),
+            (2, "load", "store", 0),
+            (2, "load_once", "store_stream", 0),
+            (2, "load_stream", "store_stream", 0),
+            (1, "load_once", "store", 16),
+            (1, "load", "store", 16),
+            (4, "load_once", "store", 0),
+        ):
+            config = row_config(vectors, slots, (1024, 4))
+            found.append(replace(config, load=load, store=store, early_bytes=early))
+    return list(dict.fromkeys(found))
+
+
 @functools.cache
-def gen_fused_add_rmsnorm(dtype: str, hidden: int, vec: int | None = None, gemma: bool = False) -> JitSpec:
-    """The fused_add_rmsnorm kernel; parameters as `gen_rmsnorm`. Two inputs: half the slots keep as many bytes in flight."""
+def gen_fused_add_rmsnorm(
+    dtype: str, hidden: int, vec: int | None = None, gemma: bool = False, config: RowConfig | None = None
+) -> JitSpec:
+    """The fused_add_rmsnorm kernel; parameters as `gen_rmsnorm`. `config`: one of `fused_add_candidates`, default `fused_add_config`."""
     d = canonical_dtype(dtype)
     v = _vec(d, hidden, vec)
-    config = row_config(hidden // v, 2, (1024, 4))
+    config = config or fused_add_config(hidden // v)
     name = _name("fused_add_rmsnorm", d, v, config, gemma)
+    access = (("LOAD", config.load), ("STORE", config.store), ("EARLY_BYTES", config.early_bytes))
     return JitSpec(
         name,
         "norm/fused_add_rmsnorm.cu.jinja",
         FUSED_ADD_RMSNORM,
-        _constants(d, v, config, gemma),
+        _constants(d, v, config, gemma) + access,
         block=(config.lanes, config.rows, 1),
     )
 
@@ -183,4 +222,6 @@ def all_specs() -> list[JitSpec]:
             gen("float32", 4096),
             gen("float16", 65535),
         ]
+    specs += [gen_fused_add_rmsnorm("bfloat16", 8192, config=c) for c in fused_add_candidates(1024)]
+    specs += [gen_fused_add_rmsnorm("bfloat16", 8192, config=c) for c in fused_add_candidates(1024)]
     return list(dict.fromkeys(specs))

@@ -24,8 +24,6 @@ APPEND = ParamStruct(
     i32("batch"),
     u32("page_size"),
     i32("num_heads"),
-    i32("key_chunks", "chunks of BYTES per head"),
-    i32("value_chunks"),
     i32("parts", "blocks per token"),
     i32("wide", "bit per index array: int64"),
 )
@@ -54,17 +52,44 @@ SEQ_LENS = ParamStruct(
 
 def append_config(chunks: int) -> tuple[int, int]:
     """(threads, chunks per thread) for a token of `chunks` accesses: one block if 256 threads can hold it, two chunks each."""
-    unroll = 1 if chunks <= 64 else 2
+    return _append_block(chunks, 1 if chunks <= 64 else 2)
+
+
+def _append_block(chunks: int, unroll: int) -> tuple[int, int]:
     return min(256, 32 * -(-chunks // (32 * unroll))), unroll
 
 
+def append_candidates(chunks: int) -> list[tuple[int, int]]:
+    """Configurations worth timing, the default first (tools/gpu/time_ops.py)."""
+    return list(dict.fromkeys([append_config(chunks), *(_append_block(chunks, unroll) for unroll in (1, 2, 4))]))
+
+
 @functools.cache
-def gen_append(access_bytes: int, chunks: int) -> JitSpec:
-    """The append kernel for tokens of `chunks` accesses of `access_bytes` (16, 8, 4, 2 or 1) bytes. It moves bytes: any element type."""
-    block, unroll = append_config(chunks)
-    constants = (("BYTES", access_bytes), ("BLOCK", block), ("UNROLL", unroll))
+def gen_append(
+    access_bytes: int,
+    num_heads: int,
+    key_chunks: int,
+    value_chunks: int | None = None,
+    config: tuple[int, int] | None = None,
+) -> JitSpec:
+    """The append kernel. It moves bytes: any element type.
+
+    Parameters
+    ----------
+    access_bytes
+        16, 8, 4, 2 or 1.
+    num_heads
+        Heads of keys and of values (decides the block's shape).
+    key_chunks, value_chunks
+        Accesses per head; values as keys by default.
+    config
+        One of `append_candidates`; default `append_config`.
+    """
+    value_chunks = key_chunks if value_chunks is None else value_chunks
+    block, unroll = config or append_config(num_heads * max(key_chunks, value_chunks))
+    constants = (("BYTES", access_bytes), ("BLOCK", block), ("UNROLL", unroll), ("KEY_CHUNKS", key_chunks), ("VALUE_CHUNKS", value_chunks))  # fmt: skip
     return JitSpec(
-        f"append_paged_kv_cache_v{access_bytes}_t{block}_u{unroll}",
+        f"append_paged_kv_cache_v{access_bytes}_{key_chunks}_{value_chunks}_t{block}_u{unroll}",
         "page/append.cu.jinja",
         APPEND,
         constants,
@@ -90,23 +115,25 @@ def gen_seq_lens() -> JitSpec:
     return JitSpec("seq_lens", "page/seq_lens.cu.jinja", SEQ_LENS, (("BLOCK", 128),), block=(128, 1, 1))
 
 
-# SmolLM2: 3 heads of 64; Llama 3 8B: 8 of 128; in two-byte elements, chunks of 16 bytes.
-_TOKEN_CHUNKS = (3 * 8, 8 * 16)
+# (heads, chunks of 16 bytes per head): SmolLM2's 3 heads of 64, Llama 3 8B's 8 of 128, in two-byte elements.
+_SHAPES = ((3, 8), (8, 16))
 
 
 @functools.cache
 def gen_page_module() -> JitModule:
     """The kernels of the usual shapes."""
-    return JitModule("page", (*(gen_append(16, c) for c in _TOKEN_CHUNKS), gen_batch_positions(), gen_seq_lens()))
+    return JitModule("page", (*(gen_append(16, *s) for s in _SHAPES), gen_batch_positions(), gen_seq_lens()))
 
 
 def all_specs() -> list[JitSpec]:
     """What is worth building ahead, and what is compiled for every architecture by the tests."""
     return [
         *gen_page_module().specs,
-        gen_append(16, 1024),
-        gen_append(8, 64),
-        gen_append(4, 64),
-        gen_append(2, 64),
-        gen_append(1, 300),
+        gen_append(16, 1, 64, 8),  # MLA: 512 and 64
+        gen_append(16, 64, 16),
+        gen_append(8, 4, 16),
+        gen_append(4, 2, 33),
+        gen_append(2, 1, 64),
+        gen_append(1, 3, 100),
+        *(gen_append(16, 8, 16, config=c) for c in append_candidates(128)),
     ]

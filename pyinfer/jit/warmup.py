@@ -209,7 +209,7 @@ def _cache(model: ModelConfig) -> list[JitSpec]:
 
     row = model.head_dim * canonical_dtype(model.dtype).itemsize
     access = min(16, row & -row)
-    return [gen_append(access, model.num_kv_heads * row // access), gen_batch_positions(), gen_seq_lens()]
+    return [gen_append(access, model.num_kv_heads, row // access), gen_batch_positions(), gen_seq_lens()]
 
 
 def _sampling(model: ModelConfig) -> list[JitSpec]:
