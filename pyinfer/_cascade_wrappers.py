@@ -148,7 +148,7 @@ class MultiLevelCascadeAttentionWrapper:
         return tuple(level.plan_info for level in self._levels)
 
     def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffers: Any = None) -> None:
-        """Use another workspace. It is used when large enough; otherwise the library allocates its own."""
+        """Use another workspace from the next plan() on, which refuses one that is too small."""
         for level in self._levels:
             level.reset_workspace_buffer(float_workspace_buffer)
 
@@ -286,7 +286,7 @@ class _SharedPrefix:
         common.deprecated(self._op, "MultiLevelCascadeAttentionWrapper")
 
     def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
-        """Use another workspace. It is used when large enough; otherwise the library allocates its own."""
+        """Use another workspace from the next plan() on, which refuses one that is too small."""
         self._unique.reset_workspace_buffer(float_workspace_buffer)
 
     def end_forward(self) -> None:

@@ -22,7 +22,8 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
     Parameters
     ----------
     float_workspace_buffer
-        A tensor of any dtype for split-KV partial results, used when large enough (`plan_info.workspace_bytes`); None: the library allocates what it needs.
+        A tensor of any dtype for split-KV partial results; plan() refuses one smaller than `plan_info.workspace_bytes`. None: the library allocates what it
+        needs.
     use_cuda_graph
         Keep every buffer and the grid fixed, so that run() may be captured and later plans are seen by replays. Needs the four buffers.
     qo_indptr, kv_indptr, kv_indices, kv_len_arr

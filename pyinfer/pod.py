@@ -66,7 +66,7 @@ class PODWithPagedKVCacheWrapper:
         return self._decode.plan_info
 
     def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
-        """Use another workspace. It is used when large enough; otherwise the library allocates its own."""
+        """Use another workspace from the next plan() on, which refuses one that is too small."""
         self._decode.reset_workspace_buffer(float_workspace_buffer)
 
     def plan(

@@ -115,7 +115,7 @@ class _Sparse:
         return self._inner.plan_info
 
     def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
-        """Use another workspace. It is used when large enough; otherwise the library allocates its own."""
+        """Use another workspace from the next plan() on, which refuses one that is too small."""
         self._inner.reset_workspace_buffer(float_workspace_buffer)
 
     def _kv(self, k: Any, v: Any, shape: tuple[int, ...], pages: tuple[int, ...]) -> tuple[Any, Any]:
