@@ -81,7 +81,9 @@ struct raw_vec : raw_words<static_cast<int>(sizeof(T)) * N> {
     // Written and not read again soon: first out of L2.
     PYINFER_DEVICE void store_stream(T* p) const {
         if constexpr (BYTES == 16) {
-            asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(this->w[0]), "r"(this->w[1]), "r"(this->w[2]), "r"(this->w[3]) : "memory");
+            asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(this->w[0]), "r"(this->w[1]), "r"(this->w[2]),
+                         "r"(this->w[3])
+                         : "memory");
         } else {
             store(p);
         }
