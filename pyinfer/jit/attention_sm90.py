@@ -16,7 +16,15 @@ from pyinfer.core import tensormap
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, DType, canonical_dtype
 from pyinfer.core.errors import fail
 from pyinfer.core.params import ParamStruct, i32, tensor_map
-from pyinfer.jit.attention import _RUN_FIELDS, _SCALE_FIELDS, _SHAPE_FIELDS, _SOURCE_FIELDS, SOURCES, VARIANTS, _features
+from pyinfer.jit.attention import (
+    _RUN_FIELDS,
+    _SCALE_FIELDS,
+    _SHAPE_FIELDS,
+    _SOURCE_FIELDS,
+    SOURCES,
+    VARIANTS,
+    _features,
+)
 from pyinfer.jit.attention_options import PLAIN, AttentionOptions
 from pyinfer.jit.spec import JitSpec
 
@@ -91,7 +99,7 @@ def candidates(head_dim: int) -> tuple[Sm90Config, ...]:
     if head_dim == 128:
         shapes = [(128, False), (176, True), (176, False), (144, False), (160, False), (112, False), (128, True)]
         return tuple(Sm90Config(128, 128, kv, ping_pong=turns) for kv, turns in shapes)
-    wide = [(128, 4, False), (192, 3, True), (192, 3, False), (256, 2, False), (128, 4, True)]
+    wide = [(128, 4, False), (192, 3, True), (192, 3, False), (224, 2, False), (128, 4, True)]
     return tuple(Sm90Config(64, 64, kv, stages=stages, ping_pong=turns) for kv, stages, turns in wide)
 
 
@@ -256,7 +264,7 @@ class BoundSm90:
         addresses = pointers[1:3]
         if getattr(slot, "kv_addresses", None) != addresses:
             maps = b"".join(self._maps(*addresses))
-            slot.params[_MAP_OFFSET : _MAP_OFFSET + len(maps)] = maps
+            slot.own.params[_MAP_OFFSET : _MAP_OFFSET + len(maps)] = maps
             slot.kv_addresses = addresses
         self._bound(stream, *pointers)
 

@@ -1,0 +1,225 @@
+"""The host side of the sm90 prefill kernel: when it is chosen, what it is launched with, and that the kernels compile. No GPU needed."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+from pyinfer.core import tensormap
+from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from pyinfer.core.params import ParamStruct, i32, ptr, tensor_map
+from pyinfer.jit import attention_launch, attention_sm90
+from pyinfer.jit.attention_options import PLAIN, AttentionOptions
+from pyinfer.schedulers.prefill import prefill_plan
+from tests import stub_driver
+
+
+def fake_map(address, dtype, shape, strides, box):
+    """A map whose bytes say what it was made of."""
+    text = repr((address, dtype.name, shape, strides, box)).encode()
+    return struct.pack("Q", address) + text[:120].ljust(120)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """cuda:0 is a Hopper GPU with the family switched on, and launches are recorded."""
+    pytest.importorskip("torch")
+    submitted = stub_driver.install(monkeypatch)
+    monkeypatch.setenv("PYINFER_SM90", "1")
+    monkeypatch.setattr(tensormap, "encode", fake_map)
+    caches = (
+        attention_sm90.enabled,
+        attention_sm90.kernel_of,
+        attention_launch.hopper_config,
+        attention_launch.device_config,
+        attention_launch.prepare_attention,
+        attention_launch._kernel,
+    )
+    from pyinfer.core import device
+
+    monkeypatch.setattr(device, "arch_number_of", lambda index: 90)
+    for cache in caches:
+        cache.cache_clear()
+    yield submitted
+    for cache in caches:
+        cache.cache_clear()
+
+
+def run_plan(torch, page_size=0, dim=128, dtype=None, bind=False, layout="NHD", out_dtype=None, offset=0):
+    """One launch of a two-request plan. Returns (launches' bound or None, plan, tensors)."""
+    from pyinfer.core.tensor import view
+
+    dtype = dtype or torch.bfloat16
+    if page_size:
+        pages = [5, 9]
+        kv_indptr, last = np.array([0, *np.cumsum(pages)], np.int32), np.array([1, page_size], np.int32)
+        shape = (20, page_size, 2, dim) if layout == "NHD" else (20, 2, page_size, dim)
+    else:
+        kv_indptr, last = np.array([0, 50, 350], np.int32), None
+        shape = (350, 2, dim)
+    indices = None if not page_size else np.arange(14, dtype=np.int32)
+    q = torch.zeros(80, 8, dim, dtype=dtype)
+    k = torch.zeros(int(np.prod(shape)) + 8, dtype=dtype)[offset : offset + int(np.prod(shape))].view(shape)
+    v = torch.zeros(shape, dtype=dtype)
+    out = torch.zeros(80, 8, dim, dtype=out_dtype or dtype)
+    plan = prefill_plan(
+        np.array([0, 30, 80], np.int32), kv_indptr, indices, last, num_qo_heads=8, num_kv_heads=2, head_dim_qk=dim, page_size=page_size,
+        tile_q=128, tile_kv=128, num_sms=132, ctas_per_sm=1, causal=True,
+    )  # fmt: skip
+    bound = attention_launch.launch_attention(
+        0, 7, 1 << 20, plan, view(q), view(k), view(v), (1 << 20) + 4 * plan.offsets.kv_indices, layout, view(out), None, 1 << 30,
+        sm_scale=0.1, bind=bind,
+    )  # fmt: skip
+    return bound, plan, (q, k, v, out)
+
+
+@pytest.mark.parametrize("page_size", [0, 8, 16, 48, 256])
+def test_plan_launch(hopper, page_size):
+    import torch
+
+    _, plan, (q, k, v, out) = run_plan(torch, page_size)
+    name, grid, data, *_ = hopper.pop()
+    assert name.startswith("prefill_sm90_bf16_d128_plan_plain_q128_kv128") and grid == (2 * plan.n_work, 1, 1)
+    found = stub_driver.fields(attention_sm90.sm90_params("plan"), data)
+    assert [found[n] for n in ("q", "k", "v", "out")] == [x.data_ptr() for x in (q, k, v, out)]
+    rows = {0: 128, 8: 8, 16: 16, 48: 16, 256: 128}[page_size]
+    assert found["box_rows"] == rows and found["page_size"] == page_size
+    shape, strides = (128, page_size, 2, 20), (256, 128, 256 * page_size)
+    if not page_size:
+        shape, strides = (128, 350, 2, 1), (256, 128, 0)
+    assert found["k_map"] == fake_map(k.data_ptr(), BFLOAT16, shape, strides, (64, rows, 1, 1))
+    assert found["v_map"] == fake_map(v.data_ptr(), BFLOAT16, shape, strides, (64, rows, 1, 1))
+    assert found["q_stride_token"] == 1024 and found["q_stride_head"] == 128 and found["out_stride_token"] == 1024
+    assert found["logit_scale"] == pytest.approx(0.1 * 1.4426950408889634) and found["v_scale"] == 1.0
+    assert found["num_kv_heads"] == 2 and found["group"] == 4 and found["causal"] == 1 and found["window_left"] == -1
+    assert found["plan_header"] == 1 << 20 and found["semaphore"] == (1 << 20) + 4 * plan.offsets.semaphore
+    assert found["partial_o"] == 1 << 30
+
+
+def test_hnd_strides(hopper):
+    import torch
+
+    _, _, (_, k, *_) = run_plan(torch, 16, layout="HND")
+    found = stub_driver.fields(attention_sm90.sm90_params("plan"), hopper.pop()[2])
+    assert found["k_map"] == fake_map(k.data_ptr(), BFLOAT16, (128, 16, 2, 20), (128, 2048, 4096), (64, 16, 1, 1))
+
+
+def test_single_launch(hopper):
+    import torch
+
+    import pyinfer
+
+    q, k, v = (torch.zeros(n, h, 64, dtype=torch.float16) for n, h in ((3000, 8), (5000, 4), (5000, 4)))
+    pyinfer.single_prefill_with_kv_cache(q, k, v, causal=True, logits_soft_cap=30.0)
+    name, grid, data, *_ = hopper.pop()
+    assert name.startswith("prefill_sm90_f16_d64_single_softcap") and grid == (47 * 4, 1, 1)
+    found = stub_driver.fields(attention_sm90.sm90_params("single"), data)
+    assert (found["qo_len"], found["kv_len"], found["num_splits"], found["kv_indices"]) == (3000, 5000, 1, 0)
+    assert found["k_map"] == fake_map(k.data_ptr(), FLOAT16, (64, 5000, 4, 1), (256, 64, 0), (64, 128, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "case", [dict(page_size=1), dict(page_size=20), dict(dim=256), dict(out_dtype="float32"), dict(offset=1)]
+)
+def test_falls_back(hopper, case):
+    """What the kernel does not cover runs on the sm80 kernel, with the same plan."""
+    import torch
+
+    if "out_dtype" in case:
+        case = dict(case, out_dtype=getattr(torch, case["out_dtype"]))
+    run_plan(torch, **case)
+    assert hopper.pop()[0].startswith("prefill_sm80")
+
+
+def test_bound_launch_follows_addresses(hopper):
+    import torch
+
+    bound, _, (_, k, *_) = run_plan(torch, 16, bind=True)
+    for addresses in ((16, 32, 48, 64, 0), (16, 1 << 36, 48, 64, 0), (32, 1 << 36, 1 << 37, 64, 128)):
+        bound(7, *addresses)
+        found = stub_driver.fields(attention_sm90.sm90_params("plan"), hopper.pop()[2])
+        assert tuple(found[n] for n in ("q", "k", "v", "out", "lse")) == addresses
+        for name, address in (("k_map", addresses[1]), ("v_map", addresses[2])):
+            assert found[name] == fake_map(
+                address, BFLOAT16, (128, 16, 2, 20), tuple(k.stride()[i] for i in (1, 2, 0)), (64, 16, 1, 1)
+            )
+
+
+def test_choice(monkeypatch):
+    attention_sm90.enabled.cache_clear()
+    monkeypatch.delenv("PYINFER_SM90", raising=False)
+    assert attention_sm90.config_for(90, BFLOAT16, 128, 128, 1000) is None
+    attention_sm90.enabled.cache_clear()
+    monkeypatch.setenv("PYINFER_SM90", "1")
+    chosen = attention_sm90.config_for
+    assert chosen(90, BFLOAT16, 128, 128, 65).tile_q == 128
+    assert (
+        chosen(90, FLOAT16, 64, 64, 1000, FLOAT16, AttentionOptions(sinks=True)) is not None
+    )  # planned alike, run by sm80
+    for arch in (80, 89, 100, 120):
+        assert chosen(arch, BFLOAT16, 128, 128, 1000) is None
+    for case in (
+        (FLOAT32, 128, 128, 1000),
+        (BFLOAT16, 256, 256, 1000),
+        (BFLOAT16, 128, 64, 1000),
+        (BFLOAT16, 128, 128, 64),
+    ):
+        assert chosen(90, *case) is None
+    assert chosen(90, BFLOAT16, 128, 128, 1000, FLOAT16) is None
+    assert chosen(90, BFLOAT16, 128, 128, 1000, None, AttentionOptions(alibi=True)) is None
+    attention_sm90.enabled.cache_clear()
+
+
+def test_asked_for_but_not_covered():
+    config = attention_sm90.candidates(128)[0]
+    from pyinfer.core.tensor import view
+
+    x = view(np.zeros((4, 2, 128), np.float16))
+    with pytest.raises(ValueError, match=r"attention: config cannot run this call: got q128_kv128_s2"):
+        attention_sm90.check(config, x, x, x, x, "NHD", 1, PLAIN, True)
+
+
+def test_tensor_map_field():
+    params = ParamStruct("P", *(ptr(f"p{i}") for i in range(8)), tensor_map("m"), i32("n"))
+    assert (
+        params.size == 256
+        and "struct alignas(64) Params" in params.cpp_source()
+        and "TensorMap m;" in params.cpp_source()
+    )
+    data = params.pack(*range(8), bytes(range(128)), 5)
+    assert len(data) == 256 and data[64:192] == bytes(range(128)) and data[192] == 5
+    with pytest.raises(ValueError, match="tensor map m does not lie at a multiple of 64 bytes"):
+        ParamStruct("P", ptr("p"), tensor_map("m"))
+
+
+def test_encodable():
+    shape, strides = (128, 10, 2, 5), (256, 128, 2560)
+    assert tensormap.encodable(1024, shape, strides, 2)
+    assert tensormap.encodable(1024, (128, 10, 1, 1), (256, 0, 0), 2)  # axes of size 1
+    assert not tensormap.encodable(1032, shape, strides, 2)
+    assert not tensormap.encodable(1024, (128, 0, 2, 1), strides, 2)
+    assert not tensormap.encodable(1024, shape, (0, 128, 2560), 2)  # a broadcast tensor
+    assert not tensormap.encodable(1024, shape, (-256, 128, 2560), 2)
+    assert not tensormap.encodable(1024, shape, (257, 128, 2560), 2)
+    assert not tensormap.encodable(1024, shape, (1 << 40, 128, 2560), 2)
+    with pytest.raises(ValueError, match="no TMA over shape"):
+        tensormap.encode(8, BFLOAT16, shape, strides, (64, 128, 1, 1))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dim", attention_sm90.HEAD_DIMS)
+def test_compiles(dim):
+    """No spill, no warning of ptxas about wgmma or setmaxnreg, the planned shared memory."""
+    for i, config in enumerate(attention_sm90.candidates(dim)):
+        dtype, source, variant = (
+            ("bfloat16", "float16")[i % 2],
+            ("plan", "single")[i // 2 % 2],
+            ("plain", "softcap")[(i + 1) // 2 % 2],
+        )
+        artifact = attention_sm90.gen_prefill_sm90(config, dtype, source, variant).build("90a")
+        used = artifact.resources
+        assert used.spill_stores == used.spill_loads == used.stack == 0, (config.tag, used)
+        assert used.registers == 168 and config.smem + used.smem <= 227 * 1024, (config.tag, used)
+        assert not [line for line in artifact.log.splitlines() if "(C75" in line], (config.tag, artifact.log)
