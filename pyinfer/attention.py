@@ -245,9 +245,9 @@ class BatchAttention:
         assert b is not None
         variant = "softcap" if b.soft_cap > 0.0 else "plain"
         config, pod, kernel = device_pod(home.device, b.q_dtype, b.head_dim_qk, "plan", variant)
-        on_host = isinstance(b.indices, np.ndarray)
+        host_indices = b.indices if isinstance(b.indices, np.ndarray) else None
         plans = mixed_plan(
-            b.qo_indptr, b.kv_indptr, b.indices if on_host else None, b.kv_len, num_qo_heads=b.num_qo_heads, num_kv_heads=b.num_kv_heads,
+            b.qo_indptr, b.kv_indptr, host_indices, b.kv_len, num_qo_heads=b.num_qo_heads, num_kv_heads=b.num_kv_heads,
             head_dim_qk=b.head_dim_qk, head_dim_vo=b.head_dim_vo, page_size=b.page_size, prefill_tile=(config.prefill.tile_q, config.prefill.tile_kv),
             decode_tile=(config.decode.tile_q, config.decode.tile_kv), num_sms=num_sms(home.device), ctas_per_sm=config.ctas_per_sm, causal=b.causal,
             max_page=b.max_page, op=self._op,
@@ -257,7 +257,7 @@ class BatchAttention:
             self._workspace = DeviceBuffer(home.device, home.framework)
         first = plans.prefill.pack()
         ptr = self._buffer.upload(np.concatenate([first, plans.decode.pack()]), current_stream(home))  # one copy
-        if on_host:
+        if host_indices is not None:
             indices_ptr = ptr + 4 * plans.prefill.offsets.kv_indices
         else:
             assert isinstance(b.indices, TensorView)

@@ -2,4 +2,15 @@
 
 from __future__ import annotations
 
-NAMES = ("decode", "prefill", "cascade", "mla", "memory_bound", "sampling", "host_cost", "cold_start", "cpu_attention", "llm")
+NAMES = (
+    "decode",
+    "prefill",
+    "cascade",
+    "mla",
+    "memory_bound",
+    "sampling",
+    "host_cost",
+    "cold_start",
+    "cpu_attention",
+    "llm",
+)

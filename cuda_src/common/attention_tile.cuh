@@ -180,8 +180,8 @@ struct AttentionTile {
 
     // Scores that the row may not see become -inf. `token_of(packed_row)` gives a row's query token.
     template <typename Variant, typename TokenOf>
-    PYINFER_DEVICE void mask_scores(const Variant& variant, const AttentionWork& w, int packed_row, int kv_token,
-                                    const RowVisibility& visibility, const TokenOf& token_of) {
+    PYINFER_DEVICE void mask_scores(const Variant& variant, const AttentionWork& w, int packed_row, int kv_token, const RowVisibility& visibility,
+                                    const TokenOf& token_of) {
 #pragma unroll
         for (int m = 0; m < M_BLOCKS; ++m) {
 #pragma unroll
@@ -288,8 +288,7 @@ struct AttentionTile {
             for (int d = 0; d < VO_BLOCKS; d += 2) {
                 if (column(d, 0) < HEAD_DIM_VO) {
                     *reinterpret_cast<float4*>(row + column(d, 0)) =
-                        make_float4(out[m][d][2 * h] * factor, out[m][d + 1][2 * h] * factor, out[m][d][2 * h + 1] * factor,
-                                    out[m][d + 1][2 * h + 1] * factor);
+                        make_float4(out[m][d][2 * h] * factor, out[m][d + 1][2 * h] * factor, out[m][d][2 * h + 1] * factor, out[m][d + 1][2 * h + 1] * factor);
                 }
             }
         } else {

@@ -80,8 +80,7 @@ struct AttentionVariant {
     float scale;  // base-2 exponent per unit of (transformed) score
     float v_scale;
 
-    PYINFER_DEVICE explicit AttentionVariant(const Params& params)
-        : p(params), scale(TRANSFORMS_LOGITS ? 1.0f : params.logit_scale), v_scale(params.v_scale) {}
+    PYINFER_DEVICE explicit AttentionVariant(const Params& params) : p(params), scale(TRANSFORMS_LOGITS ? 1.0f : params.logit_scale), v_scale(params.v_scale) {}
 
     struct Row {
         int request, q_token, qo_head, kv_head, last_key;
@@ -117,8 +116,7 @@ struct AttentionVariant {
                 const int within = q_abs - static_cast<int>(r.prefix);
                 r.item_begin = 0;
                 if (within >= 0) {
-                    const int position =
-                        within < p.token_pos_len ? p.token_pos[static_cast<int64_t>(w.request) * p.token_pos_len + within] : 0;
+                    const int position = within < p.token_pos_len ? p.token_pos[static_cast<int64_t>(w.request) * p.token_pos_len + within] : 0;
                     r.item_begin = q_abs - position + 1;
                 }
             }

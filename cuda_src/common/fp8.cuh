@@ -14,9 +14,7 @@ PYINFER_DEVICE uint32_t e4m3x2_by_bits(uint32_t x) {
         asm("mul.f16x2 %0, %1, %2;" : "=r"(r) : "r"(small), "r"(0x5c005c00u));  // 2^8
     } else {
         const uint32_t small = (spread & 0x80008000u) | (magnitude >> 4);
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;"
-            : "=r"(r)
-            : "r"(small), "r"(0x7b807b80u), "r"(0x80008000u));  // 2^120, and -0, which changes nothing
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(small), "r"(0x7b807b80u), "r"(0x80008000u));  // 2^120, and -0, which changes nothing
     }
     const uint32_t nan = (magnitude + 0x01000100u) & 0x80008000u;  // only the magnitude 0x7f reaches the sign's place
     return r | (nan - (nan >> 15));

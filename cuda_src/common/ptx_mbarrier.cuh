@@ -28,7 +28,8 @@ PYINFER_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         "@done bra through;\n"
         "bra again;\n"
         "through:\n"
-        "}\n" ::"r"(barrier), "r"(parity)
+        "}\n" ::"r"(barrier),
+        "r"(parity)
         : "memory");
 }
 

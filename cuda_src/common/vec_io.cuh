@@ -54,9 +54,7 @@ struct raw_vec : raw_words<static_cast<int>(sizeof(T)) * N> {
     PYINFER_DEVICE static raw_vec load_once(const T* p) {
         if constexpr (BYTES == 16) {
             raw_vec v;
-            asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-                         : "l"(p));
+            asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
             return v;
         } else if constexpr (BYTES == 8) {
             raw_vec v;
@@ -81,9 +79,7 @@ struct raw_vec : raw_words<static_cast<int>(sizeof(T)) * N> {
     // Written and not read again soon: first out of L2.
     PYINFER_DEVICE void store_stream(T* p) const {
         if constexpr (BYTES == 16) {
-            asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(this->w[0]), "r"(this->w[1]), "r"(this->w[2]),
-                         "r"(this->w[3])
-                         : "memory");
+            asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(this->w[0]), "r"(this->w[1]), "r"(this->w[2]), "r"(this->w[3]) : "memory");
         } else {
             store(p);
         }

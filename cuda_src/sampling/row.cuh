@@ -132,7 +132,7 @@ PYINFER_DEVICE LogitsState prepare_logits(const Row<T>& row, float inverse_tempe
     }
     uint64_t sum = 0;
     row.template walk<Logits<T>::DEPTH>(0, row.num_vecs, threadIdx.x, BLOCK, Logits<T>::fill(),
-             [&](T x, int) { sum += mass_of(__float_as_uint(logits.weight(x)), SCALE_BITS).units(); });
+                                        [&](T x, int) { sum += mass_of(__float_as_uint(logits.weight(x)), SCALE_BITS).units(); });
     sum = block_sum(sum, scratch);
     logits.inverse_sum = __frcp_rn(mass_to_float(sum, SCALE_BITS));
     return state;

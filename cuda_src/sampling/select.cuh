@@ -237,8 +237,7 @@ PYINFER_DEVICE CandidateKeys collect(const Keys& keys, uint32_t low, SelectShare
 
 // One search, or two (top-k first): `then_top_p` below 1 is applied to what `filter` keeps, renormalised.
 template <int LEVELS, typename Keys>
-PYINFER_DEVICE Selection search_in_turn(const Keys& keys, Filter filter, float then_top_p, uint32_t low, uint32_t high, int s,
-                                        SelectShared& sh) {
+PYINFER_DEVICE Selection search_in_turn(const Keys& keys, Filter filter, float then_top_p, uint32_t low, uint32_t high, int s, SelectShared& sh) {
     Selection kept{low, 0};
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {  // a loop, for the search to be compiled once

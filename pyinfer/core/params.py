@@ -103,7 +103,9 @@ class ParamStruct:
             )
         for i in maps:
             if struct.calcsize("@" + "".join(f.code for f in fields[:i])) % 64:
-                raise ValueError(f"ParamStruct {name}: tensor map {fields[i].name} does not lie at a multiple of 64 bytes")
+                raise ValueError(
+                    f"ParamStruct {name}: tensor map {fields[i].name} does not lie at a multiple of 64 bytes"
+                )
         alignment = 64 if maps else 8
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "alignment", alignment)
