@@ -137,7 +137,14 @@ def config_for(
 def sm90_params(source: str) -> ParamStruct:
     """The sm80 family's fields, with the tensor maps behind the first eight pointers and the box height at the end."""
     maps = (tensor_map("k_map", "4-D: head_dim, token, head, page"), tensor_map("v_map"))
-    fields = (*_RUN_FIELDS[:_POINTERS], *maps, *_RUN_FIELDS[_POINTERS:], *_SCALE_FIELDS, *_SHAPE_FIELDS, *_SOURCE_FIELDS[source])
+    fields = (
+        *_RUN_FIELDS[:_POINTERS],
+        *maps,
+        *_RUN_FIELDS[_POINTERS:],
+        *_SCALE_FIELDS,
+        *_SHAPE_FIELDS,
+        *_SOURCE_FIELDS[source],
+    )
     return ParamStruct(
         f"{'Planned' if source == 'plan' else 'Single'}Sm90Params", *fields, i32("box_rows", "keys of a TMA box")
     )
@@ -211,14 +218,18 @@ def box_rows(config: Sm90Config, page_size: int) -> int:
     return rows if rows % 8 == 0 else 0  # the swizzle repeats every 8 rows
 
 
-def tma_view(x: TensorView, kv_layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def tma_view(x: TensorView | _Layout, kv_layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """K or V as a 4-D tensor (head_dim, token, head, page): shape, and strides of the outer three axes. A ragged tensor is one page."""
     shape, strides = tuple(x.shape), tuple(x.strides)
     if len(shape) == 3:
         shape, strides = (1, *shape), (0, *strides)
     pages, first, second, dim = shape
     page, a, b, _ = strides
-    return ((dim, second, first, pages), (b, a, page)) if kv_layout == "HND" else ((dim, first, second, pages), (a, b, page))
+    return (
+        ((dim, second, first, pages), (b, a, page))
+        if kv_layout == "HND"
+        else ((dim, first, second, pages), (a, b, page))
+    )
 
 
 def covers(
@@ -239,10 +250,20 @@ def covers(
 def check(config: Sm90Config, *call: Any) -> None:
     """ValueError if a configuration was asked for that cannot run the call; arguments as `covers`."""
     if not covers(config, *call):
-        fail("attention", "config", "cannot run this call", config.tag, "what attention_sm90.covers", "Pass config=None.")
+        fail(
+            "attention", "config", "cannot run this call", config.tag, "what attention_sm90.covers", "Pass config=None."
+        )
 
 
-def kv_maps(config: Sm90Config, k: TensorView, v: TensorView, kv_layout: str, page_size: int, k_ptr: int, v_ptr: int) -> tuple[bytes, bytes]:
+def kv_maps(
+    config: Sm90Config,
+    k: TensorView | _Layout,
+    v: TensorView | _Layout,
+    kv_layout: str,
+    page_size: int,
+    k_ptr: int,
+    v_ptr: int,
+) -> tuple[bytes, bytes]:
     """The tensor maps of K and V at these addresses."""
     box = (COLUMNS, box_rows(config, page_size), 1, 1)
     k_view, v_view = tma_view(k, kv_layout), tma_view(v, kv_layout)
@@ -254,9 +275,11 @@ class BoundSm90:
 
     __slots__ = ("_bound", "_maps")
 
-    def __init__(self, bound: BoundLaunch, config: Sm90Config, k: TensorView, v: TensorView, kv_layout: str, page_size: int) -> None:
+    def __init__(
+        self, bound: BoundLaunch, config: Sm90Config, k: TensorView, v: TensorView, kv_layout: str, page_size: int
+    ) -> None:
         self._bound = bound
-        self._maps = functools.partial(kv_maps, config, *(_Layout(x) for x in (k, v)), kv_layout, page_size)
+        self._maps = functools.partial(kv_maps, config, _Layout(k), _Layout(v), kv_layout, page_size)
 
     def __call__(self, stream: int, *pointers: int) -> None:
         """Launch on `stream` with these addresses of q, k, v, out and lse."""
@@ -264,7 +287,8 @@ class BoundSm90:
         addresses = pointers[1:3]
         if getattr(slot, "kv_addresses", None) != addresses:
             maps = b"".join(self._maps(*addresses))
-            slot.own.params[_MAP_OFFSET : _MAP_OFFSET + len(maps)] = maps
+            params: Any = slot.own.params  # a ctypes array takes bytes; its stubs do not say so
+            params[_MAP_OFFSET : _MAP_OFFSET + len(maps)] = maps
             slot.kv_addresses = addresses
         self._bound(stream, *pointers)
 
