@@ -175,7 +175,7 @@ def stages(config: Any, dtype: Any) -> None:
             .contiguous()
         )
         got = single(q1, k1, v, config, name + " 3 PV keys")[0]
-        if not bool((got == key).all()):
+        if not bool(((got.float() - key).abs() < 0.5).all()):
             bad.append((key, got[0, 0, 0].item(), got[rows // 2, 0, 0].item()))
     report(name + " 3 PV keys", not bad, f"(key, got in row 0, in row {rows // 2}): {bad[:8]}")
     # 4 all together, one tile; 5 the pipeline: several tiles; 6 masks and edges
