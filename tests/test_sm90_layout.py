@@ -63,14 +63,17 @@ def kernel(request):
     config = request.param
     source = render(attention_sm90.gen_prefill_sm90(config, "bfloat16"), "90a")
     tile, dim = config.tile_kv, config.head_dim_qk
-    constants = dict(
-        Q_BLOCK=64 * 128, KV_BLOCK=tile * 128, HEAD_DIM_QK=dim, HEAD_DIM_VO=dim, TILE_KV=tile
-    )
+    constants = dict(Q_BLOCK=64 * 128, KV_BLOCK=tile * 128, HEAD_DIM_QK=dim, HEAD_DIM_VO=dim, TILE_KV=tile)
     for name in ("Q_BLOCK", "KV_BLOCK"):
         value = expression(source, rf"constexpr int {name} = (.+?);")
         assert value(**constants) == constants[name]
     header = (SOURCES / "common" / "ptx_wgmma.cuh").read_text()
-    assert "address >> 4" in header and "(leading >> 4) << 16" in header and "(stride >> 4) << 32" in header and "1ull << 62" in header
+    assert (
+        "address >> 4" in header
+        and "(leading >> 4) << 16" in header
+        and "(stride >> 4) << 32" in header
+        and "1ull << 62" in header
+    )
 
     def descriptor(which, address):
         leading, stride = re.search(rf"{which} = wgmma_descriptor\(.+?\), (\w+), (\w+)\);", source).groups()
@@ -85,7 +88,10 @@ def load_tile(memory, base, values, constants, rows):
     tile, dim = values.shape
     for lane in range(tile // rows):
         for x in range(0, dim, 64):
-            memory.tma(base + x // 64 * constants["KV_BLOCK"] + lane * rows * 128, values[lane * rows : (lane + 1) * rows, x : x + 64])
+            memory.tma(
+                base + x // 64 * constants["KV_BLOCK"] + lane * rows * 128,
+                values[lane * rows : (lane + 1) * rows, x : x + 64],
+            )
 
 
 def boxes(tile):
@@ -101,7 +107,10 @@ def test_box_address(kernel):
 def test_queries(kernel):
     config, source, constants, descriptor = kernel
     dim = config.head_dim_qk
-    offset = expression(source, r"const uint32_t place = (chunk / 8 \* Q_BLOCK) \+ swizzled_offset<128>\(warp % 4 \* 16 \+ row, chunk % 8\);")
+    offset = expression(
+        source,
+        r"const uint32_t place = (chunk / 8 \* Q_BLOCK) \+ swizzled_offset<128>\(warp % 4 \* 16 \+ row, chunk % 8\);",
+    )
     swizzled = (SOURCES / "common" / "swizzle.cuh").read_text()
     assert "row * ROW_BYTES + ((chunk ^ (row & 7)) << 4)" in swizzled
     base, memory = 3 * 1024, Memory(64 * 1024)
@@ -163,7 +172,9 @@ def test_weights_are_the_a_operand(kernel):
             for register, block, first, other, second in found:
                 assert block == other
                 n = eval(block, {}, {"step": step})
-                held = [(g + 8 * (int(i) // 2), 8 * n + 2 * t + int(i) % 2) for i in (first, second)]  # (row, key) of accumulators
+                held = [
+                    (g + 8 * (int(i) // 2), 8 * n + 2 * t + int(i) % 2) for i in (first, second)
+                ]  # (row, key) of accumulators
                 row, key = g + 8 * (int(register) % 2), 16 * step + 2 * t + 8 * (int(register) // 2)
                 assert held == [(row, key), (row, key + 1)]
 
