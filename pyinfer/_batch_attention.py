@@ -19,7 +19,7 @@ from pyinfer._attention_options import (
 )
 from pyinfer._batch_run import BatchRun
 from pyinfer._repeated_run import RepeatedRun
-from pyinfer.core.dtypes import INT32, UINT8, DType
+from pyinfer.core.dtypes import INT32, INT64, UINT8, DType
 from pyinfer.core.errors import (
     check_dtype,
     check_last_dim_contiguous,
@@ -428,8 +428,10 @@ class BatchAttention(BatchRun):
         if v.device < 0:
             return host_ints(indices, op, self._page_arg)
         check_ndim(op, self._page_arg, v, 1)
-        check_dtype(op, self._page_arg, v, (INT32,))
+        check_dtype(op, self._page_arg, v, (INT32,) if v.framework == "dlpack" else (INT32, INT64))
         check_last_dim_contiguous(op, self._page_arg, v)
+        if v.dtype is INT64:  # narrowed where it lies, in stream order
+            v = view(v.obj.int() if v.framework == "torch" else v.obj.astype("int32"), op, self._page_arg)
         if len(indptr) and v.shape[0] < indptr[-1]:
             fail(
                 op,

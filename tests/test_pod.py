@@ -138,7 +138,7 @@ def test_cuda_graph(rng, backend_arrays):
     buffers = [b.array(np.zeros(n), "int32") for n in (5, 256, 4)]
 
     def make():
-        workspace = b.array(np.zeros(64, np.uint8))
+        workspace = b.array(np.zeros(8 << 20, np.uint8))
         return pyinfer.PODWithPagedKVCacheWrapper(workspace, "NHD", True, *(x.clone() for x in buffers))
 
     wrapper, eager = make(), make()

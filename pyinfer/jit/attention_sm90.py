@@ -192,7 +192,7 @@ def gen_prefill_sm90(config: Sm90Config, dtype: DType | str, source: str = "plan
     )
 
 
-def all_specs() -> list[JitSpec]:
+def hopper_specs() -> list[JitSpec]:
     """The specs worth building ahead, for 9.0a alone."""
     return [
         gen_prefill_sm90(candidates(dim)[0], dtype, source, variant)
