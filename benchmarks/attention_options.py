@@ -71,13 +71,13 @@ def runner(p: Problem, kv_dtype: Any, options: Any, more: dict[str, Any]) -> tup
     kept = (buffer, workspace, keys, values, out, more)
     arguments = {name: value for name, value in more.items() if not name.startswith("_")}
     soft_cap = arguments.get("logits_soft_cap", 0.0) > 0
-    kernel = prepare_attention(0, plan, buffer.data_ptr(), q.dtype, soft_cap, None, k.dtype, o.dtype, options).kernel
+    kernel = prepare_attention(0, plan, buffer.data_ptr(), q.dtype, soft_cap, config, k.dtype, o.dtype, options).kernel
     stream = torch.cuda.current_stream().cuda_stream
 
     def run(_kept: Any = kept) -> None:
         launch_attention(
             0, stream, buffer.data_ptr(), plan, q, k, v, buffer.data_ptr() + 4 * plan.offsets.kv_indices, "NHD", o, None, workspace.data_ptr(),
-            sm_scale=dim**-0.5, options=options, **arguments,
+            sm_scale=dim**-0.5, options=options, config=config, **arguments,
         )  # fmt: skip
 
     return kernel, run

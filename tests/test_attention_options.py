@@ -180,7 +180,12 @@ def run_case(
         out = upload(memory, out_host)
         lse = put(np.full(q_host.shape[:2], np.nan, np.float32))
         common: dict[str, Any] = dict(
-            sm_scale=qk**-0.5, logits_soft_cap=c.soft_cap, v_scale=c.v_scale, options=options, extras=extra_values
+            config=config,
+            sm_scale=qk**-0.5,
+            logits_soft_cap=c.soft_cap,
+            v_scale=c.v_scale,
+            options=options,
+            extras=extra_values,
         )
         if c.single:
             cut = single_schedule(
