@@ -251,7 +251,12 @@ class PODWithPagedKVCacheWrapper:
         window = common.check_window(op, window_left_p)
         seen = kv_len - (min(rows, kv_len) // 2 if causal else 0)
         prefill_load = float(-(-packed // tile_q) * num_kv_heads * (seen + ITEM_COST))
-        share = rate(prefill_load, load(plan))
+        if plan.capacity is None:
+            decode_load = load(plan)
+        else:  # a captured launch keeps its share and its splits: they must not follow the plan, or replays and eager runs would round differently
+            pages = d._buffers["paged_kv_indices_buffer"].shape[0]
+            decode_load = float(num_kv_heads * (pages * plan.page_size + plan.capacity.max_batch * ITEM_COST))
+        share = rate(prefill_load, decode_load)
         schedule = single_schedule(
             rows, kv_len, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_vo=dim, tile_q=tile_q, tile_kv=config.prefill.tile_kv,
             num_sms=max(num_sms(qp.device) * share >> 16, 1), ctas_per_sm=config.ctas_per_sm, causal=causal, window_left=window,
