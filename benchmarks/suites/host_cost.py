@@ -24,6 +24,9 @@ Setup = Callable[[Any], Callable[[], Any]]
 
 def run(ctx: Context) -> None:
     """plan() of decode and prefill, run(), operators; FlashInfer the same way."""
+    from pyinfer.schedulers import lazy
+
+    lazy.wait()  # a process's first plans run interpreted: a matter of cold_start
     tiny = ctx.device == "cpu"
     dtype, dim, heads = ("float32", 32, (4, 2)) if tiny else ("bfloat16", 128, (32, 8))
 
