@@ -10,6 +10,7 @@ from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import check_dtype, check_same_device, check_same_dtype, check_shape, fail
 from pyinfer.core.rows import common_row_layout, vector_length
 from pyinfer.core.tensor import empty, view
+from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
@@ -142,3 +143,6 @@ def __getattr__(name: str) -> Any:
 
         return act_func_def_str
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

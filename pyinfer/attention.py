@@ -18,6 +18,7 @@ from pyinfer.core.errors import (
     fail_type,
 )
 from pyinfer.core.tensor import TensorView, current_stream, empty, host_ints, view
+from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
     from pyinfer.schedulers.mixed import MixedPlan
@@ -402,3 +403,6 @@ class BatchAttention:
                 got = f"0..{x.shape[0] - 1} ({name} has {x.shape[0]} pages)"
                 fail(op, "kv_indices", "names a page outside the cache", b.max_page, got)
         return k, v
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

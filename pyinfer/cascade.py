@@ -21,6 +21,7 @@ from pyinfer.core.errors import (
 )
 from pyinfer.core.rows import vector_length
 from pyinfer.core.tensor import TensorView, current_stream, empty, view
+from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
@@ -233,3 +234,6 @@ def _merge_states_kernel(device: int, dtype: DType, head_dim: int, vec: int) -> 
         THREADS // row_lanes(head_dim, vec),
         pdl_supported(device),
     )
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

@@ -14,6 +14,7 @@ from pyinfer._support import out_dtype, plan_dtypes
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import fail
 from pyinfer.core.tensor import TensorView, empty, view
+from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
     from pyinfer.schedulers.plan import AttentionPlan
@@ -408,3 +409,6 @@ def __getattr__(name: str) -> Any:
 
         return BatchDecodeMlaWithPagedKVCacheWrapper
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

@@ -10,6 +10,7 @@ from pyinfer import _attention as common
 from pyinfer._attention import host_metadata
 from pyinfer._paged_mla import CUDA_DIMS, PagedMla, one_dtype
 from pyinfer.core.errors import fail
+from pyinfer.torch_ops import attach
 
 __all__ = ["BatchDecodeMlaWithPagedKVCacheWrapper", "BatchMLAPagedAttentionWrapper"]
 
@@ -269,3 +270,6 @@ class BatchDecodeMlaWithPagedKVCacheWrapper(PagedMla):
         return self._run_mla(
             q_nope, q_pe, paged_ckv_cache, paged_kpe_cache, out, lse, return_lse, False, scale, enable_pdl
         )
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

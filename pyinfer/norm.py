@@ -10,6 +10,7 @@ from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import check_dtype, check_ndim, check_same_device, check_same_dtype, check_shape
 from pyinfer.core.rows import common_row_layout, row_layout, vector_length
 from pyinfer.core.tensor import TensorView, empty, view
+from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
@@ -199,3 +200,6 @@ def _fused_add_rmsnorm_kernel(device: int, dtype: str, hidden: int, vec: int, ge
 
     spec = gen_fused_add_rmsnorm(dtype, hidden, vec, gemma)
     return spec.build_and_load(device), spec.block[1], pdl_supported(device)
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

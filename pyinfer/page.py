@@ -19,6 +19,7 @@ from pyinfer.core.errors import (
 )
 from pyinfer.core.rows import vector_length
 from pyinfer.core.tensor import TensorView, as_numpy, empty, view
+from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
@@ -449,3 +450,6 @@ def _append_kernel(
     block, unroll = append_config(heads * max(key_chunks, value_chunks))
     kernel = gen_append(access, heads, key_chunks, value_chunks).build_and_load(device)
     return kernel, pdl_supported(device), block * unroll
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

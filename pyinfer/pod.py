@@ -8,6 +8,7 @@ from pyinfer import _attention as common
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import fail
 from pyinfer.core.tensor import TensorView, current_stream, empty, view
+from pyinfer.torch_ops import attach
 
 __all__ = ["PODWithPagedKVCacheWrapper"]
 
@@ -282,3 +283,6 @@ class PODWithPagedKVCacheWrapper:
 def _outputs(q: TensorView, dim: int, with_lse: bool) -> tuple[Any, Any]:
     rows, heads, _ = q.shape
     return empty(q, (rows, heads, dim)), empty(q, (rows, heads), FLOAT32) if with_lse else None
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

@@ -15,6 +15,7 @@ from pyinfer._support import out_dtype
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import device_name, fail
 from pyinfer.core.tensor import empty, view
+from pyinfer.torch_ops import attach
 
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
@@ -460,3 +461,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         common.deprecated(f"{self._op}.forward", "run")
         self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, bool(causal), rope_scale, rope_theta)
         return self.run(q, k, v, return_lse=return_lse)
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

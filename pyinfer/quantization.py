@@ -11,6 +11,7 @@ from pyinfer._attention import copy_to_buffer
 from pyinfer.core.dtypes import BOOL, INT32, UINT8
 from pyinfer.core.errors import check_dtype, check_ndim, fail
 from pyinfer.core.tensor import TensorView, as_numpy, current_stream, empty, host_ints, view
+from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
@@ -150,3 +151,6 @@ def _kernel(device: int, big: bool, segments: bool, vectors: bool) -> tuple[Kern
     from pyinfer.jit.quantization import gen_packbits
 
     return gen_packbits(big, segments, vectors).build_and_load(device), pdl_supported(device)
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

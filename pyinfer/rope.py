@@ -23,6 +23,7 @@ from pyinfer.core.errors import (
 )
 from pyinfer.core.rows import vector_length
 from pyinfer.core.tensor import TensorView, as_numpy, empty, view
+from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
@@ -559,3 +560,6 @@ def _rope_kernel(
 
     spec = gen_rope(mode, dtype, rotary_dim, interleave, num_heads, vec)
     return spec.build_and_load(device), spec.block[1], pdl_supported(device)
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

@@ -28,6 +28,7 @@ from typing import Any, Literal
 from pyinfer import _sampling, _speculative
 from pyinfer._sampling import ALL, FIRST, JOINT, MIN_P
 from pyinfer.core.errors import fail
+from pyinfer.torch_ops import attach
 
 __all__ = [
     "chain_speculative_sampling",
@@ -435,3 +436,6 @@ def chain_speculative_sampling(
 
 top_p_renorm_prob = top_p_renorm_probs
 top_k_renorm_prob = top_k_renorm_probs
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions

@@ -16,6 +16,7 @@ from pyinfer import _attention as common
 from pyinfer.core.dtypes import FLOAT32, canonical_dtype
 from pyinfer.core.errors import check_shape, fail, fail_type
 from pyinfer.core.tensor import as_numpy, empty, host_ints, view
+from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
     from pyinfer.core.tensor import TensorView
@@ -447,3 +448,6 @@ class VariableBlockSparseAttentionWrapper(_Sparse):
         """Deprecated: `run`."""
         common.deprecated(f"{self._op}.forward", "run")
         return self.run(q, k, v, **kwargs)
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions
