@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 
-def attention(
+class Exact(NamedTuple):
+    """Attention in float64, and how far a computation in lower precision may be off.
+
+    `mean`: the weighted mean of |v| (times |v_scale|), what an error of the weights is relative to. `weight_error`: how far off, relatively, the weights of a
+    row may be if scores are computed with a relative error of `score_epsilon` of the sum of their products' magnitudes; inf where that decides nothing.
+    """
+
+    out: np.ndarray
+    lse: np.ndarray
+    mean: np.ndarray
+    score_error: np.ndarray
+    weight_error: np.ndarray
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """One request: q [n, Hq, D], k [m, Hkv, D], v [m, Hkv, Dv] -> out [n, Hq, Dv], base-2 lse [n, Hq]. A row without keys: 0 and -inf.
+
+    The options are those of `attention_with_bounds`.
+    """
+    exact = attention_with_bounds(q, k, v, **options)
+    return exact.out, exact.lse
+
+
+def attention_with_bounds(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
@@ -20,10 +45,12 @@ def attention(
     rope: tuple[float, float] | None = None,
     sinks: np.ndarray | None = None,
     items: tuple[int, list[int]] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One request: q [n, Hq, D], k [m, Hkv, D], v [m, Hkv, Dv] -> out [n, Hq, Dv], base-2 lse [n, Hq]. A row without keys: 0 and -inf.
+    score_epsilon: float = 0.0,
+) -> Exact:
+    """One request: q [n, Hq, D], k [m, Hkv, D], v [m, Hkv, Dv].
 
     mask: bool [n, m], True is seen; rope: (scale, theta); sinks: [Hq]; items: the prefix's length and, for each token behind it, its place in its item.
+    A visible score of +inf counts as the largest float32, one of -inf as hidden.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     if rope is not None:
@@ -41,31 +68,47 @@ def attention(
     if mask is not None:
         visible &= np.asarray(mask, bool).reshape(n, m)
     if items is not None:
-        for i, j in np.ndindex(n, m):
-            prefix, place = items[0], int(position[i, 0]) - items[0]
-            if place >= 0 and j >= prefix:
-                since = items[1][place] if place < len(items[1]) else 0
-                visible[i, j] &= int(position[i, 0]) - j < since
+        prefix = items[0]
+        place = position - prefix
+        since = np.array([items[1][p] if 0 <= p < len(items[1]) else 0 for p in place[:, 0]]).reshape(n, 1)
+        visible &= (place < 0) | (key < prefix) | (position - key < since)
     slopes = alibi_slopes(num_qo_heads)
     out = np.zeros((n, num_qo_heads, v.shape[2]))
+    mean = np.zeros_like(out)
     lse = np.full((n, num_qo_heads), -np.inf)
-    for h in range(num_qo_heads):
+    score_error, weight_error = np.zeros((n, num_qo_heads)), np.zeros((n, num_qo_heads))
+    for h in range(num_qo_heads if m else 0):
         kv_head = h // (num_qo_heads // num_kv_heads)
         logits = q[:, h] @ k[:, kv_head].T * scale
+        error = score_epsilon * (np.abs(q[:, h]) @ np.abs(k[:, kv_head]).T * abs(scale))
         if alibi:
-            logits = logits + slopes[h] * (key - np.arange(n)[:, None])
+            bias = slopes[h] * (key - np.arange(n)[:, None])
+            logits, error = logits + bias, error + score_epsilon * np.abs(bias)
         if logits_soft_cap > 0:
-            logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
-        for i in range(n):
-            row = logits[i, visible[i]]
-            if row.size == 0 or row.max() == -np.inf:
-                continue
-            top = row.max() if sinks is None else max(row.max(), float(sinks[h]))
-            weights = np.exp(row - top)
-            total = weights.sum() + (0.0 if sinks is None else np.exp(float(sinks[h]) - top))
-            out[i, h] = weights @ v[visible[i], kv_head] / total * v_scale
-            lse[i, h] = (top + np.log(total)) / np.log(2)
-    return out, lse
+            flat = np.tanh(logits / logits_soft_cap)
+            # The slope of tanh, at whichever end of the error's interval it is steepest, and never more than the whole range.
+            nearest = np.maximum(np.abs(logits) - error, 0) / logits_soft_cap
+            error = np.minimum(error * (1 - np.tanh(nearest) ** 2), 2 * logits_soft_cap)
+            logits = logits_soft_cap * flat
+        logits = np.where(visible, np.minimum(logits, np.finfo(np.float32).max), -np.inf)
+        error = np.where(np.isneginf(logits), 0, error).max(1)
+        own = np.full((n, 1), -np.inf if sinks is None else float(sinks[h]))
+        every = np.concatenate([logits, own], axis=1)  # the sink is one more score, without a value
+        live = ~np.isneginf(logits).all(1)
+        top = np.where(live, every.max(1), 0.0)
+        weights = np.where(live[:, None], np.exp(every - top[:, None]), 0)
+        total = np.where(live, weights.sum(1), 1)
+        share = weights[:, :m] / total[:, None]
+        out[:, h] = share @ v[:, kv_head] * v_scale
+        mean[:, h] = share @ np.abs(v[:, kv_head]) * abs(v_scale)
+        lse[live, h] = ((top + np.log(total)) / np.log(2))[live]
+        runner_up = np.sort(every, axis=1)[:, -2]
+        with np.errstate(over="ignore", invalid="ignore"):
+            decided = top - runner_up > 2 * error + 100  # the largest takes everything, whatever the rounding
+            off = np.where(error < 1, np.expm1(2 * error), np.inf)
+        score_error[live, h] = error[live]
+        weight_error[:, h] = np.where(live & ~decided, off, 0)
+    return Exact(out, lse, mean, score_error, weight_error)
 
 
 def alibi_slopes(heads: int) -> list[float]:
