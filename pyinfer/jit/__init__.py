@@ -13,7 +13,7 @@ _EXPORTS = {
     "JitError": "compiler",
     "clear_cache_dir": "cache",
 }
-FAMILIES = ("norm", "activation", "rope", "page", "cascade", "sampling", "attention", "pod", "mla", "quantization")
+FAMILIES = ("norm", "activation", "rope", "page", "cascade", "sampling", "attention", "pod", "mla", "quantization", "replan")
 """Modules of this package that have `all_specs()`."""
 
 
