@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 # tests/test_import.py fails when the two, or a family's __all__, part ways.
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "activation": ("gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"),
-    "attention": ("BatchAttention",),
+    "attention": ("BatchAttention", "BatchAttentionWithAttentionSinkWrapper"),
     "cascade": (
         "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
         "BatchPrefillWithSharedPrefixPagedKVCacheWrapper",
@@ -27,10 +27,23 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "decode": (
         "BatchDecodeWithPagedKVCacheWrapper",
         "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+        "fast_decode_plan",
         "single_decode_with_kv_cache",
     ),
+    "gemm": ("tinygemm_bf16",),
     "mla": ("BatchDecodeMlaWithPagedKVCacheWrapper", "BatchMLAPagedAttentionWrapper"),
-    "norm": ("fused_add_rmsnorm", "gemma_fused_add_rmsnorm", "gemma_rmsnorm", "rmsnorm"),
+    "norm": (
+        "fused_add_rmsnorm",
+        "fused_add_rmsnorm_dynamic_quant",
+        "fused_add_rmsnorm_quant",
+        "fused_rmsnorm_silu",
+        "gemma_fused_add_rmsnorm",
+        "gemma_rmsnorm",
+        "layernorm",
+        "rmsnorm",
+        "rmsnorm_dynamic_quant",
+        "rmsnorm_quant",
+    ),
     "page": (
         "append_paged_kv_cache",
         "append_paged_mla_kv_cache",
@@ -81,7 +94,8 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
 }
 _MODULE_OF = {name: family for family, names in _FAMILIES.items() for name in names}
 _MODULE_OF |= {"ModelConfig": "jit.warmup", "warmup": "jit.warmup", "support": "_support"}
-_SUBMODULES = (*_FAMILIES, "core", "jit", "profiler", "schedulers")
+_MODULE_OF |= {"install_as_flashinfer": "_flashinfer"}
+_SUBMODULES = (*_FAMILIES, "core", "jit", "profiler", "schedulers", "utils")
 
 __all__ = ["__version__", *sorted(_MODULE_OF), *_SUBMODULES]
 
@@ -91,11 +105,13 @@ if not os.path.isdir(os.path.join(__path__[0], "schedulers")):
     __path__.append(os.path.dirname(__path__[0]))
 
 if TYPE_CHECKING:
+    from pyinfer._flashinfer import install_as_flashinfer as install_as_flashinfer
     from pyinfer._support import support as support
     from pyinfer.activation import gelu_and_mul as gelu_and_mul
     from pyinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
     from pyinfer.activation import silu_and_mul as silu_and_mul
     from pyinfer.attention import BatchAttention as BatchAttention
+    from pyinfer.attention import BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper
     from pyinfer.cascade import (
         BatchDecodeWithSharedPrefixPagedKVCacheWrapper as BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
     )
@@ -110,15 +126,23 @@ if TYPE_CHECKING:
     from pyinfer.decode import (
         CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
     )
+    from pyinfer.decode import fast_decode_plan as fast_decode_plan
     from pyinfer.decode import single_decode_with_kv_cache as single_decode_with_kv_cache
+    from pyinfer.gemm import tinygemm_bf16 as tinygemm_bf16
     from pyinfer.jit.warmup import ModelConfig as ModelConfig
     from pyinfer.jit.warmup import warmup as warmup
     from pyinfer.mla import BatchDecodeMlaWithPagedKVCacheWrapper as BatchDecodeMlaWithPagedKVCacheWrapper
     from pyinfer.mla import BatchMLAPagedAttentionWrapper as BatchMLAPagedAttentionWrapper
     from pyinfer.norm import fused_add_rmsnorm as fused_add_rmsnorm
+    from pyinfer.norm import fused_add_rmsnorm_dynamic_quant as fused_add_rmsnorm_dynamic_quant
+    from pyinfer.norm import fused_add_rmsnorm_quant as fused_add_rmsnorm_quant
+    from pyinfer.norm import fused_rmsnorm_silu as fused_rmsnorm_silu
     from pyinfer.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
     from pyinfer.norm import gemma_rmsnorm as gemma_rmsnorm
+    from pyinfer.norm import layernorm as layernorm
     from pyinfer.norm import rmsnorm as rmsnorm
+    from pyinfer.norm import rmsnorm_dynamic_quant as rmsnorm_dynamic_quant
+    from pyinfer.norm import rmsnorm_quant as rmsnorm_quant
     from pyinfer.page import append_paged_kv_cache as append_paged_kv_cache
     from pyinfer.page import append_paged_mla_kv_cache as append_paged_mla_kv_cache
     from pyinfer.page import get_batch_indices_positions as get_batch_indices_positions

@@ -200,7 +200,7 @@ struct AttentionTile {
                         if constexpr (Variant::MASKS) {
                             visible = visible && variant.visible(known, kv_token + n * 8 + e);
                         }
-                        score[m][n][2 * h + e] = visible ? score[m][n][2 * h + e] : -infinity();
+                        score[m][n][2 * h + e] = visible ? score[m][n][2 * h + e] : Variant::hidden();
                     }
                 }
             }
@@ -209,8 +209,12 @@ struct AttentionTile {
 
     // Softmax of the scores and out += P V. The weights of 16 keys are made just before their mma, so that the special-function unit
     // works on one step while the tensor cores work on the one before. P's accumulators are already the A fragments of the second product.
+    // Without SOFTMAX the scores are the weights.
+    template <bool SOFTMAX = true>
     PYINFER_DEVICE void accumulate(float scale, uint32_t v_tile) {
-        scale = softmax.update(score, out, scale);
+        if constexpr (SOFTMAX) {
+            scale = softmax.update(score, out, scale);
+        }
         float offset[M_BLOCKS][2];
 #pragma unroll
         for (int m = 0; m < M_BLOCKS; ++m) {
@@ -229,8 +233,12 @@ struct AttentionTile {
                     float w[4];
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        w[i] = softmax.weight(s[i], scale, offset[m][i / 2]);
-                        softmax.sum[m][i / 2] += w[i];
+                        if constexpr (SOFTMAX) {
+                            w[i] = softmax.weight(s[i], scale, offset[m][i / 2]);
+                            softmax.sum[m][i / 2] += w[i];
+                        } else {
+                            w[i] = s[i];
+                        }
                     }
                     p[m][2 * half] = pack2<T>(w[0], w[1]);
                     p[m][2 * half + 1] = pack2<T>(w[2], w[3]);

@@ -1,23 +1,27 @@
 // What makes one attention differ from another. Decode and prefill, on every architecture, call a *variant* at the same places:
 //
+//   query               an element of q, before anything is made of it (if TRANSFORMS_QUERY)
 //   row                 what the variant knows about a query row, made once for each tile of keys
 //   logits              raw score q·k -> logit in base 2; without TRANSFORMS_LOGITS the score is multiplied by `scale`
 //   visible             a mask beyond the range of keys that `RowVisibility` gives (if MASKS)
 //   sink                a logit that joins a row's denominator (if SINKS)
 //   output_transform    applied to the normalised output, where it is written
 //
+// Without SOFTMAX the logits, in natural units, are the weights: out = sum_j logit_j v_j, nothing is normalised and there is no LSE.
+//
 // The built-in ones are one template over a set of FEATURES; what a kernel does not ask for costs nothing, neither registers nor fields
 // of its parameter struct. RoPE is not here: it changes operands, not scores (common/attention_rope.cuh).
 //
 // A user's source stands in front of the kernel, behind `Params`, and defines the hooks that FEATURES names (p holds its own fields too):
-//   float user_logits_transform(const Params& p, float logit, int request, int q_token, int kv_token, int qo_head, int kv_head)
-//       natural-log logit, scaled and with ALiBi's bias but not capped, to the same
-//   bool user_mask(const Params& p, int request, int q_token, int kv_token, int qo_head, int kv_head)
-//   float user_output_transform(const Params& p, float value, int request, int q_token, int qo_head, int column)
-// q_token counts within the request's queries, kv_token within its keys; both are always inside.
+//   float user_query_transform(const Params& p, float value, const VariantPlace& at, int column)      an element of q; the result is rounded to q's type
+//   float user_logits_transform(const Params& p, float logit, const VariantPlace& at)
+//       natural-log logit, scaled and with ALiBi's bias but not capped, to the same. With USER_RAW: the bare product q·k to a logit in base 2
+//   bool user_mask(const Params& p, const VariantPlace& at)
+//   float user_output_transform(const Params& p, float value, const VariantPlace& at, int column)
 #pragma once
 #include "common/attention_work.cuh"
 #include "common/ptx_math.cuh"
+#include "common/swizzle.cuh"
 
 namespace attention_feature {
 constexpr uint32_t SOFT_CAP = 1;
@@ -28,7 +32,18 @@ constexpr uint32_t SINK = 16;
 constexpr uint32_t USER_LOGITS = 32;
 constexpr uint32_t USER_MASK = 64;
 constexpr uint32_t USER_OUTPUT = 128;
+constexpr uint32_t USER_QUERY = 256;
+constexpr uint32_t NO_SOFTMAX = 512;
+constexpr uint32_t USER_RAW = 1024;
 }  // namespace attention_feature
+
+// Where a user's function is asked. Both tokens count within the request and are always inside; kv_token is 0 where there is no key.
+struct VariantPlace {
+    int request, q_token, kv_token, qo_head, kv_head;
+    int diagonal;  // kv_len - qo_len
+
+    PYINFER_DEVICE int q_position() const { return diagonal + q_token; }  // the key that the query token stands over
+};
 
 // The keys a query token sees by causality, window and length: [begin(token), end(token)), which may be empty or inverted.
 struct RowVisibility {
@@ -47,6 +62,16 @@ PYINFER_DEVICE int length_of(const int32_t* lengths, int request) {
 }
 PYINFER_DEVICE int length_of(int length, int) {
     return length;
+}
+
+// Keys and queries of a place's request.
+template <typename Params>
+PYINFER_DEVICE int kv_length(const Params& p, const VariantPlace& at) {
+    return length_of(p.kv_len, at.request);
+}
+template <typename Params>
+PYINFER_DEVICE int qo_length(const Params& p, const VariantPlace& at) {
+    return length_of(p.kv_len, at.request) - at.diagonal;
 }
 
 // ALiBi's slope of a head (Press et al., arXiv 2108.12409): 2^(-8k/n), k = 1..n, for the first n = 2^floor(log2 heads) heads, and
@@ -72,7 +97,11 @@ struct AttentionVariant {
     static constexpr bool CALLS_MASK = FEATURES & attention_feature::USER_MASK;
     static constexpr bool CALLS_OUTPUT = FEATURES & attention_feature::USER_OUTPUT;
 
-    static constexpr bool TRANSFORMS_LOGITS = CAPS || BIASES || CALLS_LOGITS;
+    static constexpr bool RAW_SCORES = FEATURES & attention_feature::USER_RAW;
+    static constexpr bool SOFTMAX = !(FEATURES & attention_feature::NO_SOFTMAX);
+    static constexpr bool TRANSFORMS_QUERY = FEATURES & attention_feature::USER_QUERY;
+
+    static constexpr bool TRANSFORMS_LOGITS = CAPS || BIASES || CALLS_LOGITS || !SOFTMAX;
     static constexpr bool MASKS = HAS_BITS || HAS_ITEMS || CALLS_MASK;
     static constexpr bool NEEDS_ROW = BIASES || CALLS_LOGITS || MASKS;
 
@@ -83,12 +112,14 @@ struct AttentionVariant {
     PYINFER_DEVICE explicit AttentionVariant(const Params& params) : p(params), scale(TRANSFORMS_LOGITS ? 1.0f : params.logit_scale), v_scale(params.v_scale) {}
 
     struct Row {
-        int request, q_token, qo_head, kv_head, last_key;
+        int request, q_token, qo_head, kv_head, last_key, diagonal;
         float slope;            // ALiBi's, per key, in the units of logit_scale
         const uint8_t* bits;    // the row's mask begins at bit `first_bit` of this byte
         uint32_t first_bit;
         uint32_t prefix;        // multi-item: keys before it are visible, and those from item_begin on
         int item_begin;
+
+        PYINFER_DEVICE VariantPlace at(int kv_token) const { return {request, q_token, kv_token, qo_head, kv_head, diagonal}; }
     };
 
     // `packed_row` may lie behind the tile's last row, which then stands for it: no tensor is read outside.
@@ -101,6 +132,7 @@ struct AttentionVariant {
             r.kv_head = w.kv_head;
             r.qo_head = w.kv_head * p.group + packed - r.q_token * p.group;
             r.last_key = w.kv_end - 1;
+            r.diagonal = w.diagonal;
             if constexpr (BIASES) {
                 r.slope = alibi_slope(r.qo_head, p.num_kv_heads * p.group) * bias_scale();
             }
@@ -124,25 +156,50 @@ struct AttentionVariant {
         return r;
     }
 
+    // logit_scale's units, base 2 or those of the soft cap, per unit of a natural logit; and the inverse.
     PYINFER_DEVICE float bias_scale() const {
         if constexpr (CAPS) {
             return 2.0f * LOG2_E * LOG2_E / p.soft_cap_log2;
         }
         return LOG2_E;
     }
+    PYINFER_DEVICE float natural_scale() const {
+        if constexpr (CAPS) {
+            return p.soft_cap_log2 * (0.5f / (LOG2_E * LOG2_E));
+        }
+        return 1.0f / LOG2_E;
+    }
+
+    // What hides a key: a logit, or without softmax a weight.
+    PYINFER_DEVICE static float hidden() { return SOFTMAX ? -infinity() : 0.0f; }
+
+    PYINFER_DEVICE float query(float value, const AttentionWork& w, int q_token, int qo_head, int column) const {
+        return user_query_transform(p, value, VariantPlace{w.request, q_token, 0, qo_head, w.kv_head, w.diagonal}, column);
+    }
 
     PYINFER_DEVICE float logits(float score, const Row& r, int kv_token) const {
-        float x = score * p.logit_scale;
-        if constexpr (BIASES) {
-            x = fmaf(r.slope, static_cast<float>(kv_token - r.q_token), x);
+        if constexpr (CALLS_LOGITS && RAW_SCORES) {
+            const float logit = user_logits_transform(p, score, r.at(min_of(kv_token, r.last_key)));
+            return SOFTMAX ? logit : logit * (1.0f / LOG2_E);
         }
-        if constexpr (CALLS_LOGITS) {
-            const float natural = x / bias_scale();
-            x = user_logits_transform(p, natural, r.request, r.q_token, min_of(kv_token, r.last_key), r.qo_head, r.kv_head) * bias_scale();
+        float x;
+        if constexpr (CALLS_LOGITS && !BIASES) {
+            x = user_logits_transform(p, score * (p.logit_scale * natural_scale()), r.at(min_of(kv_token, r.last_key))) * bias_scale();
+        } else {
+            x = score * p.logit_scale;
+            if constexpr (BIASES) {
+                x = fmaf(r.slope, static_cast<float>(kv_token - r.q_token), x);
+            }
+            if constexpr (CALLS_LOGITS) {
+                x = user_logits_transform(p, x * natural_scale(), r.at(min_of(kv_token, r.last_key))) * bias_scale();
+            }
         }
         if constexpr (CAPS) {
             // Right at both ends, where e^2x is 0 or infinity.
             x = p.soft_cap_log2 - 2.0f * p.soft_cap_log2 * rcp_approx(1.0f + exp2_approx(x));
+        }
+        if constexpr (!SOFTMAX) {
+            x *= 1.0f / LOG2_E;
         }
         return x;
     }
@@ -158,7 +215,7 @@ struct AttentionVariant {
             result = result && (static_cast<uint32_t>(kv_token) < r.prefix || kv_token >= r.item_begin);
         }
         if constexpr (CALLS_MASK) {
-            result = result && user_mask(p, r.request, r.q_token, kv_token, r.qo_head, r.kv_head);
+            result = result && user_mask(p, r.at(kv_token));
         }
         return result;
     }
@@ -172,8 +229,27 @@ struct AttentionVariant {
         value *= v_scale;
         if constexpr (CALLS_OUTPUT) {
             const auto at = row_of();
-            value = user_output_transform(p, value, w.request, static_cast<int>(at.token) - w.qo_begin, at.head, column);
+            value = user_output_transform(p, value, VariantPlace{w.request, static_cast<int>(at.token) - w.qo_begin, 0, at.head, w.kv_head, w.diagonal}, column);
         }
         return value;
     }
 };
+
+// One warp's ROWS rows of queries in a swizzled tile, through the variant. `first_row` is the tile's row of the first; rows behind the item's last are left.
+template <typename T, int HEAD_DIM, int ROW_BYTES, int ROWS, typename Variant>
+PYINFER_DEVICE void transform_queries(char* tile, const Variant& variant, const AttentionWork& w, int first_row) {
+    constexpr int PAIRS = HEAD_DIM / 2;
+#pragma unroll 1
+    for (int task = threadIdx.x % 32; task < ROWS * PAIRS; task += 32) {
+        const int row = task / PAIRS;
+        const int column = task % PAIRS * 2;
+        if (first_row + row < w.row_count) {
+            const int packed = w.row_begin + first_row + row;
+            const int q_token = fast_divide(packed, variant.p.group_magic, variant.p.group_shift);
+            const int head = w.kv_head * variant.p.group + packed - q_token * variant.p.group;
+            uint32_t& pair = *reinterpret_cast<uint32_t*>(tile + swizzled_offset<ROW_BYTES>(row, column / 8) + column % 8 * 2);
+            const float2 x = unpack2<T>(pair);
+            pair = pack2<T>(variant.query(x.x, w, q_token, head, column), variant.query(x.y, w, q_token, head, column + 1));
+        }
+    }
+}

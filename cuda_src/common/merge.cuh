@@ -29,9 +29,20 @@ struct RowEnd {
     float factor;
     float lse;
 };
+// Whether a variant normalises: all do but an AttentionVariant with NO_SOFTMAX, whose rows are plain sums, without an LSE.
+template <typename Variant>
+struct Normalises {
+    static constexpr bool value = true;
+};
+template <typename Params, uint32_t FEATURES>
+struct Normalises<AttentionVariant<Params, FEATURES>> {
+    static constexpr bool value = AttentionVariant<Params, FEATURES>::SOFTMAX;
+};
 template <typename Variant, typename HeadOf>
 PYINFER_DEVICE RowEnd end_row(const Variant& variant, float reference, float sum, const HeadOf& head_of) {
-    if constexpr (Variant::SINKS) {
+    if constexpr (!Normalises<Variant>::value) {
+        return {1.0f, 0.0f};
+    } else if constexpr (Variant::SINKS) {
         if (sum == 0.0f) {
             return {0.0f, -infinity()};
         }
@@ -64,13 +75,18 @@ PYINFER_DEVICE int64_t partial_row(const Params& p, const AttentionWork& w, int 
     return ((static_cast<int64_t>(w.slot) + split) * p.num_kv_heads + w.kv_head) * TILE_Q;
 }
 
-// Called by the whole block after it has written its partials; true, for all threads, in the block that came last. That block sees the
-// partials of all others and has put the semaphore back to zero.
-template <typename Params>
-PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w) {
+// The barrier of the threads that merge: the whole block, or what a warp-specialised kernel passes for its share of it.
+struct BlockSync {
+    PYINFER_DEVICE void operator()() const { __syncthreads(); }
+};
+
+// Called by all merging threads after they have written their partials; true, for all of them, in the block that came last. That block sees
+// the partials of all others and has put the semaphore back to zero.
+template <typename Params, typename Sync = BlockSync>
+PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w, const Sync& sync = {}) {
     __shared__ bool last;
     __threadfence();
-    __syncthreads();
+    sync();
     if (threadIdx.x == 0) {
         int32_t* semaphore = p.semaphore + static_cast<int64_t>(w.semaphore) * p.num_kv_heads + w.kv_head;
         last = atomicAdd(semaphore, 1) == w.num_splits - 1;
@@ -78,7 +94,7 @@ PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w) {
             *semaphore = 0;
         }
     }
-    __syncthreads();
+    sync();
     if (last) {
         __threadfence();
     }
@@ -86,9 +102,9 @@ PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w) {
 }
 
 // out = sum_s 2^(lse_s - lse) O_s, lse = log2 sum_s 2^lse_s, always summed in split order, so that the bits do not depend on who came last.
-// `total`: TILE_Q floats of shared memory.
-template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, bool ALIGNED = true, typename Params, typename Variant>
-PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const Variant& variant, float* total) {
+// `total`: TILE_Q floats of shared memory. THREADS threads from threadIdx.x 0 on take part.
+template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, bool ALIGNED = true, typename Params, typename Variant, typename Sync = BlockSync>
+PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const Variant& variant, float* total, const Sync& sync = {}) {
     constexpr int GROUP = max_of(1, min_of(32, THREADS / TILE_Q));  // neighbouring lanes that share a row's splits
     static_assert(THREADS % TILE_Q == 0 || TILE_Q % THREADS == 0, "rows divide among the threads");
     const int64_t row_0 = partial_row<TILE_Q>(p, w, 0);
@@ -128,7 +144,7 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
             }
         }
     }
-    __syncthreads();
+    sync();
 
     // A task is 4 columns of a row: neighbouring lanes read 16 bytes each of the same partial row.
     constexpr int COLUMNS = 4;
@@ -141,7 +157,10 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
         float sum[COLUMNS] = {};
 #pragma unroll 8
         for (int s = 0; s < w.num_splits; ++s) {
-            const float weight = exp2_approx(__ldcg(lse + s * split_stride) - reference);
+            float weight = 1.0f;
+            if constexpr (Normalises<Variant>::value) {
+                weight = exp2_approx(__ldcg(lse + s * split_stride) - reference);
+            }
             const float4 o = __ldcg(reinterpret_cast<const float4*>(partial + s * split_stride * HEAD_DIM));
             sum[0] = fmaf(weight, o.x, sum[0]);
             sum[1] = fmaf(weight, o.y, sum[1]);

@@ -1,6 +1,7 @@
 // Raw vectors: N elements of T held as the 16 bytes (or fewer) they were loaded as, and converted to float only where they are used. A row kept this way
-// costs half the registers of one kept in float.
+// costs half the registers of one kept in float. T may be f16, bf16, float, e4m3 or e5m2 (saturating); for moving bytes also uint8_t.
 #pragma once
+#include "common/fp8_pack.cuh"
 #include "common/types.cuh"
 
 template <int BYTES>
@@ -80,6 +81,8 @@ struct raw_vec : raw_words<static_cast<int>(sizeof(T)) * N> {
     PYINFER_DEVICE void store_stream(T* p) const {
         if constexpr (BYTES == 16) {
             asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(this->w[0]), "r"(this->w[1]), "r"(this->w[2]), "r"(this->w[3]) : "memory");
+        } else if constexpr (BYTES == 8) {
+            asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(this->w[0]), "r"(this->w[1]) : "memory");
         } else {
             store(p);
         }
@@ -105,6 +108,17 @@ struct raw_vec : raw_words<static_cast<int>(sizeof(T)) * N> {
             for (int i = 0; i < N; ++i) {
                 f[i] = __uint_as_float(this->w[i]);
             }
+        } else if constexpr (sizeof(T) == 1) {
+            constexpr int PER_WORD = N < 4 ? N : 4;
+#pragma unroll
+            for (int i = 0; i < N; i += PER_WORD) {
+                float four[4];
+                fp8x4_to_floats<T>(this->w[i / PER_WORD], four);
+#pragma unroll
+                for (int j = 0; j < PER_WORD; ++j) {
+                    f[i + j] = four[j];
+                }
+            }
         } else if constexpr (N == 1) {
             f[0] = to_float(T{this->w[0]});
         } else {
@@ -124,6 +138,15 @@ struct raw_vec : raw_words<static_cast<int>(sizeof(T)) * N> {
             for (int i = 0; i < N; ++i) {
                 v.w[i] = __float_as_uint(f[i]);
             }
+        } else if constexpr (sizeof(T) == 1 && N == 1) {
+            v.w[0] = static_cast<uint8_t>(pack_fp8x2<T>(f[0], 0.0f));
+        } else if constexpr (sizeof(T) == 1 && N == 2) {
+            v.w[0] = static_cast<uint16_t>(pack_fp8x2<T>(f[0], f[1]));
+        } else if constexpr (sizeof(T) == 1) {
+#pragma unroll
+            for (int i = 0; i < N / 4; ++i) {
+                v.w[i] = pack_fp8x2<T>(f[4 * i], f[4 * i + 1]) | pack_fp8x2<T>(f[4 * i + 2], f[4 * i + 3]) << 16;
+            }
         } else if constexpr (N == 1) {
             v.w[0] = from_float<T>(f[0]).bits;
         } else {
@@ -135,3 +158,18 @@ struct raw_vec : raw_words<static_cast<int>(sizeof(T)) * N> {
         return v;
     }
 };
+
+// N consecutive elements as floats, by as many accesses as it takes. `p` must be aligned to the least of 16 bytes and all of them.
+template <typename T, int N>
+PYINFER_DEVICE void load_floats(const T* p, float (&f)[N]) {
+    constexpr int PIECE = N * static_cast<int>(sizeof(T)) > 16 ? 16 / static_cast<int>(sizeof(T)) : N;
+#pragma unroll
+    for (int i = 0; i < N; i += PIECE) {
+        float piece[PIECE];
+        raw_vec<T, PIECE>::load(p + i).to_floats(piece);
+#pragma unroll
+        for (int j = 0; j < PIECE; ++j) {
+            f[i + j] = piece[j];
+        }
+    }
+}

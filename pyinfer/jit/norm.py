@@ -6,39 +6,67 @@ import functools
 from dataclasses import dataclass, replace
 
 from pyinfer.core.dtypes import DType, canonical_dtype
-from pyinfer.core.params import ParamStruct, f32, i32, i64, ptr, u32
+from pyinfer.core.errors import fail
+from pyinfer.core.params import Field, ParamStruct, f32, i32, i64, ptr, u32
 from pyinfer.jit.spec import JitModule, JitSpec
 
-RMSNORM = ParamStruct(
-    "RMSNormParams",
-    ptr("x", "const scalar_t", "[rows, hidden], row r at (r / inner) * x_outer + (r % inner) * x_inner"),
-    ptr("weight", "const scalar_t", "[hidden]"),
-    ptr("out", "scalar_t", "as x; may be x"),
-    i64("x_outer", "strides in elements"),
-    i64("x_inner"),
-    i64("out_outer"),
-    i64("out_inner"),
+QUANTIZE = ("", "tensor", "row")
+"""What 8-bit results are divided by: nothing (they are none), one scale that the caller gives, or each row's own, which the kernel writes."""
+
+_ROWS = (
     u32("rows"),
     u32("inner", ">= 1"),
     i32("hidden", "a multiple of VEC"),
     f32("inv_hidden", "1 / hidden"),
     f32("eps"),
 )
+_X = ptr(
+    "x", "const scalar_t", "[rows, hidden], row r at (r / inner) * x_outer + (r % inner) * x_inner, strides in elements"
+)
+_SCALE = {
+    "": (),
+    "tensor": (ptr("scale", "const float", "[1], or null: scale_value"),),
+    "row": (ptr("scales", "float", "[rows]: written"),),
+}
 
-FUSED_ADD_RMSNORM = ParamStruct(
-    "FusedAddRMSNormParams",
-    ptr("x", "scalar_t", "[rows, hidden], row r at (r / inner) * x_outer + (r % inner) * x_inner; becomes the result"),
-    ptr("residual", "scalar_t", "as x; becomes x + residual"),
-    ptr("weight", "const scalar_t", "[hidden]"),
-    i64("x_outer", "strides in elements"),
-    i64("x_inner"),
-    i64("residual_outer"),
-    i64("residual_inner"),
-    u32("rows"),
-    u32("inner", ">= 1"),
-    i32("hidden", "a multiple of VEC"),
-    f32("inv_hidden", "1 / hidden"),
-    f32("eps"),
+
+def _strides(*names: str) -> tuple[Field, ...]:
+    return tuple(i64(f"{name}_{axis}") for name in names for axis in ("outer", "inner"))
+
+
+def _value(quantize: str) -> tuple[Field, ...]:
+    return (f32("scale_value"),) if quantize == "tensor" else ()
+
+
+@functools.cache
+def rmsnorm_params(quantize: str = "") -> ParamStruct:
+    """The parameter struct of rmsnorm with results of one kind."""
+    pointers = (_X, ptr("weight", "const scalar_t", "[hidden]"), ptr("out", "out_t", "as x; may be x"))
+    return ParamStruct(
+        "RMSNormParams", *pointers, *_SCALE[quantize], *_strides("x", "out"), *_ROWS, *_value(quantize)
+    )
+
+
+@functools.cache
+def fused_add_params(quantize: str = "") -> ParamStruct:
+    """The parameter struct of fused_add_rmsnorm: x becomes the result, or there is an `out` of 8-bit floats."""
+    residual = ptr("residual", "scalar_t", "as x; becomes x + residual")
+    weight = ptr("weight", "const scalar_t", "[hidden]")
+    if not quantize:
+        x = ptr("x", "scalar_t", _X.doc + "; becomes the result")
+        return ParamStruct("FusedAddRMSNormParams", x, residual, weight, *_strides("x", "residual"), *_ROWS)
+    out = (ptr("out", "out_t", "as x"), *_SCALE[quantize], *_strides("x", "residual", "out"))
+    return ParamStruct("FusedAddRMSNormQuantParams", _X, residual, weight, *out, *_ROWS, *_value(quantize))
+
+
+LAYERNORM = ParamStruct(
+    "LayerNormParams",
+    _X,
+    ptr("weight", "const param_t", "[hidden]"),
+    ptr("bias", "const param_t", "[hidden]"),
+    ptr("out", "scalar_t", "as x; may be x"),
+    *_strides("x", "out"),
+    *_ROWS,
 )
 
 
@@ -60,6 +88,10 @@ class RowConfig:
         Access functions of `cuda_src/common/vec_io.cuh`.
     early_bytes
         Weights are loaded before the reduction if a thread's take at most that.
+    blocks
+        Blocks that a multiprocessor should hold (bounds the registers); 1: as the compiler likes.
+    ahead
+        Not 0: a block works on several rows and loads the next before it reduces one; this many blocks a multiprocessor are launched.
     """
 
     lanes: int
@@ -69,13 +101,21 @@ class RowConfig:
     load: str = "load_once"
     store: str = "store"
     early_bytes: int = 0
+    blocks: int = 1
+    ahead: int = 0
 
     @property
     def short(self) -> str:
         """What tells it apart in a kernel's name."""
         access = f"{'' if self.load == 'load_once' else '_read' + self.load.removeprefix('load')}{self.store.removeprefix('store') and '_write_stream'}"
         early = f"_w{self.early_bytes}" if self.early_bytes else ""
-        return f"{self.lanes}x{self.rows}_s{self.slots}{access}{early}{'_reread' if self.reread else ''}"
+        more = f"{f'_b{self.blocks}' if self.blocks > 1 else ''}{'_ahead' if self.ahead else ''}"
+        return f"{self.lanes}x{self.rows}_s{self.slots}{access}{early}{more}{'_reread' if self.reread else ''}"
+
+    def grid(self, rows: int, num_sms: int) -> int:
+        """Blocks to launch for that many rows."""
+        blocks = -(-rows // self.rows)
+        return min(blocks, self.ahead * num_sms) if self.ahead else blocks
 
 
 def row_config(vectors: int, slots: int, longest: tuple[int, int]) -> RowConfig:
@@ -104,20 +144,29 @@ def row_config(vectors: int, slots: int, longest: tuple[int, int]) -> RowConfig:
     return RowConfig(lanes, 1, slots, vectors > lanes * slots)
 
 
-def _constants(dtype: DType, vec: int, config: RowConfig, gemma: bool) -> tuple[tuple[str, object], ...]:
+def _constants(
+    dtype: DType, vec: int, config: RowConfig, gemma: bool, quantize: str, out: DType
+) -> tuple[tuple[str, object], ...]:
     return (
         ("scalar_t", dtype.ctype),
+        ("out_t", out.ctype),
+        ("QUANTIZE", quantize),
         ("VEC", vec),
         ("LANES", config.lanes),
         ("ROWS", config.rows),
         ("SLOTS", config.slots),
+        ("BLOCKS", config.blocks),
         ("REREAD", config.reread),
+        ("LOAD", config.load),
+        ("STORE", config.store),
+        ("WEIGHT_EARLY", config.slots * vec * dtype.itemsize <= config.early_bytes),
         ("WEIGHT_BIAS", "1.0" if gemma else "0.0"),
     )
 
 
-def _name(op: str, dtype: DType, vec: int, config: RowConfig, gemma: bool) -> str:
-    return f"{'gemma_' if gemma else ''}{op}_{dtype.short}_v{vec}_{config.short}"
+def _name(op: str, dtype: DType, vec: int, config: RowConfig, gemma: bool, quantize: str, out: DType) -> str:
+    result = f"_{out.short}_{quantize}" if quantize else ""
+    return f"{'gemma_' if gemma else ''}{op}_{dtype.short}{result}_v{vec}_{config.short}"
 
 
 def _vec(dtype: DType, hidden: int, vec: int | None) -> int:
@@ -128,8 +177,59 @@ def _vec(dtype: DType, hidden: int, vec: int | None) -> int:
     return min(widest, hidden & -hidden)
 
 
+def _result(quantize: str, dtype: DType, out: str | None) -> DType:
+    if quantize not in QUANTIZE:
+        fail("gen_rmsnorm", "quantize", "is unknown", repr(quantize), "one of " + ", ".join(map(repr, QUANTIZE)))
+    return canonical_dtype(out or "float8_e4m3fn") if quantize else dtype
+
+
+def rmsnorm_config(vectors: int, quantize: str = "") -> RowConfig:
+    """Four vectors a thread, the weights loaded beside them."""
+    return replace(row_config(vectors, 4, (512, 8 if quantize else 12)), early_bytes=64)
+
+
+def rmsnorm_candidates(vectors: int, quantize: str = "") -> list[RowConfig]:
+    """Configurations worth timing for long rows, the default first (tools/gpu/time_ops.py).
+
+    What they try: fewer vectors a thread and more threads (what is in flight then comes from many warps), reads through L1 or past L2, writes past L2, a bound on
+    registers so that more blocks share a multiprocessor, and blocks that load a row ahead.
+    """
+    found = [rmsnorm_config(vectors, quantize)]
+    if 128 < vectors <= 1024:
+        for slots, load, store, early, blocks, ahead in (
+            (1, "load", "store", 16, 2048, 0),
+            (1, "load_once", "store", 16, 2048, 0),
+            (2, "load", "store", 32, 1536, 0),
+            (2, "load_once", "store_stream", 32, 1536, 0),
+            (2, "load_once", "store", 32, 1024, 1024),
+            (4, "load_once", "store", 64, 512, 512),
+        ):
+            config = row_config(vectors, slots, (1024, 4))
+            per_block = config.lanes * config.rows
+            found.append(
+                replace(
+                    config,
+                    load=load,
+                    store=store,
+                    early_bytes=early,
+                    blocks=max(1, blocks // per_block),
+                    ahead=max(1, ahead // per_block) if ahead else 0,
+                )
+            )
+    return list(dict.fromkeys(found))
+
+
 @functools.cache
-def gen_rmsnorm(dtype: str, hidden: int, vec: int | None = None, gemma: bool = False) -> JitSpec:
+def gen_rmsnorm(
+    dtype: str,
+    hidden: int,
+    vec: int | None = None,
+    gemma: bool = False,
+    quantize: str = "",
+    out: str | None = None,
+    silu: bool = False,
+    config: RowConfig | None = None,
+) -> JitSpec:
     """The rmsnorm kernel for rows of `hidden` elements (and others that share its configuration).
 
     Parameters
@@ -140,24 +240,32 @@ def gen_rmsnorm(dtype: str, hidden: int, vec: int | None = None, gemma: bool = F
         Elements per access; default: what `hidden` allows if pointers and strides are multiples of 16 bytes.
     gemma
         Multiply by weight + 1.
+    quantize, out
+        One of `QUANTIZE`, and the 8-bit type of the results.
+    silu
+        Pass the results through x / (1 + exp(-x)).
+    config
+        One of `rmsnorm_candidates`, default `rmsnorm_config`.
     """
     d = canonical_dtype(dtype)
+    o = _result(quantize, d, out)
     v = _vec(d, hidden, vec)
-    config = row_config(hidden // v, 4, (512, 12))
-    name = _name("rmsnorm", d, v, config, gemma)
+    config = config or rmsnorm_config(hidden // v, quantize)
+    name = _name("rmsnorm_silu" if silu else "rmsnorm", d, v, config, gemma, quantize, o)
+    constants = (*_constants(d, v, config, gemma, quantize, o), ("SILU", silu), ("AHEAD", bool(config.ahead)))
     return JitSpec(
-        name, "norm/rmsnorm.cu.jinja", RMSNORM, _constants(d, v, config, gemma), block=(config.lanes, config.rows, 1)
+        name, "norm/rmsnorm.cu.jinja", rmsnorm_params(quantize), constants, block=(config.lanes, config.rows, 1)
     )
 
 
-def fused_add_config(vectors: int) -> RowConfig:
+def fused_add_config(vectors: int, quantize: str = "") -> RowConfig:
     """One vector a thread, through the L1 cache, the weights loaded early; rows that a block of 1024 cannot hold so take two and four.
 
     Measured on an H200 (tools/gpu/time_ops.py, copy 4.26 TB/s) at 16384 x 8192: 260.6 us, 97% of the copy; two vectors a thread: 270.2.
     """
     if 128 < vectors <= 1024:
         return replace(row_config(vectors, 1, (1024, 4)), load="load", early_bytes=16)
-    return row_config(vectors, 2, (1024, 4))
+    return row_config(vectors, 2, (512, 8) if quantize else (1024, 4))
 
 
 def fused_add_candidates(vectors: int) -> list[RowConfig]:
@@ -181,21 +289,46 @@ def fused_add_candidates(vectors: int) -> list[RowConfig]:
 
 @functools.cache
 def gen_fused_add_rmsnorm(
-    dtype: str, hidden: int, vec: int | None = None, gemma: bool = False, config: RowConfig | None = None
+    dtype: str,
+    hidden: int,
+    vec: int | None = None,
+    gemma: bool = False,
+    quantize: str = "",
+    out: str | None = None,
+    config: RowConfig | None = None,
 ) -> JitSpec:
     """The fused_add_rmsnorm kernel; parameters as `gen_rmsnorm`. `config`: one of `fused_add_candidates`, default `fused_add_config`."""
     d = canonical_dtype(dtype)
+    o = _result(quantize, d, out)
     v = _vec(d, hidden, vec)
-    config = config or fused_add_config(hidden // v)
-    name = _name("fused_add_rmsnorm", d, v, config, gemma)
-    access = (("LOAD", config.load), ("STORE", config.store), ("EARLY_BYTES", config.early_bytes))
+    config = config or fused_add_config(hidden // v, quantize)
+    name = _name("fused_add_rmsnorm", d, v, config, gemma, quantize, o)
     return JitSpec(
         name,
         "norm/fused_add_rmsnorm.cu.jinja",
-        FUSED_ADD_RMSNORM,
-        _constants(d, v, config, gemma) + access,
+        fused_add_params(quantize),
+        _constants(d, v, config, gemma, quantize, o),
         block=(config.lanes, config.rows, 1),
     )
+
+
+@functools.cache
+def gen_layernorm(dtype: str, param_dtype: str, hidden: int, vec: int | None = None) -> JitSpec:
+    """The layernorm kernel for rows of `hidden` elements; `param_dtype` is the weight's and the bias's."""
+    d, param = canonical_dtype(dtype), canonical_dtype(param_dtype)
+    v = _vec(d, hidden, vec)
+    config = row_config(hidden // v, 4, (512, 8))
+    constants = (
+        ("scalar_t", d.ctype),
+        ("param_t", param.ctype),
+        ("VEC", v),
+        ("LANES", config.lanes),
+        ("ROWS", config.rows),
+        ("SLOTS", config.slots),
+        ("REREAD", config.reread),
+    )
+    name = f"layernorm_{d.short}_{param.short}_v{v}_{config.short}"
+    return JitSpec(name, "norm/layernorm.cu.jinja", LAYERNORM, constants, block=(config.lanes, config.rows, 1))
 
 
 # SmolLM2, a head of 128, Llama 3 8B and 70B; one of odd length, one that is read twice.
@@ -228,6 +361,21 @@ def all_specs() -> list[JitSpec]:
             gen("float32", 4096),
             gen("float16", 65535),
         ]
+        specs += [gen("bfloat16", h, quantize=q) for q in ("tensor", "row") for h in (128, 4096, 8192, 65536)]
+        specs += [
+            gen("float16", 4096, quantize="row", out="float8_e5m2"),
+            gen("float16", 111, quantize="tensor", out="float8_e5m2"),
+            gen("float32", 4096, quantize="row"),
+        ]
     specs += [gen_fused_add_rmsnorm("bfloat16", 8192, config=c) for c in fused_add_candidates(1024)]
-    specs += [gen_fused_add_rmsnorm("bfloat16", 8192, config=c) for c in fused_add_candidates(1024)]
+    specs += [gen_rmsnorm("bfloat16", 8192, config=c) for c in rmsnorm_candidates(1024)]
+    specs += [gen_rmsnorm("bfloat16", 8192, quantize="row", config=c) for c in rmsnorm_candidates(1024, "row")]
+    specs += [gen_rmsnorm("bfloat16", 1024, silu=True), gen_rmsnorm("bfloat16", 1024, silu=True, quantize="tensor")]
+    specs += [gen_layernorm(d, "float32", h) for d in ("bfloat16", "float16") for h in _HIDDEN]
+    specs += [
+        gen_layernorm("bfloat16", "bfloat16", 4096),
+        gen_layernorm("float32", "float32", 4096),
+        gen_layernorm("float16", "float32", 111),
+        gen_layernorm("bfloat16", "float32", 65536),
+    ]
     return list(dict.fromkeys(specs))
