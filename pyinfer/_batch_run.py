@@ -237,10 +237,15 @@ class BatchRun:
         lse: Any,
         sinks: Any,
         options: tuple[Any, ...],
+        sm_scale: float | None = None,
     ) -> Any:
-        """`_execute` with the scales taken out of `options`: (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left)."""
+        """`_execute` with the scales taken out of `options`: (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left).
+
+        sm_scale is the plan's unless given.
+        """
         q_scale, k_scale, v_scale, return_lse, enable_pdl, _ = options
-        sm_scale = self._sm_scale
+        if sm_scale is None:
+            sm_scale = self._sm_scale
         if q_scale is not None:
             sm_scale *= common.scale(self._op, "q_scale", q_scale)
         if k_scale is not None:

@@ -129,6 +129,8 @@ class MultiLevelCascadeAttentionWrapper:
             BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout, self._use_cuda_graph, *of_level)
             for of_level in zip(*buffers, strict=True)
         ]
+        for level in self._levels:
+            level._op = self._op  # errors name what was called
         self._planned = False
 
     def _check_levels(self, arg: str, value: Any, levels: int) -> None:
@@ -293,9 +295,20 @@ class _SharedPrefix:
         """Deprecated: does nothing."""
 
     def _forward(
-        self, q: Any, k_shared: Any, v_shared: Any, unique_kv_cache: Any, causal: bool, sm_scale: float | None
+        self,
+        q: Any,
+        k_shared: Any,
+        v_shared: Any,
+        unique_kv_cache: Any,
+        causal: bool,
+        sm_scale: float | None,
+        rope: dict[str, float | None],
     ) -> Any:
         op = self._op
+        for arg, value in rope.items():
+            if value is not None:
+                fix = "Rotate q and k beforehand with pyinfer.apply_rope_pos_ids."
+                fail(op, arg, "has nothing to act on: nothing is rotated here", value, "None", fix)
         if self._unique.plan_info is None:
             fail(op, "begin_forward()", "was not called", "forward() first", "begin_forward() before forward()")
         qv = common.q_view(op, q)
@@ -326,6 +339,7 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
 
         super().__init__(kv_layout)
         self._unique = BatchDecodeWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+        self._unique._op = self._op  # errors name what was called
 
     def begin_forward(
         self,
@@ -365,8 +379,10 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
             [prefix_len, num_kv_heads, head_dim] (NHD) or [num_kv_heads, prefix_len, head_dim] (HND).
         unique_kv_cache
             The paged cache of the own keys.
-        allow_fp16_qk_reduction, rope_scale, rope_theta
-            Accepted: scores are accumulated in float32, which is never less exact, and nothing is rotated here.
+        allow_fp16_qk_reduction
+            Accepted: scores are accumulated in float32, which is never less exact.
+        rope_scale, rope_theta
+            Must be None: nothing is rotated here.
         sm_scale
             1 / sqrt(head_dim) by default.
 
@@ -375,7 +391,9 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
         out
             [batch, num_qo_heads, head_dim].
         """
-        return self._forward(q, k_shared, v_shared, unique_kv_cache, False, sm_scale)
+        return self._forward(
+            q, k_shared, v_shared, unique_kv_cache, False, sm_scale, dict(rope_scale=rope_scale, rope_theta=rope_theta)
+        )
 
 
 class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
@@ -394,6 +412,7 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
 
         super().__init__(kv_layout)
         self._unique = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+        self._unique._op = self._op  # errors name what was called
 
     def begin_forward(
         self,
@@ -436,4 +455,12 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
 
         Other parameters and the result as `BatchDecodeWithSharedPrefixPagedKVCacheWrapper.forward`.
         """
-        return self._forward(q, k_shared, v_shared, unique_kv_cache, bool(causal), sm_scale)
+        return self._forward(
+            q,
+            k_shared,
+            v_shared,
+            unique_kv_cache,
+            bool(causal),
+            sm_scale,
+            dict(rope_scale=rope_scale, rope_theta=rope_theta),
+        )

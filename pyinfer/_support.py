@@ -1,4 +1,4 @@
-"""Which configurations of attention can be selected: the checks that the operators make, and `support`, which asks them without tensors.
+"""The checks of options that attention operators share, and `support`, which asks an operator what it takes without tensors.
 
 Named with an underscore because `pyinfer.support` is the function: a submodule of that name would replace it when it is imported.
 """
@@ -20,14 +20,6 @@ MAX_HEAD_DIM = 256
 MAX_GROUP = 128
 POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 BACKENDS = ("auto", "fa2")
-
-SINGLE = ("single_decode_with_kv_cache", "single_prefill_with_kv_cache")
-BATCH = (
-    "BatchDecodeWithPagedKVCacheWrapper",
-    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
-    "BatchPrefillWithPagedKVCacheWrapper",
-    "BatchPrefillWithRaggedKVCacheWrapper",
-)
 
 
 def check_backend(op: str, backend: str) -> None:
@@ -139,42 +131,24 @@ class Support:
         return self.selectable
 
 
-def support(
-    op: str,
-    *,
-    device: str | int | None = None,
-    q_data_type: Any = "float16",
-    kv_data_type: Any = None,
-    o_data_type: Any = None,
-    num_qo_heads: int = 1,
-    num_kv_heads: int = 1,
-    head_dim: int | None = None,
-    head_dim_qk: int = 128,
-    head_dim_vo: int | None = None,
-    page_size: int = 16,
-    kv_layout: str = "NHD",
-    pos_encoding_mode: str = "NONE",
-    rope_scale: float | None = None,
-    rope_theta: float | None = None,
-    logits_soft_cap: float | None = None,
-    window_left: int = -1,
-    custom_mask: bool = False,
-    backend: str = "auto",
-) -> Support:
-    """Say whether a configuration of an attention operator can be selected and, if not, why.
+def support(op: str, *, device: str | int | None = None, **config: Any) -> Support:
+    """Say whether a configuration of an operator or wrapper can be selected and, if not, why.
+
+    The operator itself is asked, with tensors that have no memory: nothing is allocated, compiled or launched.
 
     Parameters
     ----------
     op
-        Name of the operator, e.g. "BatchDecodeWithPagedKVCacheWrapper".
+        Name of an operator or wrapper, e.g. "BatchDecodeWithPagedKVCacheWrapper", "rmsnorm".
     device
-        "cpu", "cuda", "cuda:1", or an index; None: "cuda" where there is a GPU, else "cpu". A GPU need not be there to be asked about.
-    head_dim
-        Both head dimensions at once.
-    custom_mask
-        Whether there is one.
-
-    The others are the operator's own arguments.
+        "cpu", "cuda", "cuda:1", or an index; None: "cuda" where there is a GPU, else "cpu". A GPU need not be there to be asked about; what depends on
+        its architecture is known only if it is.
+    config
+        Of a wrapper: any argument of its constructor and of plan() (num_qo_heads, head_dim, page_size, q_data_type, window_left, backend, ...); `head_dim`
+        sets head_dim_qk and head_dim_vo; `custom_mask=True` asks whether there may be one.
+        Of an operator: any of its arguments but tensors, and what describes these: `dtype`, and `hidden` (norms, activations), `num_qo_heads`,
+        `num_kv_heads`, `head_dim` (rope, page), `page_size`, `vocab` (sampling), `num_heads`, `head_dim` (merging), `q_data_type`, `kv_data_type`,
+        `o_data_type`, `head_dim` (attention). A tensor argument may also be described by name as (dtype, shape): `input=("float16", (4, 576))`.
 
     Returns
     -------
@@ -184,7 +158,9 @@ def support(
     Raises
     ------
     ValueError
-        If `op` is no attention operator or `device` no device.
+        If `op` is no operator or `device` no device.
+    TypeError
+        For a keyword that the operator does not have.
 
     Examples
     --------
@@ -193,32 +169,18 @@ def support(
     True
     >>> pyinfer.support("single_prefill_with_kv_cache", device="cuda", head_dim=100).reason.split(". ")[0]
     'single_prefill_with_kv_cache: head_dim has no CUDA kernel: got 100 (qk), 100 (vo), wanted multiples of 8 up to 256'
+    >>> bool(pyinfer.support("softmax", vocab=300_000))
+    False
     """
-    if op not in SINGLE + BATCH:
-        fail("support", "op", "is no attention operator", repr(op), "one of " + ", ".join(SINGLE + BATCH))
-    index = _device_index(device)
-    if head_dim is not None:
-        head_dim_qk = head_dim_vo = head_dim
-    try:
-        if kv_layout != "NHD" and kv_layout != "HND":
-            fail(op, "kv_layout", "is no layout", repr(kv_layout), "'NHD' or 'HND'")
-        check_backend(op, backend)
-        check_pos_encoding(op, pos_encoding_mode, rope_scale, rope_theta)
-        check_head_counts(op, num_qo_heads, num_kv_heads, "q" if op in SINGLE else "num_qo_heads")
-        q_dtype, _ = plan_dtypes(op, q_data_type, kv_data_type)
-        out_dtype(op, q_dtype, o_data_type, "o_dtype" if op in SINGLE else "o_data_type")
-        check_window(op, window_left)
-        check_soft_cap(op, logits_soft_cap)
-        if "Paged" in op and page_size < 1:
-            fail(op, "page_size", "is no page size", page_size, "1 or more")
-        if custom_mask and "ecode" in op:
-            fail_type(op, "custom_mask", "is no argument of decode", True, "a prefill operator")
-        rope = pos_encoding_mode == "ROPE_LLAMA"
-        vo = head_dim_qk if head_dim_vo is None else head_dim_vo
-        check_kernel(op, index, q_dtype, head_dim_qk, vo, "q" if op in SINGLE else "q_data_type", rope)
-    except (ValueError, TypeError) as error:
-        return Support(False, str(error))
-    return Support(True)
+    import pyinfer
+    from pyinfer._support_ask import ask
+
+    operators = sorted(name for names in pyinfer._FAMILIES.values() for name in names)
+    if op not in operators:
+        wanted = "one of " + ", ".join(operators)
+        fail("support", "op", "is no operator", repr(op), wanted)
+    reason = ask(op, getattr(pyinfer, op), _device_index(device), dict(config))
+    return Support(not reason, reason)
 
 
 def _device_index(device: str | int | None) -> int:

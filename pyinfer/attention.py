@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pyinfer import _attention as common
+from pyinfer._sink_wrapper import BatchAttentionWithAttentionSinkWrapper
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT32, DType, canonical_dtype
 from pyinfer.core.errors import (
     check_dtype,
@@ -23,7 +24,7 @@ from pyinfer.torch_ops import attach
 if TYPE_CHECKING:
     from pyinfer.schedulers.mixed import MixedPlan
 
-__all__ = ["BatchAttention"]
+__all__ = ["BatchAttention", "BatchAttentionWithAttentionSinkWrapper"]
 
 _FUSED_DTYPES = (FLOAT16, BFLOAT16)
 _FUSED_HEAD_DIMS = (64, 128, 256)
@@ -283,9 +284,10 @@ class BatchAttention:
 
         b = self._batch
         assert b is not None
-        if self._inner is None:
+        if self._inner is None or self._inner._ref.device != device:
             self._inner = BatchPrefillWithPagedKVCacheWrapper(None, self._kv_layout)
             self._inner._op = self._op  # errors name what was called
+            self._inner._ref = self._home
         pages = np.diff(b.kv_indptr)
         last = (b.kv_len - np.maximum(pages - 1, 0) * b.page_size).astype(np.int32)
         indices = b.indices if isinstance(b.indices, np.ndarray) else b.indices.obj

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import Any
 
 import numpy as np
 
@@ -14,14 +15,14 @@ from pyinfer._support import out_dtype, plan_dtypes
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import fail
 from pyinfer.core.tensor import TensorView, empty, view
+from pyinfer.schedulers.decode import EXTRA_SLOTS, decode_capacity, one_token_each
+from pyinfer.schedulers.plan import AttentionPlan, PlanShape, plan_batch, plan_shape
 from pyinfer.torch_ops import attach
-
-if TYPE_CHECKING:
-    from pyinfer.schedulers.plan import AttentionPlan
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "fast_decode_plan",
     "single_decode_with_kv_cache",
 ]
 
@@ -105,6 +106,55 @@ def single_decode_with_kv_cache(
         v_scale=common.scale(op, "v_scale", v_scale), options=options,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+@common.remembered
+def _plan_key(
+    op: str,
+    dtypes: tuple[Any, Any, Any, Any],
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    window_left: int,
+    logits_soft_cap: float | None,
+    sm_scale: float | None,
+    pos_encoding_mode: str,
+    rope_scale: float | None,
+    rope_theta: float | None,
+    fixed_split_size: int | None,
+    disable_split_kv: bool,
+) -> PlanKey:
+    """The checked options of plan(). dtypes: q, kv, the older name of both, o."""
+    encoding = common.check_pos_encoding(op, pos_encoding_mode, rope_scale, rope_theta)
+    common.check_head_counts(op, num_qo_heads, num_kv_heads)
+    dtype, kv_dtype = plan_dtypes(op, *dtypes[:3])
+    common.check_page_size(op, page_size)
+    common.check_split_size(op, fixed_split_size)
+    return PlanKey(
+        num_qo_heads, num_kv_heads, head_dim, head_dim, page_size, dtype, kv_dtype, out_dtype(op, dtype, dtypes[3]), fixed_split_size, disable_split_kv,
+        False, common.check_window(op, window_left), common.check_soft_cap(op, logits_soft_cap), common.softmax_scale(op, sm_scale, head_dim), *encoding,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _shape(op: str, device: int, key: PlanKey, batch: int, max_pages: int | None = None) -> PlanShape:
+    """All of a plan but the batch's lengths; max_pages: the most that the batch ever has, in CUDA graph mode."""
+    group = key.num_qo_heads // key.num_kv_heads
+    tile_q, tile_kv, num_sms, ctas_per_sm = common.batch_tiles(
+        device, key.q_data_type, key.head_dim_qk, key.head_dim_vo, group, batch * group, key.num_kv_heads, key.kv_data_type, key.options
+    )  # fmt: skip
+    capacity = None
+    if max_pages is not None:
+        bound = decode_capacity(
+            batch, max_pages, num_qo_heads=key.num_qo_heads, num_kv_heads=key.num_kv_heads, page_size=key.page_size, tile_q=tile_q, num_sms=num_sms,
+            ctas_per_sm=ctas_per_sm, fixed_split_size=key.fixed_split_size, disable_split_kv=key.disable_split_kv,
+        )  # fmt: skip
+        capacity = bound._replace(max_indices=max_pages if device < 0 else 0)
+    return plan_shape(
+        op, key.num_qo_heads, key.num_kv_heads, key.head_dim_qk, key.head_dim_vo, key.page_size, tile_q, tile_kv, num_sms, ctas_per_sm, EXTRA_SLOTS,
+        False, key.window_left, key.fixed_split_size, key.disable_split_kv, capacity,
+    )  # fmt: skip
 
 
 class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
@@ -226,16 +276,12 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             Naming the argument, what it got and what is wanted.
         """
         op = self._op
-        common.check_options(op, block_tables=block_tables, seq_lens=seq_lens)
-        encoding = common.check_pos_encoding(op, pos_encoding_mode, rope_scale, rope_theta)
-        common.check_head_counts(op, num_qo_heads, num_kv_heads)
-        dtype, kv_dtype = plan_dtypes(op, q_data_type, kv_data_type, data_type)
-        key = PlanKey(
-            num_qo_heads, num_kv_heads, head_dim, head_dim, page_size, dtype, kv_dtype, out_dtype(op, dtype, o_data_type), fixed_split_size, disable_split_kv,
-            False, common.check_window(op, window_left), common.check_soft_cap(op, logits_soft_cap), common.softmax_scale(op, sm_scale, head_dim), *encoding,
+        if block_tables is not None or seq_lens is not None:
+            common.check_options(op, block_tables=block_tables, seq_lens=seq_lens)
+        key = _plan_key(
+            op, (q_data_type, kv_data_type, data_type, o_data_type), num_qo_heads, num_kv_heads, head_dim, page_size, window_left, logits_soft_cap,
+            sm_scale, pos_encoding_mode, rope_scale, rope_theta, fixed_split_size, disable_split_kv,
         )  # fmt: skip
-        if fixed_split_size is not None and fixed_split_size < 1:
-            fail(op, "fixed_split_size", "is no number of pages", fixed_split_size, "1 or more")
         host_indptr, host_last = host_metadata(op, strict=strict, indptr=indptr, last_page_len=last_page_len)
         page_indices = self._page_indices(op, indices, host_indptr)
         buffers = {}
@@ -254,14 +300,42 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
         self._dims = (head_dim, head_dim)
         metadata = (None, host_indptr, host_indices, host_last)
         self._set_plan(
-            metadata, key, dtype, key.window_left, False, key.logits_soft_cap, key.sm_scale, page_indices, buffers,
-            kv_dtype, key.o_data_type, key.options,
+            metadata, key, key.q_data_type, key.window_left, False, key.logits_soft_cap, key.sm_scale, page_indices, buffers,
+            key.kv_data_type, key.o_data_type, key.options,
         )  # fmt: skip
 
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:
         """Deprecated: `plan`."""
         common.deprecated(f"{self._op}.begin_forward", "plan")
         self.plan(*args, **kwargs)
+
+    def replan(self, kv_len: Any = None) -> None:
+        """Schedule the batch that the wrapper's buffers describe now, where they are: in CUDA graph mode, and inside a captured graph.
+
+        plan() once fixes shapes, options and capacity. Then a graph that holds replan() and run() follows its requests without the host: change the
+        buffers (and kv_len) on the device, replay. One small kernel reads them and writes the plan that plan() would have made, so results have the
+        same bits; call it once a step, before the first layer, and once before capturing, which compiles it.
+
+        Parameters
+        ----------
+        kv_len
+            int32 [batch] where the buffers are: the requests' lengths in tokens. paged_kv_indptr_buffer then only says where each request's pages begin;
+            there may be more of them than kv_len needs, which are not looked at. None: lengths come from paged_kv_indptr_buffer and
+            paged_kv_last_page_len_buffer.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Without use_cuda_graph, before the first plan(), for a capacity beyond 2048 work items, or for a kv_len of another shape, dtype or device.
+            On the CPU also for malformed contents; on a GPU these are not looked at: lengths are cut down to what the buffers hold.
+
+        Notes
+        -----
+        On a GPU, `plan_info` keeps telling of the last plan().
+        """
+        from pyinfer._replan import replan
+
+        replan(self, kv_len)
 
     def _schedule(
         self,
@@ -274,30 +348,14 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
         window_left: int,
         causal: bool,
     ) -> AttentionPlan:
-        from pyinfer.schedulers.decode import decode_capacity, decode_plan
-
-        heads = dict(num_qo_heads=key.num_qo_heads, num_kv_heads=key.num_kv_heads, page_size=key.page_size)
-        splits = dict(fixed_split_size=key.fixed_split_size, disable_split_kv=key.disable_split_kv)
-        batch, group = len(last), key.num_qo_heads // key.num_kv_heads
-        tiles = common.batch_tiles(
-            device, key.q_data_type, key.head_dim_qk, key.head_dim_vo, group, batch * group, key.num_kv_heads, key.kv_data_type, key.options
-        )  # fmt: skip
-        capacity = None
+        batch = max(len(indptr) - 1, 0)
+        if window_left != key.window_left:
+            key = key._replace(window_left=window_left)
+        shape = _shape(self._op, device, key, batch)
         if self._use_cuda_graph:
             max_pages = self._buffers["paged_kv_indices_buffer"].shape[0]
-
-            def choose() -> tuple[Any, Any]:
-                bound = decode_capacity(
-                    batch, max_pages, tile_q=tiles[0], num_sms=tiles[2], ctas_per_sm=tiles[3], **heads, **splits
-                )
-                return tiles, bound._replace(max_indices=max_pages if device < 0 else 0)
-
-            tiles, capacity = self._fixed(device, key._replace(window_left=window_left), choose)
-        tile_q, tile_kv, num_sms, ctas_per_sm = tiles
-        return decode_plan(
-            indptr, indices, last, head_dim_qk=key.head_dim_qk, tile_q=tile_q, tile_kv=tile_kv, num_sms=num_sms, ctas_per_sm=ctas_per_sm,
-            window_left=window_left, capacity=capacity, op=self._op, **heads, **splits,
-        )  # fmt: skip
+            (shape,) = self._fixed(device, key, lambda: (_shape(self._op, device, key, batch, max_pages),))
+        return plan_batch(self._op, shape, one_token_each(batch), indptr, indices, last)
 
     def run(
         self,
@@ -401,6 +459,57 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
         super().__init__(
             workspace_buffer, kv_layout, True, use_tensor_cores, indptr_buffer, indices_buffer, last_page_len_buffer
         )
+
+
+def fast_decode_plan(
+    self: BatchDecodeWithPagedKVCacheWrapper,
+    indptr: Any,
+    indices: Any,
+    last_page_len: Any,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    pos_encoding_mode: str = "NONE",
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    q_data_type: Any = None,
+    kv_data_type: Any = None,
+    data_type: Any = None,
+    sm_scale: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    non_blocking: bool = True,
+    fixed_split_size: int | None = None,
+    disable_split_kv: bool = False,
+    global_override_indptr_cpu: Any = None,
+) -> None:
+    """`BatchDecodeWithPagedKVCacheWrapper.plan` by the name and arguments that serving loops bind to a wrapper: `partial(fast_decode_plan, wrapper)`.
+
+    Parameters
+    ----------
+    self
+        The wrapper.
+    global_override_indptr_cpu
+        indptr on the host: spares reading `indptr` from the GPU. With pages of one token last_page_len is known too (all ones), and nothing waits for
+        the GPU.
+    fixed_split_size
+        None or -1: none.
+
+    Others as in `BatchDecodeWithPagedKVCacheWrapper.plan`; q_data_type None is data_type, or float16.
+    """
+    if q_data_type is None:
+        q_data_type = "float16" if data_type is None else data_type
+    host = indptr if global_override_indptr_cpu is None else global_override_indptr_cpu
+    if page_size == 1 and not isinstance(last_page_len, list | tuple):
+        last = view(last_page_len, self._op, "last_page_len")
+        if last.device >= 0:
+            last_page_len = np.ones(last.shape, np.int32)
+    self.plan(
+        host, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode, window_left, logits_soft_cap, q_data_type,
+        kv_data_type, data_type, sm_scale, rope_scale, rope_theta, non_blocking, fixed_split_size=None if fixed_split_size == -1 else fixed_split_size,
+        disable_split_kv=disable_split_kv,
+    )  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

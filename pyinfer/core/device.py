@@ -33,9 +33,15 @@ class DeviceInfo:
 @functools.cache
 def device_info(index: int) -> DeviceInfo:
     """Properties of CUDA device `index`."""
-    import cupy
+    from pyinfer.core.imagined import reached
 
-    p = cupy.cuda.runtime.getDeviceProperties(index)
+    try:
+        import cupy
+
+        p = cupy.cuda.runtime.getDeviceProperties(index)
+    except Exception:
+        reached()  # `pyinfer.support` asks about GPUs that need not be there
+        raise
     name = p["name"].decode() if isinstance(p["name"], bytes) else str(p["name"])
     return DeviceInfo(
         index,

@@ -262,6 +262,8 @@ def empty(like: TensorView, shape: Sequence[int], dtype: DType | None = None) ->
         if dtype is like.dtype:
             return obj.new_empty(shape)
         return obj.new_empty(shape, dtype=_torch_dtype(dtype))
+    if like.framework == "imagined":
+        return type(like.obj)(shape, dtype, like.device)
     if like.device >= 0:
         import cupy
 
@@ -277,6 +279,8 @@ def zeros(like: TensorView, shape: Sequence[int], dtype: DType | None = None) ->
     dtype = dtype or like.dtype
     if like.framework == "torch":
         return like.obj.new_zeros(shape, dtype=_torch_dtype(dtype))
+    if like.framework == "imagined":
+        return type(like.obj)(shape, dtype, like.device)
     if like.device >= 0:
         import cupy
 
@@ -287,6 +291,14 @@ def zeros(like: TensorView, shape: Sequence[int], dtype: DType | None = None) ->
     return np.zeros(shape, dtype=dtype.numpy)
 
 
+def _not_imagined(v: TensorView) -> None:
+    """End a call of `pyinfer.support` (core/imagined.py) in front of memory that is not there."""
+    if v.framework == "imagined":
+        from pyinfer.core.imagined import Reached
+
+        raise Reached
+
+
 def as_numpy(x: Any) -> Any:
     """A zero-copy NumPy array over a CPU tensor or a view of one (bfloat16 and fp8 as ml_dtypes types)."""
     v = x if type(x) is TensorView else view(x)
@@ -294,6 +306,7 @@ def as_numpy(x: Any) -> Any:
         fail("as_numpy", "tensor", "is on a GPU", device_name(v.device), "a CPU tensor", "Copy it to the host first.")
     obj = v.obj
     if v.framework != "torch":
+        _not_imagined(v)
         return obj
     torch = sys.modules["torch"]
     obj = obj.detach()
@@ -310,7 +323,7 @@ def on_host(x: Any, op: str, arg: str) -> bool:
     return isinstance(x, list | tuple) or view(x, op, arg).device < 0
 
 
-def _plain_int32(x: Any) -> Any:
+def plain_int32(x: Any) -> Any:
     """The array of what plan() is given nearly always, a contiguous one-axis int32 array or torch CPU tensor, without building a view; else None."""
     if _viewers.get(type(x)) is _view_torch:
         if x.get_device() >= 0 or x.requires_grad:
@@ -334,7 +347,7 @@ def host_ints(x: Any, op: str, arg: str, dtype: Any = None, *, strict: bool = Fa
     import numpy as np
 
     if dtype is None:
-        array = _plain_int32(x)
+        array = plain_int32(x)
         if array is not None:
             return array
     dtype = np.dtype(np.int32 if dtype is None else dtype)
@@ -384,6 +397,7 @@ def current_stream(v: TensorView) -> int:
     """The raw handle of the caller's current stream on the tensor's device, in the tensor's own framework."""
     if v.framework == "torch":
         return sys.modules["torch"]._C._cuda_getCurrentRawStream(v.device)
+    _not_imagined(v)
     import cupy
 
     if cupy.cuda.runtime.getDevice() == v.device:

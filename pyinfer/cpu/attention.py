@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyinfer.core.tensor import TensorView
+from pyinfer.core.tensor import TensorView, _not_imagined
 from pyinfer.cpu import decode, prefill, threads
 from pyinfer.cpu.compile import kernel
 from pyinfer.cpu.softmax import LOG2E, U, exp2
@@ -47,6 +47,7 @@ class _Memory:
 
 def flat(view: TensorView) -> np.ndarray:
     """A CPU tensor's memory from its first element on as a one-axis storage array (int16 for float16, uint16 for bfloat16, …)."""
+    _not_imagined(view)
     return np.asarray(_Memory(view))
 
 

@@ -17,7 +17,7 @@ from numba import types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, overload
 
-from pyinfer.core.tensor import TensorView, as_numpy
+from pyinfer.core.tensor import TensorView, _not_imagined, as_numpy
 
 CARRIERS = {"float16": np.int16, "bfloat16": np.uint16, "float32": np.float32}
 FP8_CARRIERS = {"float8_e4m3fn": np.uint8, "float8_e5m2": np.int8}  # what kernels read and never write
@@ -63,6 +63,7 @@ def flat(view: TensorView, carrier: Any = None) -> tuple[np.ndarray, int]:
         The array, spanning exactly the memory between the tensor's lowest and highest element; and the offset
         of element (0, 0, ...), which is not zero only if a stride is negative.
     """
+    _not_imagined(view)
     carrier = carrier or CARRIERS.get(view.dtype.name) or view.dtype.numpy
     size = view.dtype.itemsize
     low = high = 0

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from pyinfer.core import imagined
+
 _state = threading.local()  # .busy: this thread is already working for a run()
 _lock = threading.Lock()
 _tickets: queue.SimpleQueue[_Job] = queue.SimpleQueue()
@@ -150,6 +152,7 @@ def run(kernel: Callable[..., Any], n_items: int, *args: Any, grain: int = 1, ch
     """
     if n_items <= 0:
         return
+    imagined.reached()
     threads = _num_threads or get_num_threads()
     if threads == 1 or n_items < 2 * grain or n_items == 1 or getattr(_state, "busy", False):
         kernel(0, n_items, *args)

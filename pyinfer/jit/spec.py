@@ -16,6 +16,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class DeviceFunction:
+    """A Python function that is linked into a kernel: what `jit.variant_link` compiles. Plain data, so that its text is its identity.
+
+    Attributes
+    ----------
+    symbol
+        The name by which the kernel's source declares it, `extern "C"`.
+    source
+        A Python module that defines `symbol`, in the terms of `_variant_source`: nothing outside it but the operations there.
+    arguments, result
+        Their types: "f32", "i32", "f32*", "i32*".
+    """
+
+    symbol: str
+    source: str
+    arguments: tuple[str, ...]
+    result: str
+
+
+@dataclass(frozen=True)
 class JitSpec:
     """A kernel that can be rendered, compiled and loaded. Hashable, tensor-free, picklable.
 
@@ -39,6 +59,8 @@ class JitSpec:
         Smallest architecture number that has the instructions used (80, 90).
     cluster
         Blocks per cluster (x, y, z), or None.
+    link
+        Python functions that the source calls: the kernel is then compiled to LTO-IR and linked with theirs.
     """
 
     name: str
@@ -50,6 +72,7 @@ class JitSpec:
     options: tuple[str, ...] = ()
     min_arch: int = 80
     cluster: tuple[int, int, int] | None = field(default=None)
+    link: tuple[DeviceFunction, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -104,8 +127,10 @@ class JitSpec:
 
     def build_and_load(self, device: int | None = None) -> Kernel:
         """Compile for a CUDA device (the current one by default) and load."""
+        from pyinfer.core.imagined import reached
         from pyinfer.core.launch import load
 
+        reached()  # `pyinfer.support` builds nothing
         return load(self, device)
 
     def cache_path(self, arch: str | None = None) -> Path:
