@@ -13,7 +13,7 @@ _EXPORTS = {
     "JitError": "compiler",
     "clear_cache_dir": "cache",
 }
-FAMILIES = ("norm", "activation", "rope", "page", "cascade", "sampling", "attention", "pod", "mla", "quantization", "replan")
+FAMILIES = ("norm", "activation", "rope", "page", "cascade", "sampling", "attention", "pod", "mla", "quantization", "replan", "gemm")
 """Modules of this package that have `all_specs()`."""
 
 
