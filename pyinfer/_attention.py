@@ -31,7 +31,7 @@ from pyinfer.core.errors import (
     fail,
     fail_type,
 )
-from pyinfer.core.tensor import TensorView, as_numpy, current_stream, host_ints, is_tensor, view
+from pyinfer.core.tensor import TensorView, as_numpy, current_stream, host_ints, is_tensor, plain_int32, view
 from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, AttentionOptions
 
 if TYPE_CHECKING:
@@ -94,9 +94,43 @@ def softmax_scale(op: str, sm_scale: float | None, head_dim_qk: int) -> float:
     return 1.0 / math.sqrt(head_dim_qk) if sm_scale is None else scale(op, "sm_scale", sm_scale)
 
 
+def check_page_size(op: str, page_size: int) -> None:
+    """ValueError unless a page holds a token."""
+    if page_size < 1:
+        fail(op, "page_size", "is no page size", page_size, "1 or more")
+
+
+def check_split_size(op: str, fixed_split_size: int | None) -> None:
+    """ValueError for a split of no page."""
+    if fixed_split_size is not None and fixed_split_size < 1:
+        fail(op, "fixed_split_size", "is no number of pages", fixed_split_size, "1 or more")
+
+
 def deprecated(op: str, instead: str) -> None:
     """Warn once per call site about a deprecated alias."""
     warnings.warn(f"{op} is deprecated; use {instead}.", DeprecationWarning, stacklevel=3)
+
+
+def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Cache what plan() makes of its options: `make(op, dtypes, *options)`, a pure function that raises for bad ones.
+
+    Only options that compare by value are looked up; one in a tensor, whose value may change in place, is read anew each time.
+    """
+    known = functools.lru_cache(maxsize=128, typed=True)(make)
+
+    @functools.wraps(make)
+    def call(op: str, dtypes: tuple[Any, ...], *options: Any) -> Any:
+        if not _is_plain(map(type, options)):
+            return make(op, dtypes, *options)
+        try:
+            return known(op, dtypes, *options)
+        except TypeError:  # also what an unhashable dtype raises: then `make` has the better words
+            return make(op, dtypes, *options)
+
+    return call
+
+
+_is_plain = frozenset({float, int, bool, str, type(None)}).issuperset
 
 
 # ---- views -----------------------------------------------------------------------------------------------------------------------
@@ -249,6 +283,9 @@ def copy_to_buffer(buffer: TensorView, values: Any) -> None:
 
 def host_metadata(op: str, *, strict: bool = False, **arrays: Any) -> list[np.ndarray]:
     """Several integer arrays on the host as int32; those on one device come over in a single copy, which `strict` forbids (ValueError)."""
+    plain = [plain_int32(x) for x in arrays.values()]
+    if all(x is not None for x in plain):
+        return plain
     import numpy as np
 
     on_device = {

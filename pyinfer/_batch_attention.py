@@ -237,7 +237,7 @@ class BatchAttention(BatchRun):
 
     def _check_workspace(self, need: int) -> None:
         given = self._workspace
-        if given is None:
+        if given is None or not need:
             return
         have = given.size * given.dtype.itemsize
         usable = have - -given.ptr % 16
@@ -297,7 +297,7 @@ class BatchAttention(BatchRun):
         """Make `plan` the current one: what run() compares with, and on a GPU everything it needs."""
         self._plan, self._planned_device = plan, device
         self._q_shape = (plan.total_rows, plan.num_qo_heads, plan.head_dim_qk)
-        self._kv_tokens = int(plan.kv_indptr[-1])
+        self._kv_tokens = plan.total_kv
         self._kv_known = None
         self._repeated.forget()
         if device >= 0:
@@ -335,12 +335,14 @@ class BatchAttention(BatchRun):
 
     def _upload(self, plan: AttentionPlan) -> None:
         """Send a plan to the GPU, find its workspace and its kernel (compiling it if need be): run() then only launches."""
-        from pyinfer.core.workspace import DeviceBuffer, PlanBuffer
-
         ref = self._ref
         assert ref is not None
         if self._plan_buffer is None:
+            from pyinfer.core.workspace import DeviceBuffer, PlanBuffer
+
             self._plan_buffer = PlanBuffer(ref.device, ref.framework)
+            self._own_workspace = DeviceBuffer(ref.device, ref.framework)
+            self._pdl_default = common.use_pdl(ref.device, None)
         self._plan_ptr = self._plan_buffer.upload(plan.pack(), current_stream(ref))
         if self._indices is not None:
             self._indices_ptr = self._indices.ptr
@@ -349,11 +351,11 @@ class BatchAttention(BatchRun):
         if self._workspace is not None:
             self._workspace_ptr = self._workspace.ptr + -self._workspace.ptr % 16
         else:
-            if self._own_workspace is None:
-                self._own_workspace = DeviceBuffer(ref.device, ref.framework)
             self._workspace_ptr = self._own_workspace.reserve(plan.workspace_bytes)
-        self._extras = self._upload_extras(ref)
-        self._pdl_default = common.use_pdl(ref.device, None)
+        if self._mask is not None or self._items is not None:
+            self._extras = self._upload_extras(ref)
+        else:
+            self._extras = NO_EXTRAS
         self._prepare(plan, ref.device)
 
     def _upload_extras(self, ref: TensorView) -> AttentionExtras:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import Any
 
 import numpy as np
 
@@ -11,39 +12,76 @@ from pyinfer._attention_options import PlanKey, items_of, mask_view
 from pyinfer._batch_attention import BatchAttention
 from pyinfer._support import out_dtype, plan_dtypes
 from pyinfer.core.errors import fail
+from pyinfer.schedulers.plan import AttentionPlan, PlanShape, plan_batch, plan_shape
+from pyinfer.schedulers.prefill import EXTRA_SLOTS, prefill_capacity
 
-if TYPE_CHECKING:
-    from pyinfer.schedulers.plan import AttentionPlan
+Tiles = tuple[int, int, int, int]  # tile_q, tile_kv, num_sms, ctas_per_sm
+
+
+@common.remembered
+def prefill_key(
+    op: str,
+    dtypes: tuple[Any, Any, Any],
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim_qk: int,
+    head_dim_vo: int | None,
+    page_size: int | None,
+    causal: bool,
+    window_left: int,
+    logits_soft_cap: float | None,
+    sm_scale: float | None,
+    pos_encoding_mode: str,
+    rope_scale: float | None,
+    rope_theta: float | None,
+    fixed_split_size: int | None,
+    disable_split_kv: bool,
+) -> PlanKey:
+    """The checked options of plan(). dtypes: q, kv, o; page_size None: ragged keys."""
+    q_dtype, kv_dtype = plan_dtypes(op, *dtypes[:2])
+    o_dtype = out_dtype(op, q_dtype, dtypes[2])
+    window, cap = common.check_window(op, window_left), common.check_soft_cap(op, logits_soft_cap)
+    scale = common.softmax_scale(op, sm_scale, head_dim_qk)
+    encoding = common.check_pos_encoding(op, pos_encoding_mode, rope_scale, rope_theta)
+    common.check_head_counts(op, num_qo_heads, num_kv_heads)
+    if page_size is not None:
+        common.check_page_size(op, page_size)
+    common.check_split_size(op, fixed_split_size)
+    return PlanKey(
+        num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, page_size or 0, q_dtype, kv_dtype, o_dtype, fixed_split_size,
+        disable_split_kv, bool(causal), window, cap, scale, *encoding,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _shape(op: str, device: int, key: PlanKey, tiles: Tiles, room: tuple[int, int, int] | None = None) -> PlanShape:
+    """All of a plan but the batch; room: batch, query rows and pages (ragged: tokens) of the largest, in CUDA graph mode."""
+    tile_q, tile_kv, num_sms, ctas_per_sm = tiles
+    capacity = None
+    if room is not None:
+        bound = prefill_capacity(
+            *room, num_qo_heads=key.num_qo_heads, num_kv_heads=key.num_kv_heads, page_size=key.page_size, tile_q=tile_q, num_sms=num_sms,
+            ctas_per_sm=ctas_per_sm, fixed_split_size=key.fixed_split_size, disable_split_kv=key.disable_split_kv,
+        )  # fmt: skip
+        capacity = bound._replace(max_indices=room[2] if key.page_size and device < 0 else 0)
+    return plan_shape(
+        op, key.num_qo_heads, key.num_kv_heads, key.head_dim_qk, key.head_dim_vo, key.page_size, tile_q, tile_kv, num_sms, ctas_per_sm, EXTRA_SLOTS,
+        key.causal, key.window_left, key.fixed_split_size, key.disable_split_kv, capacity,
+    )  # fmt: skip
+
+
+def _longest(indptr: np.ndarray) -> int:
+    """The longest row of a CSR row pointer (of a few entries, NumPy's calls would cost more than the loop)."""
+    if len(indptr) > 32:
+        return int((indptr[1:] - indptr[:-1]).max())
+    rows = indptr.tolist()
+    return max((b - a for a, b in zip(rows, rows[1:], strict=False)), default=0)
 
 
 class BatchPrefill(BatchAttention):
     """What the paged and the ragged wrapper share."""
 
     _indices_arg = "paged_kv_indices_buf"
-
-    def _key(
-        self,
-        heads: tuple[int, int, int, int | None, int],
-        dtypes: tuple[Any, Any, Any],
-        scores: tuple[bool, int, float | None, float | None],
-        encoding: tuple[str, float | None, float | None],
-        splits: tuple[int | None, bool],
-    ) -> PlanKey:
-        """The checked options of plan(): (qo heads, kv heads, qk, vo, page size), (q, kv, o), (causal, window, cap, scale), (mode, scale, theta), splits."""
-        op = self._op
-        qo, kv, qk, vo, page_size = heads
-        causal, window_left, soft_cap, sm_scale = scores
-        q_dtype, kv_dtype = plan_dtypes(op, *dtypes[:2])
-        o_dtype = out_dtype(op, q_dtype, dtypes[2])
-        window, cap, scale = (
-            common.check_window(op, window_left),
-            common.check_soft_cap(op, soft_cap),
-            common.softmax_scale(op, sm_scale, qk),
-        )
-        mode, rope_scale, rope_theta = common.check_pos_encoding(op, *encoding)
-        return PlanKey(
-            qo, kv, qk, vo or qk, page_size, q_dtype, kv_dtype, o_dtype, *splits, bool(causal), window, cap, scale, mode, rope_scale, rope_theta,
-        )  # fmt: skip
 
     def _plan_batch(
         self,
@@ -57,9 +95,6 @@ class BatchPrefill(BatchAttention):
         """Plan a batch. `key` needs no more checks but of the heads, `items` are the four arguments of multi-item scoring."""
         op = self._op
         qo_indptr, kv_indptr, last_page_len = host
-        common.check_head_counts(op, key.num_qo_heads, key.num_kv_heads)
-        if key.fixed_split_size is not None and key.fixed_split_size < 1:
-            fail(op, "fixed_split_size", "is no number of pages", key.fixed_split_size, "1 or more")
         mask = mask_view(op, custom_mask, packed_custom_mask)
         found = items_of(op, *items, max(len(qo_indptr) - 1, 0))
         if found is not None:
@@ -100,42 +135,30 @@ class BatchPrefill(BatchAttention):
         window_left: int,
         causal: bool,
     ) -> AttentionPlan:
-        from pyinfer.schedulers.prefill import prefill_capacity, prefill_plan
-
-        heads = dict(num_qo_heads=key.num_qo_heads, num_kv_heads=key.num_kv_heads, page_size=key.page_size)
-        splits = dict(fixed_split_size=key.fixed_split_size, disable_split_kv=key.disable_split_kv)
+        op = self._op
+        if window_left != key.window_left or causal != key.causal:
+            key = key._replace(window_left=window_left, causal=causal)
         group = key.num_qo_heads // key.num_kv_heads
-        batch = len(qo_indptr) - 1
-        total = int(qo_indptr[-1]) if batch >= 0 else 0
-        longest = int((qo_indptr[1:] - qo_indptr[:-1]).max()) if batch > 0 else 0
-
+        batch = max(len(qo_indptr) - 1, 0)
+        total = int(qo_indptr[-1]) if batch else 0
         # A result that must not depend on the batch needs a tile that does not: the largest.
         invariant = key.disable_split_kv or key.fixed_split_size is not None
-        longest_rows, total_rows = (1 << 24, 1 << 30) if invariant else (max(longest, 1) * group, max(total, 1) * group)
-        chosen = common.batch_tiles(
+        longest_rows, total_rows = (
+            (1 << 24, 1 << 30) if invariant else (max(_longest(qo_indptr), 1) * group, max(total, 1) * group)
+        )
+        tiles = common.batch_tiles(
             device, key.q_data_type, key.head_dim_qk, key.head_dim_vo, longest_rows, total_rows, key.num_kv_heads, key.kv_data_type, key.options
         )  # fmt: skip
-        capacity = None
-        if self._use_cuda_graph:
-            max_kv = self._buffers[self._indices_arg].shape[0] if self._paged else int(kv_indptr[-1])
-
-            def choose() -> tuple[Any, ...]:
-                bound = prefill_capacity(
-                    batch, total, max_kv, tile_q=chosen[0], num_sms=chosen[2], ctas_per_sm=chosen[3], **heads, **splits
-                )
-                return chosen, bound._replace(max_indices=max_kv if self._paged and device < 0 else 0), total
-
-            fixed_key = key._replace(window_left=window_left, causal=causal)
-            chosen, capacity, most = self._fixed(device, fixed_key, choose)
-            if total > most:
-                fail(
-                    self._op, "qo_indptr", "has more query rows than the first plan", total, f"at most {most}",
-                    "In CUDA graph mode the first plan fixes the most; plan the largest batch first.",
-                )  # fmt: skip
-        return prefill_plan(
-            qo_indptr, kv_indptr, indices, last, head_dim_qk=key.head_dim_qk, head_dim_vo=key.head_dim_vo, tile_q=chosen[0], tile_kv=chosen[1],
-            num_sms=chosen[2], ctas_per_sm=chosen[3], causal=causal, window_left=window_left, capacity=capacity, op=self._op, **heads, **splits,
-        )  # fmt: skip
+        if not self._use_cuda_graph:
+            return plan_batch(op, _shape(op, device, key, tiles), qo_indptr, kv_indptr, indices, last)
+        max_kv = self._buffers[self._indices_arg].shape[0] if self._paged else int(kv_indptr[-1])
+        shape, most = self._fixed(device, key, lambda: (_shape(op, device, key, tiles, (batch, total, max_kv)), total))
+        if total > most:
+            fail(
+                op, "qo_indptr", "has more query rows than the first plan", total, f"at most {most}",
+                "In CUDA graph mode the first plan fixes the most; plan the largest batch first.",
+            )  # fmt: skip
+        return plan_batch(op, shape, qo_indptr, kv_indptr, indices, last)
 
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:
         """Deprecated: `plan`."""

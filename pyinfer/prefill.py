@@ -10,7 +10,7 @@ import numpy as np
 from pyinfer import _attention as common
 from pyinfer._attention import host_metadata
 from pyinfer._attention_options import bind_mask, mask_view, options_of
-from pyinfer._batch_prefill import BatchPrefill
+from pyinfer._batch_prefill import BatchPrefill, prefill_key
 from pyinfer._support import out_dtype
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import device_name, fail
@@ -241,10 +241,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             Naming the argument, what it got and what is wanted. seq_lens and block_tables belong to a backend that is not here.
         """
         op = self._op
-        common.check_options(op, seq_lens=seq_lens, block_tables=block_tables)
-        key = self._key(
-            (num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size), (q_data_type, kv_data_type, o_data_type),
-            (causal, window_left, logits_soft_cap, sm_scale), (pos_encoding_mode, rope_scale, rope_theta), (fixed_split_size, disable_split_kv),
+        if seq_lens is not None or block_tables is not None:
+            common.check_options(op, seq_lens=seq_lens, block_tables=block_tables)
+        key = prefill_key(
+            op, (q_data_type, kv_data_type, o_data_type), num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, causal, window_left,
+            logits_soft_cap, sm_scale, pos_encoding_mode, rope_scale, rope_theta, fixed_split_size, disable_split_kv,
         )  # fmt: skip
         qo, kv, last = host_metadata(
             op, strict=strict, qo_indptr=qo_indptr, paged_kv_indptr=paged_kv_indptr, paged_kv_last_page_len=paged_kv_last_page_len
@@ -396,9 +397,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
 
         Other parameters and errors as `BatchPrefillWithPagedKVCacheWrapper.plan`.
         """
-        key = self._key(
-            (num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, 0), (q_data_type, kv_data_type, o_data_type),
-            (causal, window_left, logits_soft_cap, sm_scale), (pos_encoding_mode, rope_scale, rope_theta), (fixed_split_size, disable_split_kv),
+        key = prefill_key(
+            self._op, (q_data_type, kv_data_type, o_data_type), num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, None, causal, window_left,
+            logits_soft_cap, sm_scale, pos_encoding_mode, rope_scale, rope_theta, fixed_split_size, disable_split_kv,
         )  # fmt: skip
         qo, kv = host_metadata(self._op, strict=strict, qo_indptr=qo_indptr, kv_indptr=kv_indptr)
         items = (prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)

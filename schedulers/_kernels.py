@@ -18,8 +18,15 @@ if globals().get("INTERPRETED", False):  # `lazy` runs this module twice: withou
 else:
     from pyinfer.cpu.compile import kernel  # type: ignore[assignment]  # one name, two ways to run
 
-# What check_page_table returns first.
-OK, BAD_START, NOT_MONOTONE, BAD_LAST_PAGE, TOO_FEW_INDICES, NEGATIVE_PAGE, TOO_LONG = range(7)
+# What the kernels that check return first.
+OK, BAD_START, NOT_MONOTONE, BAD_LAST_PAGE, TOO_FEW_INDICES, NEGATIVE_PAGE, TOO_LONG, OVER_CAPACITY = range(8)
+
+# The places in `numbers`, an int64 array of what stays from plan to plan (`plan.PlanShape`). CHUNK: < 0 choose, 0 never split, > 0 exactly
+# that many tokens; EXTRA: work items that splitting may add; MAX_*: the capacity, -1 all of them without one.
+(
+    PAGE_SIZE, GROUP, TILE_Q, TILE_KV, SLOTS, EXTRA, CAUSAL, WINDOW_LEFT, CHUNK, KV_HEADS, MAX_WORK, MAX_PARTIALS, MAX_BATCH, MAX_INDICES,
+) = range(14)  # fmt: skip
+HEADER_INTS = 16  # as in plan.py
 
 # Cost model of choose_chunk, in units of "kv tokens one work item reads". An item costs its tokens plus ITEM_COST (launch, query load,
 # pipeline ramp, epilogue); a tile cut in s pieces costs its last arriver s * MERGE_COST (reading the partials back).
@@ -89,17 +96,24 @@ def visible_range(token_begin, token_end, qo_len, kv_len, causal, window_left):
 
 
 @kernel(fastmath=False)
+def _ceil_div(a, b):
+    """ceil(a / b) of integers below 2^31, b > 0, by way of doubles: several times faster than a 64-bit integer division, and exact.
+
+    (A quotient that is no integer lies at least 1 / b away from one, 2^-31 of its size, where doubles have 53 bits.)
+    """
+    return np.int64((a + b - 1) / np.float64(b))
+
+
+@kernel(fastmath=False)
 def _pieces(length, chunk, unit):
     """(number of pieces, tokens a piece) for a tile of `length` tokens under a chunk limit: pieces of one size, rounded up to `unit`."""
     if chunk == 0 or length <= chunk:
         return np.int64(1), np.int64(length)
-    n = (length + chunk - 1) // chunk
-    if (
-        unit == 0
-    ):  # a fixed split: pieces are exactly `chunk`, whatever the length, so that bits do not depend on the batch
+    n = _ceil_div(length, chunk)
+    if unit == 0:  # a fixed split: pieces are exactly `chunk`, so that bits do not depend on the batch
         return n, np.int64(chunk)
-    piece = ((length + n - 1) // n + unit - 1) // unit * unit
-    return (length + piece - 1) // piece, piece
+    piece = _ceil_div(_ceil_div(length, n), unit) * unit
+    return _ceil_div(length, piece), piece
 
 
 @kernel(fastmath=False)
@@ -209,35 +223,112 @@ def measure(qo_len, kv_len, group, tile_q, unit, slots, extra, causal, window_le
 
 
 @kernel(fastmath=False)
-def assemble(buffer, at, n_work, num_partials, tiles, chunk, unit, qo_indptr, kv_indptr, kv_len, kv_indices):
-    """Write the whole packed plan. `at`: the sections' begins and the end, as in PlanOffsets (int64 [7]); kv_indices empty: not in the buffer.
+def _round4(n):
+    return (n + 3) & -4
 
-    What a section has no values for is zeroed, semaphores too.
+
+@kernel(fastmath=False)
+def plan_lengths(qo_indptr, qo_len, kv_indptr, kv_len, indices, has_indices, numbers):
+    """Plan checked lengths: cut, choose the split, write the packed plan. qo_len may leave requests out (0) that qo_indptr has.
+
+    Returns
+    -------
+    code
+        OK, or OVER_CAPACITY: then the plan is empty, but its counts are there.
+    counts
+        (batch, work items, partials, chunk, query tokens, last entry of kv_indptr).
+    offsets
+        The sections' begins and the end, as `plan.PlanOffsets`.
+    buffer
+        The packed plan, int32: header, work, qo_indptr, kv_indptr, kv_len, page indices (with has_indices, unless a capacity keeps them elsewhere),
+        semaphores. What a section has no values for is zero.
     """
-    for i in range(at[0]):
-        buffer[i] = 0
+    batch = len(kv_len)
+    chunk, unit, n_work, num_partials, tiles = measure(
+        qo_len,
+        kv_len,
+        numbers[GROUP],
+        numbers[TILE_Q],
+        numbers[TILE_KV],
+        numbers[SLOTS],
+        numbers[EXTRA],
+        numbers[CAUSAL] != 0,
+        numbers[WINDOW_LEFT],
+        numbers[CHUNK],
+    )
+    pages = np.int64(kv_indptr[batch])
+    n_indices = pages if has_indices and numbers[MAX_INDICES] != 0 else np.int64(-1)
+    room_work, room_batch, room_indices, semaphores = n_work, np.int64(batch), n_indices, num_partials
+    code = OK
+    if numbers[MAX_WORK] >= 0:
+        room_work, room_batch, semaphores = numbers[MAX_WORK], numbers[MAX_BATCH], numbers[MAX_PARTIALS]
+        if n_indices >= 0:
+            room_indices = numbers[MAX_INDICES]
+        if n_work > room_work or batch > room_batch or num_partials > semaphores or n_indices > room_indices:
+            code = OVER_CAPACITY
+    at_work = np.int64(HEADER_INTS)
+    at_qo = at_work + 8 * room_work
+    at_kv = at_qo + _round4(room_batch + 1)
+    at_len = at_kv + _round4(room_batch + 1)
+    at_indices = at_len + _round4(room_batch)
+    at_semaphore = at_indices + _round4(max(room_indices, np.int64(0)))
+    total = at_semaphore + _round4(semaphores * numbers[KV_HEADS])
+    offsets = (at_work, at_qo, at_kv, at_len, at_indices if n_indices >= 0 else np.int64(-1), at_semaphore, total)
+    counts = (np.int64(batch), n_work, num_partials, chunk, np.int64(qo_indptr[batch]), pages)
+    if code != OK:
+        return code, counts, offsets, np.empty(0, np.int32)
+    buffer = np.empty(total, np.int32)
+    buffer[:at_work] = 0
     buffer[0] = n_work
     buffer[1] = num_partials
-    buffer[2] = len(kv_len)
-    end = at[0] + 8 * n_work
-    emit(tiles, chunk, unit, buffer[at[0] : end].reshape(n_work, 8))
-    for i in range(end, at[1]):
-        buffer[i] = 0
-    _put(buffer, at[1], at[2], qo_indptr, len(qo_indptr))
-    _put(buffer, at[2], at[3], kv_indptr, len(kv_indptr))
-    _put(buffer, at[3], at[4], kv_len, len(kv_len))
-    _put(buffer, at[4], at[5], kv_indices, min(len(kv_indices), kv_indptr[-1]))
-    for i in range(at[5], at[6]):
-        buffer[i] = 0
+    buffer[2] = batch
+    end = at_work + 8 * n_work
+    emit(tiles, chunk, unit, buffer[at_work:end].reshape(n_work, 8))
+    buffer[end:at_qo] = 0
+    _put(buffer, at_qo, at_kv, qo_indptr, batch + 1)
+    _put(buffer, at_kv, at_len, kv_indptr, batch + 1)
+    _put(buffer, at_len, at_indices, kv_len, batch)
+    _put(buffer, at_indices, at_semaphore, indices, max(n_indices, np.int64(0)))
+    buffer[at_semaphore:] = 0
+    return code, counts, offsets, buffer
+
+
+@kernel(fastmath=False)
+def plan_batch(qo_indptr, kv_indptr, last_page_len, indices, has_indices, numbers):
+    """Check a batch's host metadata and plan it, in one call: `plan_lengths` of a paged or, with page size 0, ragged batch.
+
+    Returns (code, array, where, value), max_page and the rest as `plan_lengths`; for a code that is neither OK nor OVER_CAPACITY, `array` says
+    which one is wrong (0: qo_indptr, 1: the keys').
+    """
+    batch = len(kv_indptr) - 1
+    qo_len = np.empty(batch, np.int32)
+    kv_len = np.empty(batch, np.int32)
+    array = 0
+    max_page = np.int64(-1)
+    code, where, value = check_indptr(qo_indptr, qo_len)
+    if code == OK:
+        array = 1
+        if numbers[PAGE_SIZE] > 0:
+            code, where, value, max_page = check_page_table(
+                kv_indptr, last_page_len, indices, numbers[PAGE_SIZE], kv_len
+            )
+            if code == TOO_FEW_INDICES and not has_indices:
+                code = OK
+        else:
+            code, where, value = check_indptr(kv_indptr, kv_len)
+    none = np.int64(0)
+    if code != OK:
+        empty = (none, none, none, none, none, none)
+        return (code, array, where, value), max_page, empty, (none, *empty), np.empty(0, np.int32)
+    code, counts, offsets, buffer = plan_lengths(qo_indptr, qo_len, kv_indptr, kv_len, indices, has_indices, numbers)
+    return (code, array, where, value), max_page, counts, offsets, buffer
 
 
 @kernel(fastmath=False)
 def _put(buffer, begin, end, values, count):
     """Copy values[:count] to buffer[begin:] and zero the rest up to `end`."""
-    for i in range(count):
-        buffer[begin + i] = values[i]
-    for i in range(begin + count, end):
-        buffer[i] = 0
+    buffer[begin : begin + count] = values[:count]
+    buffer[begin + count : end] = 0
 
 
 @kernel(fastmath=False)
@@ -251,6 +342,8 @@ def emit(tiles, chunk, unit, work):
     i = 0
     slot = 0
     longest = np.int64(0)
+    previous = np.int64(2147483647)
+    sorted_already = True
     for t in range(len(tiles)):
         length = np.int64(tiles[t, 4]) - tiles[t, 3]
         pieces, piece = _pieces(length, chunk, unit)
@@ -258,28 +351,36 @@ def emit(tiles, chunk, unit, work):
         for s in range(pieces):
             tile_of[i] = t
             split_of[i] = s
-            length_of[i] = min(piece, length - s * piece)
-            longest = max(longest, length_of[i])
+            part = min(piece, length - s * piece)
+            length_of[i] = part
+            longest = max(longest, part)
+            sorted_already = sorted_already and part <= previous
+            previous = part
             i += 1
         if pieces > 1:
             slot += pieces
-    order = np.arange(n).astype(np.int32)
-    other = np.empty(n, np.int32)
-    count = np.empty(2049, np.int64)
-    shift = 0
-    while (longest >> shift) > 0:
-        count[:] = 0
-        for i in range(n):
-            count[2048 - ((length_of[i] >> shift) & 2047)] += 1  # key 2047 - digit, counted one place up: descending
-        for d in range(1, 2049):
-            count[d] += count[d - 1]
-        for i in range(n):
-            item = order[i]
-            key = 2047 - ((length_of[item] >> shift) & 2047)
-            other[count[key]] = item
-            count[key] += 1
-        order, other = other, order
-        shift += 11
+    order = np.empty(n, np.int32)
+    for i in range(n):
+        order[i] = i
+    if not sorted_already:
+        other = np.empty(n, np.int32)
+        bits = 8 if n < 512 else 11  # clearing and summing the counts is most of the work for few items
+        buckets = 1 << bits
+        count = np.empty(buckets + 1, np.int64)
+        shift = 0
+        while (longest >> shift) > 0:
+            count[:] = 0
+            for i in range(n):
+                count[buckets - ((length_of[i] >> shift) & (buckets - 1))] += 1  # descending keys, counted one place up
+            for d in range(1, buckets + 1):
+                count[d] += count[d - 1]
+            for i in range(n):
+                item = order[i]
+                key = buckets - 1 - ((length_of[item] >> shift) & (buckets - 1))
+                other[count[key]] = item
+                count[key] += 1
+            order, other = other, order
+            shift += bits
     for i in range(n):
         item = order[i]
         t = tile_of[item]

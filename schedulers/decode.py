@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from pyinfer.schedulers.plan import AttentionPlan, PlanCapacity, build_plan, check_heads, device_slots, page_table
+from pyinfer.schedulers.plan import AttentionPlan, PlanCapacity, device_slots, plan_batch, plan_shape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,10 +15,11 @@ EXTRA_SLOTS = 2  # splitting may add this many work items for each of the device
 
 
 @functools.lru_cache(maxsize=16)
-def _ramp(batch: int) -> tuple[np.ndarray, np.ndarray]:
+def one_token_each(batch: int) -> np.ndarray:
+    """qo_indptr of decode, int32 [batch + 1]: shared, not to be written."""
     import numpy as np
 
-    return np.arange(batch + 1, dtype=np.int32), np.ones(batch, np.int32)
+    return np.arange(batch + 1, dtype=np.int32)
 
 
 def decode_plan(
@@ -73,15 +74,15 @@ def decode_plan(
     ValueError
         For a malformed page table, head counts that do not divide, or a plan beyond `capacity`, naming the field.
     """
-    check_heads(op, num_qo_heads, num_kv_heads)
-    kv_len, max_page = page_table(op, kv_indptr, last_page_len, kv_indices, page_size)
-    qo_indptr, qo_len = _ramp(len(kv_len))
-    return build_plan(
-        op, qo_indptr, qo_len, kv_indptr, kv_len, kv_indices,
-        num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo or head_dim_qk,
-        page_size=page_size, tile_q=tile_q, tile_kv=tile_kv, num_sms=num_sms, ctas_per_sm=ctas_per_sm, causal=False, window_left=window_left,
-        fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv, extra_slots=EXTRA_SLOTS, capacity=capacity, max_page=max_page,
+    if page_size < 1:
+        from pyinfer.core.errors import fail
+
+        fail(op, "page_size", "is no page size", page_size, "1 or more")
+    shape = plan_shape(
+        op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, page_size, tile_q, tile_kv, num_sms, ctas_per_sm, EXTRA_SLOTS,
+        False, window_left, fixed_split_size, disable_split_kv, capacity,
     )  # fmt: skip
+    return plan_batch(op, shape, one_token_each(max(len(kv_indptr) - 1, 0)), kv_indptr, kv_indices, last_page_len)
 
 
 def decode_capacity(

@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pyinfer.schedulers.lazy import kernels
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -47,119 +49,216 @@ class PlanOffsets(NamedTuple):
     total: int
 
 
-def _round4(n: int) -> int:
-    return (n + 3) & -4
+@dataclass(frozen=True, eq=False)
+class PlanShape:
+    """What a plan is made from besides the batch: it stays while a model is served. Made by `plan_shape`, which returns one object for equal arguments.
 
-
-@functools.lru_cache(maxsize=64)
-def plan_offsets(work: int, batch: int, indices: int, semaphores: int) -> PlanOffsets:
-    """Sections of a packed plan for these counts (indices < 0: no such section)."""
-    at_work = HEADER_INTS
-    at_qo = at_work + 8 * work
-    at_kv = at_qo + _round4(batch + 1)
-    at_len = at_kv + _round4(batch + 1)
-    at_indices = at_len + _round4(batch)
-    at_semaphore = at_indices + _round4(max(indices, 0))
-    return PlanOffsets(
-        at_work,
-        at_qo,
-        at_kv,
-        at_len,
-        at_indices if indices >= 0 else -1,
-        at_semaphore,
-        at_semaphore + _round4(semaphores),
-    )
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class AttentionPlan:
-    """An immutable schedule of one batch. Made by `decode.decode_plan` and `prefill.prefill_plan`; all arrays are views of one int32 buffer.
-
-    Attributes
-    ----------
-    work
-        int32 [n_work, 8], longest first; the columns are `WORK_FIELDS`.
-    qo_indptr, kv_indptr
-        int32 [batch + 1]: query tokens; pages if paged, kv tokens if ragged.
-    kv_len
-        int32 [batch]: kv tokens.
-    kv_indices
-        int32 page numbers, or None for ragged keys and for indices that live on the device.
-    page_size
-        Tokens a page; 0 for ragged keys.
-    tile_q
-        Packed rows (query token x query head of one kv head) a tile holds at most.
-    kv_chunk
-        Upper bound of the kv tokens of one item; 0 if no tile is split.
-    num_partials
-        Partial results that are merged; 0 if no tile is split.
-    causal, window_left
-        The mask the tiles' ranges were clipped with; window_left -1 is none.
-    capacity
-        Bounds that fix offsets and grid, or None.
-    max_page
-        Largest page number in kv_indices, -1 if none is known.
+    The attributes are those of `AttentionPlan` of the same names; `numbers` is what the planners' kernels take (int64, `_kernels.py` names the places).
     """
 
-    buffer: np.ndarray
-    work: np.ndarray
-    qo_indptr: np.ndarray
-    kv_indptr: np.ndarray
-    kv_len: np.ndarray
-    kv_indices: np.ndarray | None
     num_qo_heads: int
     num_kv_heads: int
     head_dim_qk: int
     head_dim_vo: int
     page_size: int
     tile_q: int
-    kv_chunk: int
-    num_partials: int
     causal: bool
     window_left: int
     capacity: PlanCapacity | None
-    offsets: PlanOffsets
+    numbers: np.ndarray
+
+
+@functools.lru_cache(maxsize=256)
+def plan_shape(
+    op: str,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    page_size: int,
+    tile_q: int,
+    tile_kv: int,
+    num_sms: int,
+    ctas_per_sm: int,
+    extra_slots: int,
+    causal: bool = False,
+    window_left: int = -1,
+    fixed_split_size: int | None = None,
+    disable_split_kv: bool = False,
+    capacity: PlanCapacity | None = None,
+) -> PlanShape:
+    """The `PlanShape` of these arguments, which `decode.decode_plan` describes; splitting may add extra_slots work items for each of the device's slots.
+
+    Raises
+    ------
+    ValueError
+        For head counts that do not divide, or a page size below 0 (0: ragged keys).
+    """
+    import numpy as np
+
+    check_heads(op, num_qo_heads, num_kv_heads)
+    if page_size < 0:
+        from pyinfer.core.errors import fail
+
+        fail(op, "page_size", "is no page size", page_size, "1 or more")
+    slots = device_slots(num_sms, ctas_per_sm, num_kv_heads)
+    if disable_split_kv:
+        chunk = 0
+    elif fixed_split_size is not None:
+        chunk = int(fixed_split_size) * max(page_size, 1)
+    else:
+        chunk = -1
+    bounds = (-1, -1, -1, -1) if capacity is None else capacity
+    numbers = np.array(
+        [page_size, num_qo_heads // num_kv_heads, tile_q, tile_kv, slots, extra_slots * slots, causal, window_left, chunk, num_kv_heads, *bounds],
+        np.int64,
+    )  # fmt: skip
+    return PlanShape(
+        num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, tile_q, bool(causal), window_left, capacity, numbers
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """An immutable schedule of one batch. Made by `decode.decode_plan` and `prefill.prefill_plan`; all arrays are read-only views of one int32 buffer.
+
+    Attributes
+    ----------
+    shape
+        Everything but the batch.
+    buffer
+        The packed plan, see `pack`.
+    batch_size, n_work
+        Requests; work items.
+    num_partials
+        Partial results that are merged; 0 if no tile is split.
+    kv_chunk
+        Upper bound of the kv tokens of one item; 0 if no tile is split.
+    total_rows, total_kv
+        Query tokens; pages if paged, kv tokens if ragged.
+    max_page
+        Largest page number in kv_indices, -1 if none is known.
+    offsets
+        Where the sections of `buffer` begin.
+    other_indices
+        Host page numbers that are not in the buffer, or None.
+    """
+
+    shape: PlanShape
+    buffer: np.ndarray
+    batch_size: int
+    n_work: int
+    num_partials: int
+    kv_chunk: int
+    total_rows: int
+    total_kv: int
     max_page: int
+    offsets: PlanOffsets
+    other_indices: np.ndarray | None = None
 
     @property
-    def batch_size(self) -> int:
-        """Requests in the batch."""
-        return len(self.kv_len)
+    def work(self) -> np.ndarray:
+        """int32 [n_work, 8], longest first; the columns are `WORK_FIELDS`."""
+        begin = self.offsets.work
+        return self.buffer[begin : begin + 8 * self.n_work].reshape(self.n_work, 8)
 
     @property
-    def n_work(self) -> int:
-        """Work items."""
-        return len(self.work)
+    def qo_indptr(self) -> np.ndarray:
+        """int32 [batch + 1]: query tokens."""
+        begin = self.offsets.qo_indptr
+        return self.buffer[begin : begin + self.batch_size + 1]
 
     @property
-    def total_rows(self) -> int:
-        """Query tokens in the batch."""
-        return int(self.qo_indptr[-1])
+    def kv_indptr(self) -> np.ndarray:
+        """int32 [batch + 1]: pages if paged, kv tokens if ragged."""
+        begin = self.offsets.kv_indptr
+        return self.buffer[begin : begin + self.batch_size + 1]
+
+    @property
+    def kv_len(self) -> np.ndarray:
+        """int32 [batch]: kv tokens."""
+        begin = self.offsets.kv_len
+        return self.buffer[begin : begin + self.batch_size]
+
+    @property
+    def kv_indices(self) -> np.ndarray | None:
+        """int32 page numbers, or None for ragged keys and for indices that live on the device."""
+        begin = self.offsets.kv_indices
+        return self.buffer[begin : begin + self.total_kv] if begin >= 0 else self.other_indices
+
+    @property
+    def num_qo_heads(self) -> int:
+        """Query heads."""
+        return self.shape.num_qo_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.shape.num_kv_heads
+
+    @property
+    def head_dim_qk(self) -> int:
+        """Head dimension of queries and keys."""
+        return self.shape.head_dim_qk
+
+    @property
+    def head_dim_vo(self) -> int:
+        """Head dimension of values and outputs."""
+        return self.shape.head_dim_vo
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page; 0 for ragged keys."""
+        return self.shape.page_size
+
+    @property
+    def tile_q(self) -> int:
+        """Packed rows (query token x query head of one kv head) a tile holds at most."""
+        return self.shape.tile_q
+
+    @property
+    def causal(self) -> bool:
+        """Whether the tiles' ranges were clipped for the causal mask."""
+        return self.shape.causal
+
+    @property
+    def window_left(self) -> int:
+        """The window that the tiles' ranges were clipped with; -1 is none."""
+        return self.shape.window_left
+
+    @property
+    def capacity(self) -> PlanCapacity | None:
+        """Bounds that fix offsets and grid, or None."""
+        return self.shape.capacity
 
     @property
     def group_size(self) -> int:
         """Query heads that share a kv head."""
-        return self.num_qo_heads // self.num_kv_heads
+        return self.shape.num_qo_heads // self.shape.num_kv_heads
 
     @property
     def max_work(self) -> int:
         """Work items to launch for: the capacity's bound, or n_work."""
-        return self.capacity.max_work if self.capacity else len(self.work)
+        capacity = self.shape.capacity
+        return self.n_work if capacity is None else capacity.max_work
 
     @property
     def max_partials(self) -> int:
         """Partial slots in the workspace: the capacity's bound, or num_partials."""
-        return self.capacity.max_partials if self.capacity else self.num_partials
+        capacity = self.shape.capacity
+        return self.num_partials if capacity is None else capacity.max_partials
 
     @property
     def partial_lse_offset(self) -> int:
         """Byte offset of partial_lse in the workspace (partial_o begins it)."""
-        return partial_bytes(self.max_partials, self.num_kv_heads, self.tile_q, self.head_dim_vo)[0]
+        shape = self.shape
+        return partial_bytes(self.max_partials, shape.num_kv_heads, shape.tile_q, shape.head_dim_vo)[0]
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes the partial results need: exact, 0 if nothing is split."""
-        return sum(partial_bytes(self.max_partials, self.num_kv_heads, self.tile_q, self.head_dim_vo))
+        shape, partials = self.shape, self.max_partials
+        return sum(partial_bytes(partials, shape.num_kv_heads, shape.tile_q, shape.head_dim_vo)) if partials else 0
 
     def pack(self) -> np.ndarray:
         """The int32 buffer as the device takes it: header, work, qo_indptr, kv_indptr, kv_len, kv_indices, semaphores (zero). Not a copy."""
@@ -255,7 +354,6 @@ def page_table(
     import numpy as np
 
     from pyinfer.core.errors import fail
-    from pyinfer.schedulers.lazy import kernels
 
     if page_size < 1:
         fail(op, "page_size", "is no page size", page_size, "1 or more")
@@ -299,7 +397,6 @@ def _fail_table(
     arg: str = "paged_kv_indptr",
 ) -> None:
     from pyinfer.core.errors import fail
-    from pyinfer.schedulers.lazy import kernels
 
     k = kernels()
     if code == k.BAD_START:
@@ -332,8 +429,6 @@ def _fail_table(
 def lengths(op: str, arg: str, indptr: np.ndarray) -> np.ndarray:
     """The differences of a host CSR row pointer, checked (ValueError naming `arg`)."""
     import numpy as np
-
-    from pyinfer.schedulers.lazy import kernels
 
     _check_indptr_size(op, arg, indptr)
     k = kernels(len(indptr))
@@ -369,66 +464,93 @@ def build_plan(
     capacity: PlanCapacity | None,
     max_page: int,
 ) -> AttentionPlan:
-    """Plan a checked batch: the common part of `decode_plan` and `prefill_plan`, whose docstrings describe the parameters."""
-    import numpy as np
-
-    from pyinfer.schedulers.lazy import kernels
-
-    k = kernels(8 * len(kv_len))
-    slots = device_slots(num_sms, ctas_per_sm, num_kv_heads)
-    if disable_split_kv:
-        chunk = 0
-    elif fixed_split_size is not None:
-        chunk = int(fixed_split_size) * max(page_size, 1)
-    else:
-        chunk = -1
-    batch = len(kv_len)
-    chunk, unit, n_work, num_partials, tiles = k.measure(
-        qo_len,
-        kv_len,
-        num_qo_heads // num_kv_heads,
-        tile_q,
-        tile_kv,
-        slots,
-        extra_slots * slots,
-        causal,
-        window_left,
-        chunk,
-    )
-    if capacity is None:
-        n_indices = -1 if kv_indices is None else int(kv_indptr[-1])
-        offsets = plan_offsets(n_work, batch, n_indices, num_partials * num_kv_heads)
-    else:
-        n_indices = -1 if kv_indices is None or capacity.max_indices == 0 else int(kv_indptr[-1])
-        _check_capacity(op, capacity, n_work, num_partials, batch, n_indices)
-        offsets = plan_offsets(
-            capacity.max_work,
-            capacity.max_batch,
-            capacity.max_indices if n_indices >= 0 else -1,
-            capacity.max_partials * num_kv_heads,
-        )
-    buffer = np.empty(offsets.total, np.int32)
-    end = offsets.work + 8 * n_work
-    at_indices = offsets.kv_indices if n_indices >= 0 else offsets.semaphore
-    sections = (
-        offsets.work,
-        offsets.qo_indptr,
-        offsets.kv_indptr,
-        offsets.kv_len,
-        at_indices,
-        offsets.semaphore,
-        offsets.total,
-    )
-    packed_indices = kv_indptr[:0] if kv_indices is None or n_indices < 0 else kv_indices
-    k.assemble(buffer, sections, n_work, num_partials, tiles, chunk, unit, qo_indptr, kv_indptr, kv_len, packed_indices)
-    buffer.flags.writeable = False  # before the views are taken: they inherit it
-    if n_indices >= 0:
-        kv_indices = buffer[offsets.kv_indices : offsets.kv_indices + n_indices]
-    return AttentionPlan(
-        buffer, buffer[offsets.work : end].reshape(n_work, 8), buffer[offsets.qo_indptr : offsets.qo_indptr + batch + 1],
-        buffer[offsets.kv_indptr : offsets.kv_indptr + batch + 1], buffer[offsets.kv_len : offsets.kv_len + batch], kv_indices,
-        num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, tile_q, chunk, num_partials, causal, window_left, capacity, offsets, max_page,
+    """Plan checked lengths, of which qo_len may leave requests out (0) that qo_indptr has. `plan_shape` and `decode.decode_plan` describe the parameters."""
+    shape = plan_shape(
+        op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, tile_q, tile_kv, num_sms, ctas_per_sm, extra_slots, causal, window_left,
+        fixed_split_size, disable_split_kv, capacity,
     )  # fmt: skip
+    k = kernels(8 * len(kv_len))
+    given = kv_indptr[:0] if kv_indices is None else kv_indices
+    code, counts, offsets, buffer = k.plan_lengths(
+        qo_indptr, qo_len, kv_indptr, kv_len, given, kv_indices is not None, shape.numbers
+    )
+    return _packed(op, shape, code, counts, max_page, offsets, buffer, kv_indices)
+
+
+def plan_batch(
+    op: str,
+    shape: PlanShape,
+    qo_indptr: np.ndarray,
+    kv_indptr: np.ndarray,
+    kv_indices: np.ndarray | None,
+    last_page_len: np.ndarray | None,
+) -> AttentionPlan:
+    """Check host metadata, int32 and contiguous, and plan it: what `decode_plan` and `prefill_plan` do once the shape is known.
+
+    Raises
+    ------
+    ValueError
+        For malformed metadata, naming the array, the place and the value, or a plan beyond the shape's capacity.
+    """
+    kv_arg = "paged_kv_indptr" if shape.page_size else "kv_indptr"
+    batch = len(kv_indptr) - 1
+    if batch < 0 or len(qo_indptr) != batch + 1 or (last_page_len is not None and len(last_page_len) != batch):
+        _fail_sizes(op, kv_arg, qo_indptr, kv_indptr, last_page_len)
+    given = kv_indptr[:0] if kv_indices is None else kv_indices
+    k = kernels(8 * batch + len(given))
+    (code, array, where, value), max_page, counts, offsets, buffer = k.plan_batch(
+        qo_indptr, kv_indptr, kv_indptr if last_page_len is None else last_page_len, given, kv_indices is not None, shape.numbers
+    )  # fmt: skip
+    if code != k.OK and code != k.OVER_CAPACITY:
+        if array == 0:
+            _fail_table(op, code, where, value, qo_indptr, None, 0, "qo_indptr")
+        _fail_table(op, code, where, value, kv_indptr, kv_indices, shape.page_size, kv_arg)
+    return _packed(op, shape, code, counts, max_page, offsets, buffer, kv_indices)
+
+
+def _packed(
+    op: str,
+    shape: PlanShape,
+    code: int,
+    counts: tuple[int, ...],
+    max_page: int,
+    offsets: tuple[int, ...],
+    buffer: np.ndarray,
+    kv_indices: np.ndarray | None,
+) -> AttentionPlan:
+    """What a kernel returned, as a plan."""
+    batch, n_work, num_partials, chunk, rows, total_kv = map(
+        int, counts
+    )  # interpreted, the kernels give NumPy's integers
+    at = PlanOffsets(*map(int, offsets))
+    if code:
+        assert shape.capacity is not None
+        pages = total_kv if at.kv_indices >= 0 else -1
+        _fail_capacity(op, shape.capacity, n_work, num_partials, batch, pages)
+    buffer.flags.writeable = False  # before views are taken: they inherit it
+    plan = object.__new__(
+        AttentionPlan
+    )  # a frozen dataclass's own __init__ sets field by field, which takes three times as long
+    plan.__dict__.update(
+        shape=shape, buffer=buffer, batch_size=batch, n_work=n_work, num_partials=num_partials, kv_chunk=chunk, total_rows=rows, total_kv=total_kv,
+        max_page=max_page, offsets=at, other_indices=kv_indices if at.kv_indices < 0 else None,
+    )  # fmt: skip
+    return plan
+
+
+def _fail_sizes(
+    op: str, kv_arg: str, qo_indptr: np.ndarray, kv_indptr: np.ndarray, last_page_len: np.ndarray | None
+) -> None:
+    """Say which of the arrays has a length that the others' do not go with."""
+    from pyinfer.core.errors import fail
+
+    _check_indptr_size(op, "qo_indptr", qo_indptr)
+    _check_indptr_size(op, kv_arg, kv_indptr)
+    rows = len(kv_indptr)
+    if last_page_len is not None and len(last_page_len) != rows - 1:
+        arg = "paged_kv_last_page_len"
+        fail(op, arg, "has the wrong length", len(last_page_len), f"{rows - 1} (paged_kv_indptr has {rows} entries)")
+    fail(op, "qo_indptr", "has the wrong length", len(qo_indptr), f"{rows} (as {kv_arg})")
 
 
 def device_slots(num_sms: int, ctas_per_sm: int, num_kv_heads: int) -> int:
@@ -436,9 +558,8 @@ def device_slots(num_sms: int, ctas_per_sm: int, num_kv_heads: int) -> int:
     return max(num_sms * ctas_per_sm // num_kv_heads, 1)
 
 
-def _check_capacity(
-    op: str, capacity: PlanCapacity, n_work: int, num_partials: int, batch: int, n_indices: int
-) -> None:
+def _fail_capacity(op: str, capacity: PlanCapacity, n_work: int, num_partials: int, batch: int, n_indices: int) -> None:
+    """Say which of the counts the capacity has no room for."""
     from pyinfer.core.errors import fail
 
     for name, got in (

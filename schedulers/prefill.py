@@ -8,12 +8,10 @@ from pyinfer.schedulers.plan import (
     SINGLE_SEMAPHORE_BYTES,
     AttentionPlan,
     PlanCapacity,
-    build_plan,
-    check_heads,
     device_slots,
-    lengths,
-    page_table,
     partial_bytes,
+    plan_batch,
+    plan_shape,
 )
 
 if TYPE_CHECKING:
@@ -62,24 +60,12 @@ def prefill_plan(
 
     Other parameters, returns and errors as `decode.decode_plan`.
     """
-    check_heads(op, num_qo_heads, num_kv_heads)
-    qo_len = lengths(op, "qo_indptr", qo_indptr)
-    if page_size:
-        assert last_page_len is not None
-        kv_len, max_page = page_table(op, kv_indptr, last_page_len, kv_indices, page_size)
-    else:
-        kv_len, max_page = lengths(op, "kv_indptr", kv_indptr), -1
-    if len(qo_len) != len(kv_len):
-        from pyinfer.core.errors import fail
-
-        arg = "paged_kv_indptr" if page_size else "kv_indptr"
-        fail(op, "qo_indptr", "has the wrong length", len(qo_indptr), f"{len(kv_indptr)} (as {arg})")
-    return build_plan(
-        op, qo_indptr, qo_len, kv_indptr, kv_len, kv_indices,
-        num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo or head_dim_qk,
-        page_size=page_size, tile_q=tile_q, tile_kv=tile_kv, num_sms=num_sms, ctas_per_sm=ctas_per_sm, causal=causal, window_left=window_left,
-        fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv, extra_slots=EXTRA_SLOTS, capacity=capacity, max_page=max_page,
+    assert not page_size or last_page_len is not None
+    shape = plan_shape(
+        op, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, page_size, tile_q, tile_kv, num_sms, ctas_per_sm, EXTRA_SLOTS,
+        causal, window_left, fixed_split_size, disable_split_kv, capacity,
     )  # fmt: skip
+    return plan_batch(op, shape, qo_indptr, kv_indptr, kv_indices, last_page_len if page_size else None)
 
 
 def prefill_capacity(

@@ -176,7 +176,7 @@ def test_mixed_plan_covers_every_row_once(rng, backend_arrays, seed):
     q = b.array(rng.standard_normal((sum(qo_lens), 6, 64)), "float32")
     out, lse = b.full((sum(qo_lens), 6, 64), np.nan, "float32"), b.full((sum(qo_lens), 6), np.nan, "float32")
     k, v = (view(x) for x in paged.cache)
-    for plan in (plans.prefill, dataclasses.replace(plans.decode, kv_indices=plans.prefill.kv_indices)):
+    for plan in (plans.prefill, dataclasses.replace(plans.decode, other_indices=plans.prefill.kv_indices)):
         run_plan(plan, view(q), k, v, "NHD", view(out), view(lse), sm_scale=0.125, logits_soft_cap=0.0, v_scale=1.0)
     want, want_lse = cases.expected(b.float64(q), qo_lens, paged.k, paged.v, causal=causal)
     assert_close(b.float64(out), want, rtol=5e-6, atol=1e-6)
@@ -228,6 +228,7 @@ def test_parts_pack_what_the_kernels_of_their_own_take(rng, monkeypatch, layout,
 
     recorder = Recorder()
     monkeypatch.setattr(attention_launch, "_kernel", lambda *args: recorder)
+    monkeypatch.setattr(attention_launch, "_planned", attention_launch._planned.__wrapped__)
     attention_launch.prepare_attention.cache_clear()
     lens, qo_lens = np.array([40, 500, 3], np.int32), (1, 90, 1)
     indptr = indptr_of(-(-lens // 16))
