@@ -174,6 +174,8 @@ class MultiLevelCascadeAttentionWrapper:
         rope_theta: float | None = None,
         q_data_type: Any = "float16",
         kv_data_type: Any = None,
+        *,
+        strict: bool = False,
     ) -> None:
         """Schedule every level.
 
@@ -191,6 +193,8 @@ class MultiLevelCascadeAttentionWrapper:
             As in `BatchPrefillWithPagedKVCacheWrapper.plan`.
         pos_encoding_mode, window_left
             With one level as there. With more they are refused: they depend on places in the whole sequence, which a level does not know.
+        strict
+            Refuse metadata whose reading would wait for the GPU: everything on a GPU but the page indices. Host metadata costs one copy a level.
 
         Raises
         ------
@@ -214,7 +218,7 @@ class MultiLevelCascadeAttentionWrapper:
             level.plan(
                 *table, num_qo_heads, num_kv_heads, head_dim, page_size, causal=bool(causal) and i == levels - 1, pos_encoding_mode=pos_encoding_mode,
                 use_fp16_qk_reduction=use_fp16_qk_reduction, sm_scale=sm_scale, window_left=window_left, logits_soft_cap=logits_soft_cap,
-                rope_scale=rope_scale, rope_theta=rope_theta, q_data_type=q_data_type, kv_data_type=kv_data_type,
+                rope_scale=rope_scale, rope_theta=rope_theta, q_data_type=q_data_type, kv_data_type=kv_data_type, strict=strict,
             )  # fmt: skip
             assert level.plan_info is not None
             rows.append(level.plan_info.total_rows)

@@ -116,6 +116,8 @@ class BatchAttention:
         q_data_type: Any = "bfloat16",
         kv_data_type: Any = "bfloat16",
         use_profiler: bool = False,
+        *,
+        strict: bool = False,
     ) -> None:
         """Schedule a batch.
 
@@ -140,8 +142,11 @@ class BatchAttention:
             Of q and of the cache.
         use_profiler
             Must be False: there is no in-kernel profiler.
+        strict
+            Refuse metadata whose reading would wait for the GPU.
 
-        Host arrays never synchronise. Arrays on a GPU cost a copy each, but for kv_indices, which are used where they are, unchecked.
+        Host arrays never synchronise. Those on a GPU cost one copy, but for kv_indices, which are used where they are, unchecked (unless some pages hold
+        no key: then they are read as well).
 
         Raises
         ------
@@ -160,7 +165,7 @@ class BatchAttention:
             canonical_dtype(q_data_type, op, "q_data_type"),
             canonical_dtype(kv_data_type, op, "kv_data_type"),
         )
-        qo, kv, lens, indices, max_page = self._table(qo_indptr, kv_indptr, kv_indices, kv_len_arr, page_size)
+        qo, kv, lens, indices, max_page = self._table(qo_indptr, kv_indptr, kv_indices, kv_len_arr, page_size, strict)
         self._batch = _Batch(
             qo, kv, lens, indices, max_page, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, bool(causal), scale, soft_cap, q_dtype, kv_dtype
         )  # fmt: skip
@@ -169,15 +174,14 @@ class BatchAttention:
             self._arrange(self._home)
 
     def _table(
-        self, qo_indptr: Any, kv_indptr: Any, kv_indices: Any, kv_len_arr: Any, page_size: int
+        self, qo_indptr: Any, kv_indptr: Any, kv_indices: Any, kv_len_arr: Any, page_size: int, strict: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | TensorView, int]:
         """The page table, checked, without pages that no key lies in, as arrays of the wrapper's own; the largest page, -1 if it lies on a device."""
         from pyinfer.schedulers.plan import lengths
 
         op = self._op
-        qo = host_ints(qo_indptr, op, "qo_indptr").copy()
-        kv = host_ints(kv_indptr, op, "kv_indptr").copy()
-        lens = host_ints(kv_len_arr, op, "kv_len_arr").copy()
+        arrays = common.host_metadata(op, strict=strict, qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_len_arr=kv_len_arr)
+        qo, kv, lens = (x.copy() for x in arrays)
         lengths(op, "qo_indptr", qo)
         pages = lengths(op, "kv_indptr", kv)
         for arg, count in (("qo_indptr", len(qo) - 1), ("kv_len_arr", len(lens))):
@@ -205,7 +209,7 @@ class BatchAttention:
             indices = v
             have = v.shape[0]
         else:
-            on_host: np.ndarray = host_ints(kv_indices, op, "kv_indices")
+            on_host: np.ndarray = host_ints(kv_indices, op, "kv_indices", strict=strict)
             indices, have = on_host, len(on_host)
         if have < kv[-1]:
             fail(op, "kv_indices", "is too short", have, f"at least {int(kv[-1])} (kv_indptr[-1])")

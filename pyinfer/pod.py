@@ -88,11 +88,14 @@ class PODWithPagedKVCacheWrapper:
         rope_scale: float | None = None,
         rope_theta: float | None = None,
         non_blocking: bool = True,
+        *,
+        strict: bool = False,
     ) -> None:
         """Schedule the decode batch. Parameters and errors as `BatchDecodeWithPagedKVCacheWrapper.plan`."""
         self._decode.plan(
             indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode=pos_encoding_mode, window_left=window_left,
             q_data_type=q_data_type, kv_data_type=kv_data_type, data_type=data_type, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
+            strict=strict,
         )  # fmt: skip
         self._plain = pos_encoding_mode == "NONE"
         self._pos_encoding_mode = pos_encoding_mode

@@ -14,7 +14,7 @@ import numpy as np
 
 from pyinfer import _attention as common
 from pyinfer.core.dtypes import FLOAT32, canonical_dtype
-from pyinfer.core.errors import check_shape, fail, fail_type
+from pyinfer.core.errors import check_shape, device_name, fail, fail_type
 from pyinfer.core.tensor import as_numpy, empty, host_ints, view
 from pyinfer.torch_ops import attach
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["BlockSparseAttentionWrapper", "VariableBlockSparseAttentionWrapper", "convert_bsr_mask_layout"]
 
 
-def _on_host(op: str, arg: str, x: Any, ndim: int) -> np.ndarray:
-    """Any array of integers or booleans as a NumPy array; from a GPU by one copy."""
+def _on_host(op: str, arg: str, x: Any, ndim: int, strict: bool) -> np.ndarray:
+    """Any array of integers or booleans as a NumPy array; from a GPU by one copy, which `strict` forbids."""
     if isinstance(x, list | tuple):
         x = np.asarray(x)
     v = view(x, op, arg)
@@ -33,6 +33,9 @@ def _on_host(op: str, arg: str, x: Any, ndim: int) -> np.ndarray:
         fail(op, arg, "has the wrong number of axes", f"{len(v.shape)} (shape {tuple(v.shape)})", ndim)
     if v.device < 0:
         array = np.asarray(as_numpy(v))
+    elif strict:
+        fix = "Keep a host copy and pass that."
+        fail(op, arg, "is on the GPU under strict=True", device_name(v.device), "host metadata", fix)
     elif v.framework == "torch":
         array = v.obj.cpu().numpy()
     else:
@@ -175,6 +178,8 @@ class BlockSparseAttentionWrapper(_Sparse):
         kv_data_type: Any = None,
         o_data_type: Any = None,
         non_blocking: bool = True,
+        *,
+        strict: bool = False,
     ) -> None:
         """Schedule an attention matrix of M queries and N keys in blocks of R by C.
 
@@ -200,6 +205,8 @@ class BlockSparseAttentionWrapper(_Sparse):
             Of the output; None: q_data_type (FlashInfer's default is float16, whatever the inputs are).
         non_blocking
             Accepted; copies never block.
+        strict
+            Refuse indptr and indices on a GPU, whose reading would wait for it.
 
         Raises
         ------
@@ -212,7 +219,7 @@ class BlockSparseAttentionWrapper(_Sparse):
                 fail(op, part_arg, "is no block size", part, "1 or more")
             if whole < 0 or whole % part:
                 fail(op, arg, f"is no multiple of {part_arg}", f"{whole} ({part_arg} {part})", f"a multiple of {part}")
-        host_indptr, host_indices = host_ints(indptr, op, "indptr"), host_ints(indices, op, "indices")
+        host_indptr, host_indices = common.host_metadata(op, strict=strict, indptr=indptr, indices=indices)
         rows = M // R
         if len(host_indptr) != rows + 1:
             fail(op, "indptr", "has the wrong length", len(host_indptr), f"{rows + 1} (M / R + 1)")
@@ -319,6 +326,8 @@ class VariableBlockSparseAttentionWrapper(_Sparse):
         non_blocking: bool = True,
         q_data_type: Any = "float16",
         kv_data_type: Any = None,
+        *,
+        strict: bool = False,
     ) -> None:
         """Schedule.
 
@@ -332,13 +341,13 @@ class VariableBlockSparseAttentionWrapper(_Sparse):
         num_qo_heads, num_kv_heads, head_dim
             Shapes; num_qo_heads is a multiple of num_kv_heads.
 
-        Other parameters and errors as `BlockSparseAttentionWrapper.plan`. Arrays on a GPU cost a copy each.
+        Other parameters and errors as `BlockSparseAttentionWrapper.plan`. Arrays on a GPU cost a copy each, which `strict` forbids.
         """
         op = self._op
         common.check_head_counts(op, num_qo_heads, num_kv_heads)
-        seen = _on_host(op, "block_mask_map", block_mask_map, 3).astype(bool)
-        row_sz = _on_host(op, "block_row_sz", block_row_sz, 2).astype(np.int64)
-        col_sz = _on_host(op, "block_col_sz", block_col_sz, 2).astype(np.int64)
+        seen = _on_host(op, "block_mask_map", block_mask_map, 3, strict).astype(bool)
+        row_sz = _on_host(op, "block_row_sz", block_row_sz, 2, strict).astype(np.int64)
+        col_sz = _on_host(op, "block_col_sz", block_col_sz, 2, strict).astype(np.int64)
         heads, mb, nb = seen.shape
         for arg, got, wanted in (
             ("block_mask_map", seen.shape, (num_kv_heads, mb, nb)),
