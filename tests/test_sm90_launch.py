@@ -35,7 +35,9 @@ def hopper(monkeypatch):
         attention_launch.hopper_config,
         attention_launch.device_config,
         attention_launch.prepare_attention,
+        attention_launch._planned,
         attention_launch._kernel,
+        attention_launch._planned,
     )
     from pyinfer.core import device
 
@@ -114,7 +116,7 @@ def test_single_launch(hopper):
     q, k, v = (torch.zeros(n, h, 64, dtype=torch.float16) for n, h in ((3000, 8), (5000, 4), (5000, 4)))
     pyinfer.single_prefill_with_kv_cache(q, k, v, causal=True, logits_soft_cap=30.0)
     name, grid, data, *_ = hopper.pop()
-    assert name.startswith("prefill_sm90_f16_d64_single_softcap") and grid == (47 * 4, 1, 1)
+    assert name.startswith("prefill_sm90_f16_d64_single_softcap") and grid == (132, 1, 1)  # of 47 * 4 items
     found = stub_driver.fields(attention_sm90.sm90_params("single"), data)
     assert (found["qo_len"], found["kv_len"], found["num_splits"], found["kv_indices"]) == (3000, 5000, 1, 0)
     assert found["k_map"] == fake_map(k.data_ptr(), FLOAT16, (64, 5000, 4, 1), (256, 64, 0), (64, 128, 1, 1))
@@ -221,5 +223,8 @@ def test_compiles(dim):
         artifact = attention_sm90.gen_prefill_sm90(config, dtype, source, variant).build("90a")
         used = artifact.resources
         assert used.spill_stores == used.spill_loads == used.stack == 0, (config.tag, used)
-        assert used.registers == 168 and config.smem + used.smem <= 227 * 1024, (config.tag, used)
+        assert used.registers == 65536 // config.block[0] // 8 * 8 and config.smem + used.smem <= 227 * 1024, (
+            config.tag,
+            used,
+        )
         assert not [line for line in artifact.log.splitlines() if "(C75" in line], (config.tag, artifact.log)

@@ -76,7 +76,7 @@ def kernel(request):
     )
 
     def descriptor(which, address):
-        leading, stride = re.search(rf"{which} = wgmma_descriptor\(.+?\), (\w+), (\w+)\);", source).groups()
+        leading, stride = re.search(rf"{which} = wgmma_descriptor\(.+?, (\w+), (\w+)\);", source).groups()
         leading, stride = (int(constants.get(x, x)) for x in (leading, stride))
         return address >> 4 | (leading >> 4) << 16 | (stride >> 4) << 32 | 1 << 62
 
@@ -101,7 +101,8 @@ def boxes(tile):
 def test_box_address(kernel):
     """`load_tile` above is what the source does."""
     source = kernel[1]
-    assert "tma_load_4d(tile + x / 64 * KV_BLOCK + lane * rows * 128, map, full, x, y, w.kv_head, at.page);" in source
+    assert "const uint32_t to = tiles + tile.slot * bytes + lane * rows * 128;" in source
+    assert "tma_load_4d(to + x / 64 * KV_BLOCK, map, full + 8 * tile.slot, x, here.slot, kv_head, here.page);" in source
 
 
 def test_queries(kernel):
@@ -109,7 +110,7 @@ def test_queries(kernel):
     dim = config.head_dim_qk
     offset = expression(
         source,
-        r"const uint32_t place = (chunk / 8 \* Q_BLOCK) \+ swizzled_offset<128>\(warp % 4 \* 16 \+ row, chunk % 8\);",
+        r"const uint32_t place = (chunk / 8 \* Q_BLOCK) \+ swizzled_offset<128>\(row % 64, chunk % 8\);",
     )
     swizzled = (SOURCES / "common" / "swizzle.cuh").read_text()
     assert "row * ROW_BYTES + ((chunk ^ (row & 7)) << 4)" in swizzled
@@ -143,8 +144,10 @@ def test_keys(kernel):
 def test_values_and_zeroing(kernel):
     config, source, constants, descriptor = kernel
     dim, tile = config.head_dim_vo, config.tile_kv
-    step_offset = expression(source, r"wgmma_rs\(out, weights\[step\], v_tile \+ (step \* 2048 / 16)\)")
-    zero_offset = expression(source, r"store_shared_16\(v_tile \+ (.+?), zeros\)")
+    step_offset = expression(
+        source, r"wgmma_rs\(out, weights\[step\], v_tile \+ (step \* 2048 / 16), accumulate \|\| step > 0\)"
+    )
+    zero_offset = expression(source, r"store_shared_16\(v_rows \+ (.+?), zeros\)")
     base, memory, valid = 7 * 1024, Memory(128 * 1024), tile - 13
     values = np.arange(1, tile * dim + 1).reshape(tile, dim)
     load_tile(memory, base, values, constants, tile)
@@ -179,70 +182,246 @@ def test_weights_are_the_a_operand(kernel):
                 assert held == [(row, key), (row, key + 1)]
 
 
-def schedule(num_tiles, stages):
-    """Producer and consumer of one warpgroup as generators of (barrier, action); run until both end. Returns the tiles that consumers read."""
-    phase: dict[str, int] = {}
-    buffers: dict[str, int] = {}
+class Ring:
+    """The kernel's `Ring`: slot and parity of the n-th use."""
 
-    def done(barrier, parity):
-        return phase.get(barrier, 0) % 2 != parity  # the phase of this parity has ended
+    def __init__(self, slots):
+        self.slots, self.slot, self.parity = slots, 0, 0
 
-    def producer():
-        for i in range(num_tiles + 1):
-            for kind, j in (("k", i), ("v", i - 1)):
-                if 0 <= j < num_tiles:
-                    s = j % stages
-                    if j >= stages:
-                        while not done(f"{kind}_empty{s}", (j // stages - 1) & 1):
-                            yield
-                    buffers[f"{kind}{s}"] = j
-                    phase[f"{kind}_full{s}"] = phase.get(f"{kind}_full{s}", 0) + 1
-                    yield
+    def next(self):
+        self.slot += 1
+        if self.slot == self.slots:
+            self.slot, self.parity = 0, self.parity ^ 1
 
-    read = []
 
-    def consume(kind, j):
-        s = j % stages
-        while not done(f"{kind}_full{s}", j // stages & 1):
+class Barriers:
+    """mbarriers by name: a phase ends after `arrivals` arrivals."""
+
+    def __init__(self):
+        self.counts: dict[str, int] = {}
+        self.pending: dict[str, int] = {}
+        self.phase: dict[str, int] = {}
+
+    def init(self, name, slots, arrivals):
+        for s in range(slots):
+            self.counts[f"{name}{s}"], self.pending[f"{name}{s}"], self.phase[f"{name}{s}"] = arrivals, arrivals, 0
+
+    def arrive(self, name):
+        self.pending[name] -= 1
+        if self.pending[name] == 0:
+            self.pending[name], self.phase[name] = self.counts[name], self.phase[name] + 1
+
+    def wait(self, name, parity):
+        """Until the phase of this parity has ended."""
+        while self.phase[name] % 2 == parity:
             yield
-        read.append((kind, j, buffers[f"{kind}{s}"]))
-        yield
-        assert buffers[f"{kind}{s}"] == j  # not overwritten before the release
-        phase[f"{kind}_empty{s}"] = phase.get(f"{kind}_empty{s}", 0) + 1
-
-    def consumer():
-        yield from consume("k", 0)
-        for i in range(1, num_tiles):
-            yield from consume("k", i)
-            yield from consume("v", i - 1)
-        yield from consume("v", num_tiles - 1)
-
-    rng = np.random.default_rng(num_tiles)
-    active = [producer(), consumer()]
-    for _ in range(10000):
-        if not active:
-            return read
-        one = active[rng.integers(len(active))]
-        if next(one, "end") == "end":
-            active.remove(one)
-    raise AssertionError("deadlock")
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
-def test_ring_phases(stages):
-    """No deadlock, and every product reads its own tile, whatever the speed of the two sides."""
-    for num_tiles in (1, 2, 3, 4, 5, 8, 13):
-        read = schedule(num_tiles, stages)
-        assert len(read) == 2 * num_tiles and all(want == got for _, want, got in read)
+WORKS = 4
 
 
-def test_phases_in_the_source():
-    """The parities that `schedule` uses are those of the kernel."""
+class Block:
+    """The protocol of a block's roles, one generator each; what they read is checked against what they mean to read.
+
+    items: the numbers of tiles of the work items; consumers: warpgroups, each standing for its warps.
+    """
+
+    def __init__(self, items, consumers, stages, q_buffers, early, ping_pong):
+        self.items, self.consumers, self.stages, self.q_buffers = items, consumers, stages, q_buffers
+        self.early, self.ping_pong = early, ping_pong
+        self.barriers = b = Barriers()
+        for name, slots, full, empty in (
+            ("k", stages, 1, consumers), ("v", stages, 1, consumers), ("q", q_buffers, 1, consumers), ("work", WORKS, 1, consumers + 3),
+        ):  # fmt: skip
+            b.init(f"{name}_full", slots, full)
+            b.init(f"{name}_empty", slots, empty)
+        self.memory: dict[str, object] = {}
+        self.turns = [0] * consumers  # arrivals at each warpgroup's named barrier
+        self.products: list[tuple] = []
+
+    def roles(self):
+        yield self.find_work()
+        yield self.copy("k")
+        yield self.copy("v")
+        yield self.copy_queries()
+        for group in range(self.consumers):
+            yield self.consume(group)
+
+    def find_work(self):
+        at, b = Ring(WORKS), self.barriers
+        for n in range(len(self.items) + 1):
+            if n >= WORKS:
+                yield from b.wait(f"work_empty{at.slot}", at.parity ^ 1)
+            self.memory[f"work{at.slot}"] = n if n < len(self.items) else None
+            b.arrive(f"work_full{at.slot}")
+            at.next()
+            yield
+
+    def copy(self, kind):
+        at, tile, b = Ring(WORKS), Ring(self.stages), self.barriers
+        first_round = True
+        yield from b.wait(f"work_full{at.slot}", at.parity)
+        item = self.memory[f"work{at.slot}"]
+        while item is not None:
+            current = item
+            for i in range(self.items[current]):
+                if i + 1 == self.items[current]:
+                    b.arrive(f"work_empty{at.slot}")
+                    at.next()
+                    yield from b.wait(f"work_full{at.slot}", at.parity)
+                    item = self.memory[f"work{at.slot}"]
+                if not first_round:
+                    yield from b.wait(f"{kind}_empty{tile.slot}", tile.parity ^ 1)
+                self.memory[f"{kind}{tile.slot}"] = (current, i)
+                yield
+                b.arrive(f"{kind}_full{tile.slot}")
+                tile.next()
+                first_round &= tile.slot != 0
+
+    def copy_queries(self):
+        at, buffer, b, n = Ring(WORKS), Ring(self.q_buffers), self.barriers, 0
+        while True:
+            yield from b.wait(f"work_full{at.slot}", at.parity)
+            item = self.memory[f"work{at.slot}"]
+            if item is None:
+                return
+            if n >= self.q_buffers:
+                yield from b.wait(f"q_empty{buffer.slot}", buffer.parity ^ 1)
+            self.memory[f"q{buffer.slot}"] = item
+            yield
+            b.arrive(f"q_full{buffer.slot}")
+            b.arrive(f"work_empty{at.slot}")
+            at.next()
+            buffer.next()
+            n += 1
+
+    def consume(self, group):
+        b, memory = self.barriers, self.memory
+        at, queries, k_ring, v_ring = Ring(WORKS), Ring(self.q_buffers), Ring(self.stages), Ring(self.stages)
+
+        def await_turn():
+            while self.ping_pong and self.turns[group] == 0:
+                yield
+            self.turns[group] -= self.ping_pong
+
+        def pass_turn():
+            self.turns[1 - group] += self.ping_pong
+
+        def begin_item(item):
+            if item is not None:
+                yield from b.wait(f"q_full{queries.slot}", queries.parity)
+                yield from b.wait(f"k_full{k_ring.slot}", k_ring.parity)
+            yield from await_turn()
+            if self.ping_pong:
+                pass_turn()
+            return queries.slot, k_ring.slot
+
+        if self.ping_pong and group == 1:
+            self.turns[0] += 1
+        yield from b.wait(f"work_full{at.slot}", at.parity)
+        item = memory[f"work{at.slot}"]
+        if item is None:
+            return
+        under_way = yield from begin_item(item)
+        while item is not None:
+            assert memory[f"work{at.slot}"] == item
+            q_slot = queries.slot
+            queries.next()
+            yield
+            # the first product has run: on what?
+            assert (memory[f"q{under_way[0]}"], memory[f"k{under_way[1]}"]) == (item, (item, 0)) and under_way[
+                0
+            ] == q_slot
+            b.arrive(f"k_empty{k_ring.slot}")
+            k_ring.next()
+            for i in range(1, self.items[item]):
+                yield from b.wait(f"k_full{k_ring.slot}", k_ring.parity)
+                yield from await_turn()
+                yield from b.wait(f"v_full{v_ring.slot}", v_ring.parity)
+                if self.ping_pong:
+                    pass_turn()
+                yield
+                assert (memory[f"q{q_slot}"], memory[f"k{k_ring.slot}"]) == (item, (item, i))
+                b.arrive(f"k_empty{k_ring.slot}")
+                k_ring.next()
+                yield
+                assert memory[f"v{v_ring.slot}"] == (item, i - 1)
+                self.products.append((group, item, i - 1))
+                b.arrive(f"v_empty{v_ring.slot}")
+                v_ring.next()
+            yield from b.wait(f"v_full{v_ring.slot}", v_ring.parity)
+            following = Ring(WORKS)
+            following.slot, following.parity = at.slot, at.parity
+            following.next()
+            yield from b.wait(f"work_full{following.slot}", following.parity)
+            after = memory[f"work{following.slot}"]
+            if self.early:
+                under_way = yield from begin_item(after)
+            yield
+            assert memory[f"v{v_ring.slot}"] == (item, self.items[item] - 1)
+            self.products.append((group, item, self.items[item] - 1))
+            b.arrive(f"v_empty{v_ring.slot}")
+            v_ring.next()
+            assert memory[f"q{q_slot}"] == item  # whose place the output takes
+            memory[f"q{q_slot}"] = ("output", item) if self.consumers == 1 else item
+            yield
+            assert memory[f"work{at.slot}"] == item
+            b.arrive(f"q_empty{q_slot}")
+            b.arrive(f"work_empty{at.slot}")
+            at = following
+            if not self.early:
+                under_way = yield from begin_item(after)
+            item = after
+
+
+@pytest.mark.parametrize("config", [
+    (2, 2, 2, True, False), (2, 2, 2, True, True), (2, 2, 1, False, False), (2, 2, 1, False, True), (2, 3, 2, True, False), (2, 4, 2, True, True),
+    (3, 3, 1, False, False), (1, 2, 2, True, False),
+])  # fmt: skip
+def test_protocol(config):
+    """No deadlock, and every product reads its own tiles and queries, whatever the speed of each role."""
+    rng = np.random.default_rng(config[1])
+    for items in ([], [1], [5], [1, 1, 1, 1, 1, 1, 1], [3, 1, 4, 1, 5, 9, 2, 6], [2] * 9):
+        for bias in range(4):
+            block = Block(items, *config)
+            active = list(block.roles())
+            speed = 0.01 + rng.random(len(active)) ** (2 * bias)  # some roles much slower than others
+            idle = 0
+            while active:
+                i = rng.choice(len(active), p=speed[: len(active)] / speed[: len(active)].sum())
+                before = (
+                    dict(block.barriers.phase),
+                    dict(block.barriers.pending),
+                    len(block.products),
+                    list(block.turns),
+                )
+                if next(active[i], "end") == "end":
+                    del active[i]
+                    idle = 0
+                changed = before != (block.barriers.phase, block.barriers.pending, len(block.products), block.turns)
+                idle = 0 if changed else idle + 1
+                assert idle < 20000, "deadlock"
+            wanted = [(g, n, i) for g in range(config[0]) for n, tiles in enumerate(items) for i in range(tiles)]
+            assert sorted(block.products) == wanted
+
+
+def test_protocol_in_the_source():
+    """The waits, their parities and the arrival counts that `Block` uses are those of the kernel."""
     text = (SOURCES / "prefill" / "prefill_sm90.cu.jinja").read_text()
     for line in (
-        "mbarrier_wait(smem_address(&smem.k_empty[stage]), (i / STAGES - 1) & 1);",
-        "mbarrier_wait(smem_address(&smem.v_empty[stage]), (j / STAGES - 1) & 1);",
-        "mbarrier_wait(smem_address(&smem.k_full[i % STAGES]), i / STAGES & 1);",
-        "mbarrier_wait(smem_address(&smem.v_full[before]), (i - 1) / STAGES & 1);",
+        "mbarrier_init(smem_address(&smem.k_full[s]), 1);",
+        "mbarrier_init(smem_address(&smem.k_empty[s]), CONSUMERS * 4);",
+        "mbarrier_init(smem_address(&smem.q_full[s]), 32);",
+        "mbarrier_init(smem_address(&smem.q_empty[s]), CONSUMERS * 4);",
+        "mbarrier_init(smem_address(&smem.work_empty[s]), CONSUMERS * 4 + 3);",
+        f"constexpr int WORKS = {WORKS};",
+        "mbarrier_wait(empty + 8 * tile.slot, tile.parity ^ 1);",
+        "first_round &= tile.slot != 0;",
+        "mbarrier_wait(smem_address(&smem.q_empty[buffer.slot]), buffer.parity ^ 1);",
+        "mbarrier_wait(smem_address(&smem.work_empty[at.slot]), at.parity ^ 1);",
+        "mbarrier_wait(smem_address(&smem.work_full[at.slot]), at.parity);",
+        "mbarrier_wait(smem_address(&smem.q_full[queries.slot]), queries.parity);",
+        "mbarrier_wait(smem_address(&smem.k_full[k_ring.slot]), k_ring.parity);",
+        "mbarrier_wait(smem_address(&smem.v_full[v_ring.slot]), v_ring.parity);",
     ):
-        assert line in text
+        assert line in text, line

@@ -12,7 +12,7 @@ from pyinfer.jit.attention import AttentionConfig, attention_config, gen_attenti
 from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, AttentionOptions, check_extras
 from pyinfer.jit.attention_sm90 import BoundSm90, Sm90Config
 from pyinfer.jit.rope import frequency_bytes
-from pyinfer.schedulers.plan import SINGLE_SEMAPHORE_BYTES, AttentionPlan, partial_bytes
+from pyinfer.schedulers.plan import SINGLE_SEMAPHORE_BYTES, AttentionPlan, PlanShape, partial_bytes
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import BoundLaunch, Kernel
@@ -144,37 +144,51 @@ def prepare_attention(
     aligned
         Whether all addresses and strides are multiples of 16 bytes.
     """
-    kv, dim_qk, dim_vo = kv_dtype or dtype, plan.head_dim_qk, plan.head_dim_vo
-    if config is None:
-        config = hopper_config(device, dtype, dim_qk, dim_vo, plan.tile_q, kv, options)
-        if config is None or (out_dtype or dtype) is not dtype or not attention_sm90.box_rows(config, plan.page_size):
-            config = device_config(device, dtype, dim_qk, dim_vo, plan.tile_q, kv, options)
-    if config.tile_q != plan.tile_q:
-        fail("attention", "plan", "was made for another tile", plan.tile_q, f"tile_q {config.tile_q} of {config.tag}")
-    variant = "softcap" if soft_cap else "plain"
-    if isinstance(config, Sm90Config):
-        kernel = attention_sm90.kernel_of(device, config, dtype, "plan", variant)
-    else:
-        out = out_dtype or dtype
-        kernel = _kernel(device, config, dtype, dim_qk, dim_vo, "plan", variant, kv, out, options, aligned)
+    kernel, most_blocks, head, tail, rope = _planned(
+        device, plan.shape, dtype, soft_cap, config, kv_dtype or dtype, out_dtype or dtype, options, aligned
+    )
     at = plan.offsets
     pointers = (
         plan_buffer_ptr,
-        *(plan_buffer_ptr + 4 * offset for offset in (at.work, at.qo_indptr, at.kv_indptr, at.kv_len)),
+        plan_buffer_ptr + 4 * at.work,
+        plan_buffer_ptr + 4 * at.qo_indptr,
+        plan_buffer_ptr + 4 * at.kv_indptr,
+        plan_buffer_ptr + 4 * at.kv_len,
     )
-    constants = (
-        _shape_values(plan.num_qo_heads, plan.num_kv_heads, plan.causal, plan.window_left, plan.page_size) + pointers
-    )
-    if isinstance(config, Sm90Config):
-        constants += (attention_sm90.box_rows(config, plan.page_size),)
     return PreparedAttention(
         kernel,
-        plan.max_work * plan.num_kv_heads,
-        constants,
+        int(min(plan.max_work * plan.shape.num_kv_heads, most_blocks)),
+        head + pointers + tail,
         plan.partial_lse_offset,
         plan_buffer_ptr + 4 * at.semaphore,
-        _rope_table(options, dim_qk),
+        rope,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _planned(
+    device: int, shape: PlanShape, dtype: DType, soft_cap: bool, config: AttentionConfig | Sm90Config | None, kv_dtype: DType, out_dtype: DType,
+    options: AttentionOptions, aligned: bool,
+) -> tuple[Kernel, int, tuple[int, ...], tuple[int, ...], tuple[bytes, ...]]:  # fmt: skip
+    """What every plan of a shape shares: the kernel, the most blocks to launch (a persistent grid), the constants before and behind the plan's addresses, and RoPE's table."""
+    dim_qk, dim_vo = shape.head_dim_qk, shape.head_dim_vo
+    if config is None:
+        config = hopper_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
+        if config is None or out_dtype is not dtype or not attention_sm90.box_rows(config, shape.page_size):
+            config = device_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
+    if config.tile_q != shape.tile_q:
+        fail("attention", "plan", "was made for another tile", shape.tile_q, f"tile_q {config.tile_q} of {config.tag}")
+    variant = "softcap" if soft_cap else "plain"
+    tail: tuple[int, ...] = ()
+    most_blocks = 1 << 31
+    if isinstance(config, Sm90Config):
+        most_blocks = attention_sm90.grid(config, device, most_blocks)
+        kernel = attention_sm90.kernel_of(device, config, dtype, "plan", variant)
+        tail = (attention_sm90.box_rows(config, shape.page_size),)
+    else:
+        kernel = _kernel(device, config, dtype, dim_qk, dim_vo, "plan", variant, kv_dtype, out_dtype, options, aligned)
+    head = _shape_values(shape.num_qo_heads, shape.num_kv_heads, shape.causal, shape.window_left, shape.page_size)
+    return kernel, most_blocks, head, tail, _rope_table(options, dim_qk)
 
 
 def launch_attention(
@@ -339,7 +353,7 @@ def launch_single(
         request = (qo_len, kv_len, kv_chunk, num_splits, attention_sm90.box_rows(config, 0))
         values = (*values[:5], *partials[:3], *maps, partials[3], *values[5:], *shape, *request)
         kernel = attention_sm90.kernel_of(device, config, q.dtype, "single", variant)
-        kernel(stream, tiles * num_splits * num_kv_heads, values, pdl)
+        kernel(stream, attention_sm90.grid(config, device, tiles * num_splits * num_kv_heads), values, pdl)
         return
     kernel = _kernel(device, config, q.dtype, dim_qk, dim_vo, "single", variant, k.dtype, out.dtype, options, aligned)
     rope = _rope_table(options, dim_qk)

@@ -37,6 +37,7 @@ HEAD_DIMS = (64, 128)
 MIN_ROWS = 65  # packed query rows of the largest request: below, the sm80 family's tiles of 64 and 16 rows waste less
 COLUMNS = 64  # of a TMA box: 128 bytes
 SLACK = 1024  # bytes for aligning the shared memory
+WORKS, WORK_BYTES = 4, 64  # the kernel's ring of work items
 _POINTERS = 8  # leading fields of _RUN_FIELDS: 64 bytes, so that the tensor maps behind them are aligned
 _MAP_OFFSET = 8 * _POINTERS
 
@@ -55,6 +56,14 @@ class Sm90Config:
         Tiles in the rings of K and V.
     ping_pong
         Two warpgroups take turns at issuing products.
+    q_buffers
+        Tiles of queries in shared memory. With 2 the next work item's first product runs while this one's output is written.
+    persistent
+        The grid is what the device holds at once, and blocks take one item after another; otherwise a block for each item.
+    dynamic
+        Blocks of a persistent grid take the next item when they are free (plans only: the counter is in the plan's header); otherwise in a fixed order.
+    overlap
+        Exponentials are kept in front of the wait for the product with V.
     """
 
     head_dim_qk: int
@@ -63,6 +72,10 @@ class Sm90Config:
     consumers: int = 2
     stages: int = 2
     ping_pong: bool = False
+    q_buffers: int = 1
+    persistent: bool = True
+    dynamic: bool = False
+    overlap: bool = True
     kind: str = "prefill_sm90"
     ctas_per_sm: int = 1
 
@@ -79,28 +92,51 @@ class Sm90Config:
     @property
     def smem(self) -> int:
         """Dynamic shared memory per block in bytes: queries, the rings, barriers."""
-        q = self.tile_q * max(self.head_dim_qk, self.head_dim_vo) * 2
+        q = self.q_buffers * self.tile_q * max(self.head_dim_qk, self.head_dim_vo) * 2
         ring = self.stages * self.tile_kv * (self.head_dim_qk + self.head_dim_vo) * 2
-        return -(-(q + ring + 4 * self.stages * 8) // 1024) * 1024 + SLACK
+        control = WORKS * WORK_BYTES + (4 * self.stages + 2 * self.q_buffers + 2 * WORKS) * 8
+        return -(-(q + ring + control) // 1024) * 1024 + SLACK
 
     @property
     def registers(self) -> tuple[int, int]:
         """Of a producer's and of a consumer's thread: with those of all others they make up 64 Ki."""
-        return (24, 240) if self.consumers == 2 else (32, 160)
+        return (40, 232) if self.consumers == 2 else (32, 160)
 
     @property
     def tag(self) -> str:
         """Short form for kernel names."""
-        return f"q{self.tile_q}_kv{self.tile_kv}_s{self.stages}{'_pp' if self.ping_pong else ''}"
+        flags = (
+            "pp" * self.ping_pong,
+            "q2" * (self.q_buffers == 2),
+            "dyn" * self.dynamic,
+            "late" * (not self.overlap),
+            "grid" * (not self.persistent),
+        )
+        return "_".join((f"q{self.tile_q}_kv{self.tile_kv}_s{self.stages}", *filter(None, flags)))
 
 
 def candidates(head_dim: int) -> tuple[Sm90Config, ...]:
     """The configurations worth timing, the preferred one first."""
+    make = functools.partial(Sm90Config, head_dim, head_dim)
     if head_dim == 128:
-        shapes = [(128, False), (176, True), (176, False), (144, False), (160, False), (112, False), (128, True)]
-        return tuple(Sm90Config(128, 128, kv, ping_pong=turns) for kv, turns in shapes)
-    wide = [(128, 4, False), (192, 3, True), (192, 3, False), (224, 2, False), (128, 4, True)]
-    return tuple(Sm90Config(64, 64, kv, stages=stages, ping_pong=turns) for kv, stages, turns in wide)
+        return (
+            make(128, q_buffers=2),
+            make(128, q_buffers=2, dynamic=True),
+            make(128, q_buffers=2, ping_pong=True),
+            make(144, q_buffers=2),
+            make(128, q_buffers=2, overlap=False),
+            make(128, q_buffers=2, persistent=False),
+            make(144, q_buffers=2, ping_pong=True),
+            make(64, q_buffers=1, consumers=3, stages=4),
+        )
+    return (
+        make(128, stages=4, q_buffers=2),
+        make(128, stages=4, q_buffers=2, ping_pong=True),
+        make(192, stages=3, q_buffers=2, ping_pong=True),
+        make(192, stages=3, q_buffers=2),
+        make(128, stages=3, q_buffers=2, consumers=3),
+        make(128, stages=4, q_buffers=2, overlap=False),
+    )
 
 
 @functools.cache
@@ -174,7 +210,10 @@ def gen_prefill_sm90(config: Sm90Config, dtype: DType | str, source: str = "plan
         "TILE_KV": config.tile_kv,
         "CONSUMERS": config.consumers,
         "STAGES": config.stages,
+        "Q_BUFFERS": config.q_buffers,
         "PING_PONG": config.ping_pong,
+        "dynamic": config.dynamic and source == "plan",
+        "overlap": config.overlap,
         "PRODUCER_REGISTERS": producer,
         "CONSUMER_REGISTERS": consumer,
         "smem": config.smem,
@@ -216,6 +255,15 @@ def box_rows(config: Sm90Config, page_size: int) -> int:
         return config.tile_kv
     rows = math.gcd(page_size, config.tile_kv)
     return rows if rows % 8 == 0 else 0  # the swizzle repeats every 8 rows
+
+
+def grid(config: Sm90Config, device: int, items: int) -> int:
+    """Blocks to launch for so many work items, each of one kv head."""
+    if not config.persistent:
+        return items
+    from pyinfer.core.device import num_sms
+
+    return min(items, num_sms(device) * config.ctas_per_sm)
 
 
 def tma_view(x: TensorView | _Layout, kv_layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
