@@ -4,7 +4,7 @@ first run left.
 What a first call includes: importing the operator's modules, rendering, NVRTC, writing and loading the kernel,
 planning where there is a plan, running, and waiting for the result. Not included, because every GPU program pays it
 anyway: importing torch, NumPy and CuPy, creating the CUDA context, making the inputs, `import pyinfer` (a case of its
-own). FlashInfer's figures are those of tools/gpu/warm_flashinfer.sh in this session (its modules built side by side),
+own). Processes that find the disk cache find Python's bytecode too, as an installed package's do. FlashInfer's figures are those of tools/gpu/warm_flashinfer.sh in this session (its modules built side by side),
 its import excluded likewise.
 
 `python -m benchmarks.suites.cold_start OPERATOR cuda|cpu` is one such process; it prints one line of JSON.
@@ -236,9 +236,10 @@ def _measure(ctx: Context, name: str) -> tuple[dict[str, Any], list[float], str]
 
 def _child(name: str, device: str, environment: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.suites.cold_start", name, device]
-    done = subprocess.run(
-        command, cwd=machine.ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
+    environment = {**os.environ, **environment}
+    # Bytecode is part of what pip installs: of a checkout the first process writes it, were it not for this switch of tools/gpu.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1][:200])
     return json.loads(done.stdout.strip().splitlines()[-1])
