@@ -170,7 +170,9 @@ def _planned(
     device: int, shape: PlanShape, dtype: DType, soft_cap: bool, config: AttentionConfig | Sm90Config | None, kv_dtype: DType, out_dtype: DType,
     options: AttentionOptions, aligned: bool,
 ) -> tuple[Kernel, int, tuple[int, ...], tuple[int, ...], tuple[bytes, ...]]:  # fmt: skip
-    """What every plan of a shape shares: the kernel, the most blocks to launch (a persistent grid), the constants before and behind the plan's addresses, and RoPE's table."""
+    """What every plan of a shape shares: the kernel, the most blocks to launch (a persistent grid), the constants before and behind the plan's
+    addresses, and RoPE's table.
+    """
     dim_qk, dim_vo = shape.head_dim_qk, shape.head_dim_vo
     if config is None:
         config = hopper_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
