@@ -4,8 +4,9 @@ first run left.
 What a first call includes: importing the operator's modules, rendering, NVRTC, writing and loading the kernel,
 planning where there is a plan, running, and waiting for the result. Not included, because every GPU program pays it
 anyway: importing torch, NumPy and CuPy, creating the CUDA context, making the inputs, `import pyinfer` (a case of its
-own). Processes that find the disk cache find Python's bytecode too, as an installed package's do. FlashInfer's figures are those of tools/gpu/warm_flashinfer.sh in this session (its modules built side by side),
-its import excluded likewise.
+own). Processes that find the disk cache find Python's bytecode too, as an installed package's do. FlashInfer's
+figures are those of tools/gpu/warm_flashinfer.sh in this session (its modules built side by side), its import excluded
+likewise.
 
 `python -m benchmarks.suites.cold_start OPERATOR cuda|cpu` is one such process; it prints one line of JSON.
 """
