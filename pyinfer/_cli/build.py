@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"no kernel matches {' or '.join(repr(g) for g in args.match)}. `pyinfer list-modules --specs` prints every name."
         )
-    jobs = [(s, a) for s in specs for a in archs if env.arch_number(a) >= s.min_arch]
+    jobs = [(s, a) for s in specs for a in archs if s.suits(env.arch_number(a))]
     if args.list:
         for s, a in jobs:
             print(f"{a:<12}{s}")

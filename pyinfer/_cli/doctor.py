@@ -161,7 +161,7 @@ def check_nvrtc() -> Iterator[Finding]:
     from pyinfer._cli import select
 
     arch = env.default_archs()[0]
-    spec = next(s for s in select.find("rmsnorm") if s.min_arch <= env.arch_number(arch))
+    spec = next(s for s in select.find("rmsnorm") if s.suits(env.arch_number(arch)))
     source = spec.source(arch)
     start = time.perf_counter()
     compiler.compile_source(

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         return (spec.name, arch) in on_disk and (not exact or spec.is_built(arch))
 
     def state(specs: list[JitSpec], arch: str) -> str:
-        able = [s for s in specs if env.arch_number(arch) >= s.min_arch]
+        able = [s for s in specs if s.suits(env.arch_number(arch))]
         return f"{sum(built(s, arch) for s in able)}/{len(able)}" if able else "-"
 
     rows = []

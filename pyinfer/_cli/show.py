@@ -44,9 +44,12 @@ def run(args: argparse.Namespace) -> int:
             print(spec)
         return 0
     arch = env.parse_arch(args.arch) if args.arch else env.default_archs()[0]
-    able = [s for s in specs if s.min_arch <= env.arch_number(arch)]
+    able = [s for s in specs if s.suits(env.arch_number(arch))]
     if not able:
-        raise ValueError(f"--arch: {args.op} needs {min(s.min_arch for s in specs)} or newer, got {arch}.")
+        wanted = f"{min(s.min_arch for s in specs)} or newer"
+        if env.arch_number(arch) > (most := max(s.max_arch for s in specs)):
+            wanted = f"{most}"
+        raise ValueError(f"--arch: {args.op} needs {wanted}, got {arch}.")
     if len(specs) > 1 and not args.all:
         print(
             f"{len(specs)} specialisations match; this is {able[0].name}. --list names them, --all prints them.",

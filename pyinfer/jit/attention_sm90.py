@@ -228,6 +228,7 @@ def gen_prefill_sm90(config: Sm90Config, dtype: DType | str, source: str = "plan
         block=config.block,
         smem=config.smem,
         min_arch=90,
+        max_arch=90,
     )
 
 

@@ -55,8 +55,8 @@ class JitSpec:
         Dynamic shared memory per block in bytes.
     options
         Extra NVRTC options.
-    min_arch
-        Smallest architecture number that has the instructions used (80, 90).
+    min_arch, max_arch
+        Smallest and largest architecture number that have the instructions used: (80, any), or (90, 90) for wgmma.
     cluster
         Blocks per cluster (x, y, z), or None.
     link
@@ -73,6 +73,7 @@ class JitSpec:
     min_arch: int = 80
     cluster: tuple[int, int, int] | None = field(default=None)
     link: tuple[DeviceFunction, ...] = ()
+    max_arch: int = 1 << 30
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -95,6 +96,10 @@ class JitSpec:
 
     def __str__(self) -> str:
         return f"{self.name} [{self.template}] " + " ".join(f"{k}={v}" for k, v in self.constants)
+
+    def suits(self, arch: int) -> bool:
+        """Whether an architecture (its number: 80, 89, 90, ...) has the instructions used."""
+        return self.min_arch <= arch <= self.max_arch
 
     def source(self, arch: str | None = None) -> str:
         """The rendered CUDA source."""
@@ -120,6 +125,8 @@ class JitSpec:
         target = self._target(arch)
         if env.arch_number(target) < self.min_arch:
             raise ValueError(f"{self.name}: arch is too old: got {target}, wanted {self.min_arch} or newer.")
+        if env.arch_number(target) > self.max_arch:
+            raise ValueError(f"{self.name}: arch lacks its instructions: got {target}, wanted {self.max_arch}.")
         artifact = compiler.build(self, target, ahead=ahead)
         if verbose:
             print(f"{self.name} ({target}): {artifact.seconds:.2f} s, {artifact.resources}")
@@ -157,7 +164,7 @@ class JitSpec:
         if arch is not None:
             return env.parse_arch(arch)
         candidates = env.default_archs()
-        return next((a for a in candidates if env.arch_number(a) >= self.min_arch), candidates[0])
+        return next((a for a in candidates if self.suits(env.arch_number(a))), candidates[0])
 
 
 @dataclass(frozen=True)
@@ -177,8 +184,8 @@ class JitModule:
 
 
 def gen_jit_spec(name: str, template: str, params: ParamStruct, **constants: Any) -> JitSpec:
-    """A JitSpec from keyword constants; `block`, `smem`, `options`, `min_arch` and `cluster` are taken out of them."""
-    own = {k: constants.pop(k) for k in ("block", "smem", "options", "min_arch", "cluster") if k in constants}
+    """A JitSpec from keyword constants; `block`, `smem`, `options`, `min_arch`, `max_arch` and `cluster` are taken out of them."""
+    own = {k: constants.pop(k) for k in ("block", "smem", "options", "min_arch", "max_arch", "cluster") if k in constants}
     return JitSpec(name, template, params, tuple(sorted(constants.items())), **own)
 
 
@@ -225,7 +232,7 @@ def build_jit_specs(
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     targets = [env.parse_arch(a) for a in archs] if archs is not None else env.default_archs()
-    jobs = [(s, a) for s in flatten(specs) for a in targets if env.arch_number(a) >= s.min_arch]
+    jobs = [(s, a) for s in flatten(specs) for a in targets if s.suits(env.arch_number(a))]
     compiler.nvrtc()  # load the library once, before the threads
     with ThreadPoolExecutor(threads or min(_num_cpus(), 8)) as pool:
         futures = [pool.submit(s.build, a, verbose, ahead=True) for s, a in jobs]

@@ -173,7 +173,7 @@ def model_specs(model: ModelConfig, arch: int) -> list[JitSpec]:
         If no CUDA kernel supports the model: the attention's own message.
     """
     specs = _attention(model, arch) + _rows(model) + _cache(model) + _sampling(model)
-    return [s for s in dict.fromkeys(specs) if arch >= s.min_arch]
+    return [s for s in dict.fromkeys(specs) if s.suits(arch)]
 
 
 def _attention(model: ModelConfig, arch: int) -> list[JitSpec]:
