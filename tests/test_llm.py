@@ -284,6 +284,39 @@ def test_request_joins_and_leaves_in_mid_flight(model, prompts, greedy, device):
         assert same_until_toss_up(request.generated, greedy[0][i][: len(request.generated)], greedy[1][i], gap)
 
 
+def test_fixed_steps_give_the_same_tokens(model, prompts, greedy, device):
+    """Decode steps on tensors of fixed addresses (on a GPU: replays of CUDA graphs), with requests that join, leave, cross pages and pad the batch."""
+    engine = make_engine(model, fixed_steps=True, page_size=5, num_pages=200)
+    early = [engine.submit(prompts[i], SamplingParams(n)) for i, n in ((0, 16), (1, 9), (3, 3))]
+    for _ in range(6):
+        engine.step()
+    late = engine.submit(prompts[2], SamplingParams(12))
+    for _ in engine.run():
+        pass
+    assert engine.cache.used_pages == 0 and set(engine._steps) == {1, 2, 4}
+    for request, i in zip((*early, late), (0, 1, 3, 2), strict=True):
+        gap = TOLERANCE if device == "cpu" else BF16_TOSS_UP
+        assert len(request.generated) == request.params.max_new_tokens
+        assert same_until_toss_up(request.generated, greedy[0][i][: len(request.generated)], greedy[1][i], gap)
+
+
+def test_fixed_steps_sample_as_the_others_do(model, prompts, device):
+    """Seeds and places are counted on the device; min-p, which the fixed step leaves to the engine, may join."""
+    options = [SamplingParams(5, temperature=0.9, top_k=30, top_p=0.9), SamplingParams(3, min_p=0.2), SamplingParams(4)]
+
+    def run(**engine_options):
+        engine = make_engine(model, seed=3, **engine_options)
+        requests = [engine.submit(p, o) for p, o in zip(prompts, options, strict=False)]
+        for _ in engine.run():
+            pass
+        return [r.generated for r in requests]
+
+    fixed = run(fixed_steps=True)
+    assert fixed == run(fixed_steps=True)
+    if device == "cpu":  # on a GPU a linear layer of a padded batch may round differently
+        assert fixed == run()
+
+
 def test_stop_token_ends_a_request(model, prompts, greedy):
     stop = greedy[0][0][3]
     engine = make_engine(model, stop_ids=[stop])

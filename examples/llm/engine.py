@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from .backend import Array
+from .decode_step import DecodeStep
 from .kv_cache import PagedKVCache, PageTable
 from .model import Batch, Llama
 from .sampling import Sampler, SamplingParams
@@ -63,6 +64,8 @@ class Engine:
         Tokens that end an answer.
     prefill_chunk : int
         Most prompt tokens in one step: a long prompt is spread over steps, so that it does not hold up the others' next token.
+    fixed_steps : bool
+        Run steps that only decode as `DecodeStep`: on a GPU a CUDA graph for each power of two of requests, captured when it is first needed.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Engine:
         seed: int = 0,
         stop_ids: Iterable[int] = (),
         prefill_chunk: int = 512,
+        fixed_steps: bool = False,
     ) -> None:
         if max_batch < 1 or prefill_chunk < 1:
             raise ValueError(f"max_batch and prefill_chunk must be 1 or more, got {max_batch} and {prefill_chunk}")
@@ -82,6 +86,8 @@ class Engine:
         self.model, self.cache, self.stats = model, cache, Stats()
         self._max_batch, self._prefill_chunk, self._stop_ids = max_batch, prefill_chunk, frozenset(stop_ids)
         self._sampler, self._seed = Sampler(model.backend), seed
+        self._fixed_steps = fixed_steps
+        self._steps: dict[int, DecodeStep] = {}  # by the number of requests they have room for
         self._numbers = itertools.count(1)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -133,12 +139,19 @@ class Engine:
         work = self._schedule()
         if not work:
             return []
-        batch, samplers = self._pack(work)
-        logits = self.model.forward(batch, self.cache)
-        tokens = self._sample(logits, samplers) if samplers else []
+        if self._fixed_steps and all(r.generated and not r.params.min_p for r, _ in work):
+            samplers = [r for r, _ in work]
+            tokens, prompt_tokens = self._decode(samplers), 0
+        else:
+            batch, samplers = self._pack(work)
+            logits = self.model.forward(batch, self.cache)
+            tokens = self._sample(logits, samplers) if samplers else []
+            prompt_tokens = batch.tokens.size - batch.num_decode
+            for step in self._steps.values():
+                step.forget()
 
         now = time.perf_counter()
-        self._count(batch, len(tokens), now - started)
+        self._count(prompt_tokens, len(tokens), now - started)
         for request, token in zip(samplers, tokens, strict=True):
             request.first_token_at = request.first_token_at or now
             request.generated.append(token)
@@ -190,13 +203,25 @@ class Engine:
         )
         return batch, samplers
 
+    def _decode(self, requests: list[Request]) -> list[int]:
+        """A step in which every request only gets its next token."""
+        for request in requests:
+            assert request.table is not None
+            request.table.extend(1)
+        size = 1 << (len(requests) - 1).bit_length()
+        if size not in self._steps:
+            self._steps[size] = DecodeStep(self.model, self.cache, size)
+        for other in self._steps:
+            if other != size:
+                self._steps[other].forget()
+        return self._steps[size](requests)
+
     def _sample(self, logits: Array, requests: list[Request]) -> list[int]:
         return self._sampler(
             logits, [r.params for r in requests], [r.seed for r in requests], [len(r.generated) for r in requests]
         )
 
-    def _count(self, batch: Batch, new_tokens: int, seconds: float) -> None:
-        prompt_tokens = batch.tokens.size - batch.num_decode
+    def _count(self, prompt_tokens: int, new_tokens: int, seconds: float) -> None:
         self.stats.generated_tokens += new_tokens
         if prompt_tokens:
             self.stats.prefill_tokens += prompt_tokens
@@ -213,11 +238,14 @@ class Engine:
         self.running.remove(request)
 
     def warm_up(self, params: Iterable[SamplingParams]) -> None:
-        """Run a tiny request for each of `params`, so that every kernel is compiled and loaded, then forget that it happened."""
+        """Run tiny requests for each of `params`, so that every kernel is compiled and loaded, then forget that it happened."""
         stop_ids, self._stop_ids = self._stop_ids, frozenset()
+        sizes = [1 << i for i in range((self._max_batch - 1).bit_length() + 1)] if self._fixed_steps else [1]
         for p in params:
-            self.submit([0, 0], dataclasses.replace(p, max_new_tokens=2))  # one step prefills, the next decodes
-            for _ in self.run():
-                pass
+            for size in sizes:
+                for _ in range(min(size, self._max_batch)):
+                    self.submit([0, 0], dataclasses.replace(p, max_new_tokens=2))  # one step prefills, the next decodes
+                for _ in self.run():
+                    pass
         self._stop_ids = stop_ids
         self.stats, self.cache.peak_pages, self._numbers = Stats(), 0, itertools.count(1)

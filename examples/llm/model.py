@@ -8,7 +8,8 @@ attention is called twice a layer, each wrapper on its slice. The wrappers are p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,17 @@ class Batch:
     kv_last_page_len: np.ndarray
     logit_rows: np.ndarray
     num_decode: int
+
+
+class StepInputs(NamedTuple):
+    """What the layers read, on the device, int32: per token its id, request and position, and the page table of the requests."""
+
+    token: Array
+    request: Array
+    position: Array
+    kv_indices: Array
+    kv_indptr: Array
+    kv_last_page_len: Array
 
 
 class Attention:
@@ -142,15 +154,26 @@ class Llama:
         Array
             [R, vocab] float32 logits of ``batch.logit_rows``.
         """
-        c, linear = self.config, self.backend.linear
         self._attention.plan(batch, cache.page_size)
         tokens, qo_indptr, kv_indptr, kv_indices, last_page_len, logit_rows = self.backend.upload(
             batch.tokens, batch.qo_indptr, batch.kv_indptr, batch.kv_indices, batch.kv_last_page_len, batch.logit_rows
         )
-        num_tokens = batch.tokens.size
         seq_lens = pyinfer.get_seq_lens(kv_indptr, last_page_len, cache.page_size)
-        request, position = pyinfer.get_batch_indices_positions(qo_indptr, seq_lens, num_tokens)
+        request, position = pyinfer.get_batch_indices_positions(qo_indptr, seq_lens, batch.tokens.size)
+        inputs = StepInputs(tokens, request, position, kv_indices, kv_indptr, last_page_len)
+        return self.run_layers(inputs, cache, self._attention.run, logit_rows)
 
+    def run_layers(
+        self,
+        inputs: StepInputs,
+        cache: PagedKVCache,
+        attention: Callable[[Array, Array], Array],
+        logit_rows: Array | None = None,
+    ) -> Array:
+        """The forward pass over tokens on the device; `attention(q, kv_layer)` is planned. Logits of `logit_rows`, or of all rows."""
+        c, linear = self.config, self.backend.linear
+        tokens, request, position, kv_indices, kv_indptr, last_page_len = inputs
+        num_tokens = tokens.shape[0]
         x = self.backend.take(self.embedding, tokens)  # the residual stream, from here on updated in place
         h = pyinfer.rmsnorm(x, self.layers[0].attn_norm, c.rms_eps)
         for i, (layer, kv) in enumerate(zip(self.layers, cache.layers, strict=True)):
@@ -160,11 +183,11 @@ class Llama:
             # interleave=True: a GGUF file keeps the pairs that rotate together next to each other (see weights.iter_tensors).
             pyinfer.apply_rope_pos_ids_inplace(q, k, position, interleave=True, rope_theta=c.rope_theta)
             pyinfer.append_paged_kv_cache(k, v, request, position, kv, kv_indices, kv_indptr, last_page_len)
-            h = linear(self._attention.run(q, kv).reshape(num_tokens, -1), layer.attn_out)
+            h = linear(attention(q, kv).reshape(num_tokens, -1), layer.attn_out)
 
             pyinfer.fused_add_rmsnorm(h, x, layer.ffn_norm, c.rms_eps)  # x += h; h = norm(x)
             h = linear(pyinfer.silu_and_mul(linear(h, layer.gate_up)), layer.down)
 
             norm = self.layers[i + 1].attn_norm if i + 1 < c.num_layers else self.final_norm
             pyinfer.fused_add_rmsnorm(h, x, norm, c.rms_eps)
-        return self.backend.logits(self.backend.take(h, logit_rows), self.head)
+        return self.backend.logits(h if logit_rows is None else self.backend.take(h, logit_rows), self.head)

@@ -53,6 +53,10 @@ class SamplingParams:
         """Whether the most probable token is always taken."""
         return self.temperature == 0
 
+    def thresholds(self, vocab: int) -> tuple[float, int, float, float]:
+        """(temperature, top_k, top_p, min_p) as the samplers take them: greedy is top-k with k = 1."""
+        return (1.0, 1, 1.0, 0.0) if self.greedy else (self.temperature, self.top_k or vocab, self.top_p, self.min_p)
+
 
 class Sampler:
     """Draws one token a row.
@@ -76,10 +80,7 @@ class Sampler:
             Per row the request's seed and how many tokens its answer has so far: Philox key and position.
         """
         rows, vocab = len(params), logits.shape[1]
-        options = np.array([(p.temperature, p.top_k or vocab, p.top_p, p.min_p) for p in params], np.float64)
-        greedy = options[:, 0] == 0
-        options[greedy] = (1.0, 1, 1.0, 0.0)  # greedy is top-k with k = 1
-        temperature, top_k, top_p, min_p = options.T
+        temperature, top_k, top_p, min_p = np.array([p.thresholds(vocab) for p in params], np.float64).T
         seeds, places = np.array(seeds, np.int64), np.array(places, np.int64)
 
         (device_temperature,) = self._backend.upload(temperature.astype(np.float32))
