@@ -229,6 +229,11 @@ def test_shared_prefix_wrappers(rng, backend, device, layout, decode):
         wrapper.begin_forward(*table, data_type=dtype)
     else:
         wrapper.begin_forward(indptr_of(qo_lens), *table, q_data_type=dtype)
+    for arg in ("rope_scale", "rope_theta"):
+        with pytest.raises(
+            ValueError, match=f"{name}: {arg} has nothing to act on: nothing is rotated here: got 1.0, wanted None"
+        ):
+            wrapper.forward(q, k, v, paged.cache, **{arg: 1.0})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = wrapper.forward(q, k, v, paged.cache, **({} if decode else {"causal": True}), sm_scale=0.2)
