@@ -91,6 +91,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "VariableBlockSparseAttentionWrapper",
         "convert_bsr_mask_layout",
     ),
+    "variants": ("AttentionVariant",),
 }
 _MODULE_OF = {name: family for family, names in _FAMILIES.items() for name in names}
 _MODULE_OF |= {"ModelConfig": "jit.warmup", "warmup": "jit.warmup", "support": "_support"}
@@ -181,6 +182,7 @@ if TYPE_CHECKING:
     from pyinfer.sparse import BlockSparseAttentionWrapper as BlockSparseAttentionWrapper
     from pyinfer.sparse import VariableBlockSparseAttentionWrapper as VariableBlockSparseAttentionWrapper
     from pyinfer.sparse import convert_bsr_mask_layout as convert_bsr_mask_layout
+    from pyinfer.variants import AttentionVariant as AttentionVariant
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyinfer._support import (
@@ -37,11 +37,13 @@ from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, Att
 if TYPE_CHECKING:
     import numpy as np
 
+    from pyinfer.variants import AttentionVariant
+
 _log = logging.getLogger("pyinfer")
 _INSTEAD = {
     "seq_lens": "It belongs to the trtllm-gen backend: pass the page table.",
     "block_tables": "It belongs to the trtllm-gen backend: pass the page table.",
-    "jit_args": "Compiled modules of FlashInfer's cannot be used here.",
+    "jit_args": "Only decode and the batch prefills take variants.",
 }
 MANY_ROWS = 1024  # no kernel distinguishes more packed rows; keeps the cache of configurations small
 
@@ -389,15 +391,28 @@ def run_single(
     v_scale: float,
     options: AttentionOptions = PLAIN,
     mask: Any = None,
+    variant: AttentionVariant | None = None,
+    variant_args: Sequence[Any] | None = None,
 ) -> None:
     """Attention of one request, on checked views: q, out [rows, heads, dim], k, v as kv_layout says.
 
-    `mask` is an `_attention_options.Mask`; `causal` is then False.
+    `mask` is an `_attention_options.Mask`; `causal` is then False. `variant_args` are the values of the variant's parameters.
     """
     hnd = kv_layout == "HND"
     rows, num_qo_heads, dk = q.shape
     num_kv_heads, kv_len = (k.shape[0], k.shape[1]) if hnd else (k.shape[1], k.shape[0])
     dv = v.shape[-1]
+    values: list[Any] = []
+    if variant is not None:
+        from pyinfer.variants import variant_of
+
+        variant = variant_of(op, variant)
+        values = variant.check_args(op, variant_args or (), q.device, num_qo_heads, num_kv_heads, 1)
+        variant.check_run(op, lse is not None, options.sinks)
+        options = options._replace(user=variant.user)
+    elif variant_args:
+        got, wanted = f"{len(variant_args)} values", "none (they belong to a variant)"
+        fail_type(op, "variant_args", "are not supported", got, wanted)
     if rows == 0:
         return
     group = num_qo_heads // num_kv_heads
@@ -414,10 +429,12 @@ def run_single(
             num_sms=threads, causal=causal, window_left=window_left, op=op,
         )  # fmt: skip
         bits, offsets = (None, None) if mask is None else (mask.host, mask.byte_indptr)
+        user, kept = (None, None) if variant is None else variant.cpu_values(op, values)
         cpu.run_plan(
             plan, q, k, v, kv_layout, out, lse, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale,
-            extras=cpu.CpuExtras(options.alibi, options.rope, bits, offsets),
+            extras=cpu.CpuExtras(options.alibi, options.rope, bits, offsets, user=user),
         )  # fmt: skip
+        del kept  # what `user` points at has lived until here
         return
     from pyinfer.core.device import num_sms
     from pyinfer.core.workspace import shared_workspace
@@ -425,6 +442,9 @@ def run_single(
 
     config = tile_config(q.device, q.dtype, dk, dv, min(rows * group, MANY_ROWS), k.dtype, options)
     extras = NO_EXTRAS if mask is None else AttentionExtras(mask_ptr=mask.view.ptr or q.ptr)
+    if values:
+        assert variant is not None
+        extras = extras._replace(user=variant.cuda_values(values))
     schedule = single_schedule(
         rows, kv_len, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_vo=dv, tile_q=config.tile_q, tile_kv=config.tile_kv,
         num_sms=num_sms(q.device), ctas_per_sm=config.ctas_per_sm, causal=causal, window_left=window_left,

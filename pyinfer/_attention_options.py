@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pyinfer.core.dtypes import BOOL, FLOAT32, INT16, INT32, UINT8, UINT16, UINT32, DType
 from pyinfer.core.errors import check_dtype, check_ndim, check_shape, device_name, fail
 from pyinfer.core.tensor import TensorView, as_numpy, host_ints, view
-from pyinfer.jit.attention_options import PLAIN, AttentionOptions
+from pyinfer.jit.attention_options import PLAIN, AttentionOptions, UserVariant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +37,7 @@ class PlanKey(NamedTuple):
     rope_theta: float = 1e4
     custom_mask: bool = False
     token_pos_in_items_len: int = 0
+    variant: UserVariant | None = None
 
     @property
     def options(self) -> AttentionOptions:
@@ -47,17 +48,25 @@ class PlanKey(NamedTuple):
             self.rope_theta,
             self.custom_mask,
             self.token_pos_in_items_len > 0,
+            self.variant,
         )
 
 
 def options_of(
-    pos_encoding_mode: str, rope_scale: float, rope_theta: float, mask: bool = False, multi_item: bool = False
+    pos_encoding_mode: str,
+    rope_scale: float,
+    rope_theta: float,
+    mask: bool = False,
+    multi_item: bool = False,
+    variant: UserVariant | None = None,
 ) -> AttentionOptions:
     """The kernels' options; PLAIN itself if all are off."""
-    if pos_encoding_mode == "NONE" and not mask and not multi_item:
+    if pos_encoding_mode == "NONE" and not mask and not multi_item and variant is None:
         return PLAIN
     rope = (rope_scale, rope_theta) if pos_encoding_mode == "ROPE_LLAMA" else None
-    return AttentionOptions(alibi=pos_encoding_mode == "ALIBI", rope=rope, mask=mask, multi_item=multi_item)
+    return AttentionOptions(
+        alibi=pos_encoding_mode == "ALIBI", rope=rope, mask=mask, multi_item=multi_item, user=variant
+    )
 
 
 # ---- custom masks ----------------------------------------------------------------------------------------------------------------

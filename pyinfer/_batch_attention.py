@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pyinfer.schedulers.plan import AttentionPlan
+    from pyinfer.variants import AttentionVariant
 
 
 _FIXED = (  # the names of what a plain key holds
@@ -76,6 +77,7 @@ class BatchAttention(BatchRun):
         fixed_buffers: dict[str, Any],
     ) -> None:
         self._kv_layout = common.check_layout(self._op, kv_layout)
+        self._variant: AttentionVariant | None = None  # the wrappers that take one set it
         common.check_options(self._op, backend=backend, jit_args=jit_args)
         self._use_cuda_graph = bool(use_cuda_graph)
         self._ref: TensorView | None = None  # stands for the wrapper's device and framework; owns nothing
@@ -132,6 +134,17 @@ class BatchAttention(BatchRun):
                 )
             self._ref = self._ref or _home(v)
             self._buffers[arg] = v
+
+    def _set_variant(self, variant: Any, jit_args: Any, jit_kwargs: Any) -> None:
+        """The wrapper's variant, from its constructor's arguments."""
+        if variant is not None or jit_args is not None or jit_kwargs is not None:
+            from pyinfer.variants import variant_of
+
+            self._variant = variant_of(self._op, variant, jit_args, jit_kwargs)
+
+    def _with_variant(self, key: PlanKey) -> PlanKey:
+        """A plan's key with the wrapper's variant."""
+        return key if self._variant is None else key._replace(variant=self._variant.user)
 
     @property
     def is_cuda_graph_enabled(self) -> bool:

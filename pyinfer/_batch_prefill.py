@@ -95,6 +95,7 @@ class BatchPrefill(BatchAttention):
         """Plan a batch. `key` needs no more checks but of the heads, `items` are the four arguments of multi-item scoring."""
         op = self._op
         qo_indptr, kv_indptr, last_page_len = host
+        key = self._with_variant(key)
         mask = mask_view(op, custom_mask, packed_custom_mask)
         found = items_of(op, *items, max(len(qo_indptr) - 1, 0))
         if found is not None:

@@ -22,6 +22,7 @@ from pyinfer.jit.attention_options import AttentionExtras, AttentionOptions
 
 if TYPE_CHECKING:
     from pyinfer.schedulers.plan import AttentionPlan
+    from pyinfer.variants import AttentionVariant
 
 
 class BatchRun:
@@ -36,6 +37,7 @@ class BatchRun:
     _kv_dtype: DType
     _out_dtype: DType
     _options: AttentionOptions
+    _variant: AttentionVariant | None
     _extras: AttentionExtras
     _mask: Mask | None
     _items: Items | None
@@ -59,14 +61,9 @@ class BatchRun:
         plan = self._plan
         if plan is None:
             fail(self._op, "plan()", "was not called", "run() first", "plan() before run()")
-        if args:
-            fail_type(
-                self._op,
-                "*args",
-                "are not supported",
-                f"{len(args)} extra arguments",
-                "none (they belong to jit_args)",
-            )
+        if args and self._variant is None:
+            wanted = "none (they belong to a variant)"
+            fail_type(self._op, "*args", "are not supported", f"{len(args)} extra arguments", wanted)
         v = common.q_view(self._op, q)
         if v.dtype is not self._dtype:
             fail_type(
@@ -179,10 +176,17 @@ class BatchRun:
         enable_pdl: bool | None,
         options: tuple[Any, ...],
         sinks: Any = None,
+        args: tuple[Any, ...] = (),
     ) -> Any:
-        """Allocate what is not given, and launch. `options`: the arguments by which `RepeatedRun` recognises the call."""
+        """Allocate what is not given, and launch. `options`: the arguments by which `RepeatedRun` recognises the call; `args`: the variant's values."""
         plan = self._plan
         assert plan is not None
+        variant, values = self._variant, []
+        if variant is not None:
+            values = variant.check_args(
+                self._op, args, q.device, plan.num_qo_heads, plan.num_kv_heads, len(plan.kv_len)
+            )
+            variant.check_run(self._op, return_lse or lse is not None, sinks is not None)
         given_lse = lse is not None
         shape = (q.shape[0], plan.num_qo_heads, plan.head_dim_vo)
         if out is None:
@@ -210,6 +214,9 @@ class BatchRun:
             selected, extras = self._options, self._extras
             if sinks_at is not None:
                 selected, extras = selected._replace(sinks=True), extras._replace(sinks_ptr=sinks_at.ptr)
+            if values:
+                assert variant is not None
+                extras = extras._replace(user=variant.cuda_values(values))
             pdl = self._pdl_default if enable_pdl is None else common.use_pdl(q.device, enable_pdl)
             launch = functools.partial(
                 common.launchers()[0],
@@ -217,15 +224,20 @@ class BatchRun:
                 sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl, options=selected, extras=extras,
             )  # fmt: skip
             launch()
-            if not given_lse and sinks is None:  # which `options` does not tell apart
+            if not given_lse and sinks is None and not values:  # which `options` does not tell apart
                 self._repeated.note(q, k, v, out_view, lse_view, options, functools.partial(launch, bind=True))
         else:
             from pyinfer.cpu.attention import run_plan
 
+            host_extras, kept = self._cpu_extras(sinks_at), None
+            if variant is not None:
+                user, kept = variant.cpu_values(self._op, values)
+                host_extras = host_extras._replace(user=user)
             run_plan(
                 plan, q, k, v, self._kv_layout, out_view, lse_view, sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale,
-                workspace=self._cpu_workspace(plan.workspace_bytes), extras=self._cpu_extras(sinks_at),
+                workspace=self._cpu_workspace(plan.workspace_bytes), extras=host_extras,
             )  # fmt: skip
+            del kept  # what `user` points at has lived until here
         return (out, lse) if return_lse else out
 
     def _run(
@@ -238,10 +250,11 @@ class BatchRun:
         sinks: Any,
         options: tuple[Any, ...],
         sm_scale: float | None = None,
+        args: tuple[Any, ...] = (),
     ) -> Any:
         """`_execute` with the scales taken out of `options`: (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left).
 
-        sm_scale is the plan's unless given.
+        sm_scale is the plan's unless given. `args`: the values of the variant's parameters.
         """
         q_scale, k_scale, v_scale, return_lse, enable_pdl, _ = options
         if sm_scale is None:
@@ -252,7 +265,7 @@ class BatchRun:
             sm_scale *= common.scale(self._op, "k_scale", k_scale)
         factor = common.scale(self._op, "v_scale", v_scale)
         cap = self._soft_cap
-        return self._execute(q, k, v, out, lse, return_lse, sm_scale, cap, factor, enable_pdl, options, sinks)
+        return self._execute(q, k, v, out, lse, return_lse, sm_scale, cap, factor, enable_pdl, options, sinks, args)
 
     # ---- the CPU backend's view of the options
     def _cpu_workspace(self, need: int) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from pyinfer.core.tensor import TensorView, empty, view
 from pyinfer.schedulers.decode import EXTRA_SLOTS, decode_capacity, one_token_each
 from pyinfer.schedulers.plan import AttentionPlan, PlanShape, plan_batch, plan_shape
 from pyinfer.torch_ops import attach
+
+if TYPE_CHECKING:
+    from pyinfer.variants import AttentionVariant
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
@@ -48,6 +52,9 @@ def single_decode_with_kv_cache(
     rope_scale: float | None = None,
     rope_theta: float | None = None,
     return_lse: bool = False,
+    *,
+    variant: AttentionVariant | None = None,
+    variant_args: Sequence[Any] | None = None,
 ) -> Any:
     """Decode attention of one request: out = softmax(q k^T * sm_scale) v, with grouped query heads.
 
@@ -75,6 +82,8 @@ def single_decode_with_kv_cache(
         Pair i turns by position * rope_theta^(-2 i / head_dim) / rope_scale; 1 and 10,000 by default.
     return_lse
         Also return the base-2 log-sum-exp of the scaled scores.
+    variant, variant_args
+        A `pyinfer.AttentionVariant`, and the values of its parameters.
 
     Returns
     -------
@@ -103,7 +112,7 @@ def single_decode_with_kv_cache(
     common.run_single(
         op, _three_axes(qv), kv, vv, kv_layout, _three_axes(view(out)), None if lse is None else _three_axes(view(lse)), causal=False,
         window_left=common.check_window(op, window_left), sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap),
-        v_scale=common.scale(op, "v_scale", v_scale), options=options,
+        v_scale=common.scale(op, "v_scale", v_scale), options=options, variant=variant, variant_args=variant_args,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -176,6 +185,10 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
         int32 [batch + 1], [most pages ever], [batch]: plan() copies the page table there. They fix the batch size.
     backend
         "auto" or "fa2".
+    variant
+        A `pyinfer.AttentionVariant`; the values of its parameters are then run()'s further positional arguments.
+    jit_args, jit_kwargs
+        The same in FlashInfer's words: the arguments of `jit.gen_customize_batch_decode_module`, for CUDA sources (see `jit.customize`).
     """
 
     _op = "BatchDecodeWithPagedKVCacheWrapper"
@@ -191,13 +204,17 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
         paged_kv_last_page_len_buffer: Any = None,
         backend: str = "auto",
         jit_args: Any = None,
+        jit_kwargs: Any = None,
+        *,
+        variant: AttentionVariant | None = None,
     ) -> None:
         buffers = {
             "paged_kv_indptr_buffer": paged_kv_indptr_buffer,
             "paged_kv_indices_buffer": paged_kv_indices_buffer,
             "paged_kv_last_page_len_buffer": paged_kv_last_page_len_buffer,
         }
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, buffers)
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, None, buffers)
+        self._set_variant(variant, jit_args, jit_kwargs)
         self._use_tensor_cores = bool(use_tensor_cores)
         if self._use_cuda_graph:
             batch = self._buffers["paged_kv_last_page_len_buffer"].shape[0]
@@ -282,6 +299,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             op, (q_data_type, kv_data_type, data_type, o_data_type), num_qo_heads, num_kv_heads, head_dim, page_size, window_left, logits_soft_cap,
             sm_scale, pos_encoding_mode, rope_scale, rope_theta, fixed_split_size, disable_split_kv,
         )  # fmt: skip
+        key = self._with_variant(key)
         host_indptr, host_last = host_metadata(op, strict=strict, indptr=indptr, last_page_len=last_page_len)
         page_indices = self._page_indices(op, indices, host_indptr)
         buffers = {}
@@ -406,7 +424,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
                 return done
         qv = self._check_run(q, window_left, args)
         k, v = self._paged_kv(qv, paged_kv_cache)
-        return self._run(qv, k, v, out, lse, sinks, options)
+        return self._run(qv, k, v, out, lse, sinks, options, args=args)
 
     def run_return_lse(self, q: Any, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:
         """`run` with return_lse=True."""

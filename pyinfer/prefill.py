@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import device_name, fail
 from pyinfer.core.tensor import empty, view
 from pyinfer.torch_ops import attach
+
+if TYPE_CHECKING:
+    from pyinfer.variants import AttentionVariant
 
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
@@ -46,6 +50,9 @@ def single_prefill_with_kv_cache(
     rope_theta: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    *,
+    variant: AttentionVariant | None = None,
+    variant_args: Sequence[Any] | None = None,
 ) -> Any:
     """Attention of one request: out = softmax(mask(q k^T * sm_scale)) v, with grouped query heads.
 
@@ -82,6 +89,8 @@ def single_prefill_with_kv_cache(
         Pair i turns by position * rope_theta^(-2 i / head_dim_qk) / rope_scale; 1 and 10,000 by default.
     return_lse
         Also return the base-2 log-sum-exp of the scaled scores.
+    variant, variant_args
+        A `pyinfer.AttentionVariant`, and the values of its parameters.
 
     Returns
     -------
@@ -119,7 +128,8 @@ def single_prefill_with_kv_cache(
     common.run_single(
         op, qv, kv, vv, kv_layout, view(out), None if lse is None else view(lse), causal=bool(causal) and bound is None,
         window_left=common.check_window(op, window_left), sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap),
-        v_scale=common.scale(op, "scale_v", scale_v), options=options_of(*encoding, bound is not None), mask=bound,
+        v_scale=common.scale(op, "scale_v", scale_v), options=options_of(*encoding, bound is not None), mask=bound, variant=variant,
+        variant_args=variant_args,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -132,7 +142,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
 
     Parameters
     ----------
-    float_workspace_buffer, kv_layout, use_cuda_graph, backend
+    float_workspace_buffer, kv_layout, use_cuda_graph, backend, variant, jit_args, jit_kwargs
         As in `BatchDecodeWithPagedKVCacheWrapper`.
     qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf
         CUDA graph mode: int32 [batch + 1], [batch + 1], [most pages ever], [batch]. The first plan fixes the most query rows.
@@ -155,6 +165,9 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         mask_indptr_buf: Any = None,
         backend: str = "auto",
         jit_args: Any = None,
+        jit_kwargs: Any = None,
+        *,
+        variant: AttentionVariant | None = None,
     ) -> None:
         buffers = {
             "qo_indptr_buf": qo_indptr_buf,
@@ -164,7 +177,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             "custom_mask_buf": custom_mask_buf,
             "mask_indptr_buf": mask_indptr_buf,
         }
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, buffers)
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, None, buffers)
+        self._set_variant(variant, jit_args, jit_kwargs)
 
     def plan(
         self,
@@ -294,7 +308,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
                 return done
         qv = self._check_run(q, window_left, args)
         k, v = self._paged_kv(qv, paged_kv_cache)
-        return self._run(qv, k, v, out, lse, sinks, options)
+        return self._run(qv, k, v, out, lse, sinks, options, args=args)
 
     def forward(
         self,
@@ -324,7 +338,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
 
     Parameters
     ----------
-    float_workspace_buffer, kv_layout, use_cuda_graph, backend
+    float_workspace_buffer, kv_layout, use_cuda_graph, backend, variant, jit_args, jit_kwargs
         As in `BatchDecodeWithPagedKVCacheWrapper`; kv_layout says whether k and v are [tokens, heads, dim] (NHD) or [heads, tokens, dim] (HND).
     qo_indptr_buf, kv_indptr_buf
         CUDA graph mode: int32 [batch + 1] both. The first plan fixes the most query rows.
@@ -346,6 +360,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         mask_indptr_buf: Any = None,
         backend: str = "auto",
         jit_args: Any = None,
+        jit_kwargs: Any = None,
+        *,
+        variant: AttentionVariant | None = None,
     ) -> None:
         buffers = {
             "qo_indptr_buf": qo_indptr_buf,
@@ -353,7 +370,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             "custom_mask_buf": custom_mask_buf,
             "mask_indptr_buf": mask_indptr_buf,
         }
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, buffers)
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, None, buffers)
+        self._set_variant(variant, jit_args, jit_kwargs)
 
     def plan(
         self,
@@ -440,7 +458,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         qv = self._check_run(q, window_left, args)
         kv, vv = view(k, self._op, "k"), view(v, self._op, "v")
         self._check_kv(qv, kv, vv, "k", "v")
-        return self._run(qv, kv, vv, out, lse, sinks, options)
+        return self._run(qv, kv, vv, out, lse, sinks, options, args=args)
 
     def forward(
         self,

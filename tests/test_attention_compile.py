@@ -67,13 +67,13 @@ def test_options_compile_without_spills(arch: str) -> None:
 def test_user_variant() -> None:
     """A user's source with all hooks, extra tensors and scalars, on both phases; its line breaks stay out of the source's head comment."""
     source = """
-PYINFER_DEVICE float user_logits_transform(const Params& p, float logit, int request, int q_token, int kv_token, int qo_head, int kv_head) {
-    return logit + p.bias[qo_head] * p.strength;
+PYINFER_DEVICE float user_logits_transform(const Params& p, float logit, const VariantPlace& at) {
+    return logit + p.bias[at.qo_head] * p.strength;
 }
-PYINFER_DEVICE bool user_mask(const Params& p, int request, int q_token, int kv_token, int qo_head, int kv_head) {
-    return (q_token + kv_token) % 2 == 0;
+PYINFER_DEVICE bool user_mask(const Params& p, const VariantPlace& at) {
+    return (at.q_token + at.kv_token) % 2 == 0;
 }
-PYINFER_DEVICE float user_output_transform(const Params& p, float value, int request, int q_token, int qo_head, int column) {
+PYINFER_DEVICE float user_output_transform(const Params& p, float value, const VariantPlace& at, int column) {
     return value * p.strength;
 }
 """

@@ -33,14 +33,14 @@ BITS = {1: np.uint8, 2: np.int16, 4: np.int32}
 BIASED = UserVariant(
     "biased",
     """
-PYINFER_DEVICE float user_logits_transform(const Params& p, float logit, int request, int q_token, int kv_token, int qo_head, int kv_head) {
-    return logit + p.bias[qo_head] * (q_token + kv_token % 3) * p.strength;
+PYINFER_DEVICE float user_logits_transform(const Params& p, float logit, const VariantPlace& at) {
+    return logit + p.bias[at.qo_head] * (at.q_token + at.kv_token % 3) * p.strength;
 }
-PYINFER_DEVICE bool user_mask(const Params& p, int request, int q_token, int kv_token, int qo_head, int kv_head) {
-    return (q_token + kv_token + request) % 2 == 0;
+PYINFER_DEVICE bool user_mask(const Params& p, const VariantPlace& at) {
+    return (at.q_token + at.kv_token + at.request) % 2 == 0;
 }
-PYINFER_DEVICE float user_output_transform(const Params& p, float value, int request, int q_token, int qo_head, int column) {
-    return value + 0.5f * request + 0.25f * q_token + qo_head + (column % 4 == 3 ? 1.0f : 0.0f);
+PYINFER_DEVICE float user_output_transform(const Params& p, float value, const VariantPlace& at, int column) {
+    return value + 0.5f * at.request + 0.25f * at.q_token + at.qo_head + (column % 4 == 3 ? 1.0f : 0.0f);
 }
 """,
     ("logits", "mask", "output"),

@@ -12,7 +12,8 @@ from pyinfer.cpu import decode, prefill, threads
 from pyinfer.cpu.compile import kernel
 from pyinfer.cpu.softmax import LOG2E, U, exp2
 from pyinfer.cpu.storage import CARRIERS, FP8_CARRIERS, from_f32
-from pyinfer.cpu.variants import alibi_slopes, finish_row, pack_segments
+from pyinfer.cpu.user_calls import LINEAR
+from pyinfer.cpu.variants import alibi_slopes, finish_row, output_row, pack_segments, set_place
 from pyinfer.schedulers.plan import AttentionPlan
 
 MAX_HEAD_DIM = min(decode.MAX_HEAD_DIM, prefill.MAX_HEAD_DIM)
@@ -66,15 +67,19 @@ def config(max_packed_rows: int, total_packed_rows: int, num_kv_heads: int) -> t
 
 
 @kernel
-def _merge_tiles(begin, end, splits, work, qo_indptr, partial_o, partial_lse, out, lse, strides, dims, scales, sinks):
+def _merge_tiles(
+    begin, end, splits, work, qo_indptr, kv_len, partial_o, partial_lse, out, lse, strides, dims, scales, sinks, user
+):
     """Merge split tiles, in split order. Unit u: entry u // kv heads of `splits` (the first item of every split tile), kv head u % kv heads."""
     heads, group, dv, tile_q = dims[0], dims[1], U(dims[3]), dims[5]
     v_scale = scales[2]
     acc = np.empty(dv, np.float32)
+    place = np.empty(8, np.int64)
     for unit in range(begin, end):
         item = splits[unit // heads]
         head = unit % heads
-        token0 = np.int64(qo_indptr[work[item, 0]])
+        request = work[item, 0]
+        token0 = np.int64(qo_indptr[request])
         row0 = np.int64(work[item, 1])
         count = np.int64(work[item, 6])
         slot = np.int64(work[item, 7])
@@ -95,7 +100,15 @@ def _merge_tiles(begin, end, splits, work, qo_indptr, partial_o, partial_lse, ou
             token = U(token0 + (row0 + r) // group)
             q_head = U(head * group + (row0 + r) % group)
             value, scale = finish_row(top, total, q_head, sinks)
+            if user is not None:
+                if user[LINEAR] != 0:
+                    scale = np.float32(total)
             scale *= v_scale
+            if user is not None:
+                qo_len = np.int64(qo_indptr[request + 1]) - token0
+                set_place(place, request, (row0 + r) // group, q_head, head, qo_len, kv_len[request])
+                output_row(acc, U(0), dv, scale, place, user)
+                scale = np.float32(1)
             dst = token * strides[8] + q_head * strides[9]
             for j in range(dv):
                 out[dst + j] = from_f32(acc[j] * scale, out)
@@ -118,6 +131,8 @@ class CpuExtras(NamedTuple):
         float32 [query heads], natural-log logits.
     prefix_len, token_pos
         int64 [batch] and [batch, longest].
+    user
+        A user's functions, from `user_variant.bind`.
     """
 
     alibi: bool = False
@@ -127,6 +142,7 @@ class CpuExtras(NamedTuple):
     sinks: np.ndarray | None = None
     prefix_len: np.ndarray | None = None
     token_pos: np.ndarray | None = None
+    user: np.ndarray | None = None
 
 
 NO_EXTRAS = CpuExtras()
@@ -154,7 +170,7 @@ def _variant(plan: AttentionPlan, extras: CpuExtras, logits_soft_cap: float) -> 
         slopes = (unit * alibi_slopes(plan.num_qo_heads)).astype(np.float32)
     sinks = None if extras.sinks is None else (np.float32(LOG2E) * extras.sinks).astype(np.float32)
     frequency = None if extras.rope is None else _frequency(plan.head_dim_qk, extras.rope)
-    return slopes, extras.mask, extras.mask_indptr, extras.prefix_len, extras.token_pos, sinks, frequency
+    return slopes, extras.mask, extras.mask_indptr, extras.prefix_len, extras.token_pos, sinks, frequency, extras.user
 
 
 def kv_strides(k: TensorView, v: TensorView, paged: bool, hnd: bool) -> tuple[int, ...]:
@@ -251,6 +267,7 @@ def run_plan(
             splits,
             plan.work,
             plan.qo_indptr,
+            plan.kv_len,
             partial_o,
             partial_lse,
             out_array,
@@ -259,4 +276,5 @@ def run_plan(
             dims,
             scales,
             variant[5],
+            extras.user,
         )

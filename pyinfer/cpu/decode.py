@@ -14,7 +14,8 @@ import numpy as np
 from pyinfer.cpu.compile import kernel
 from pyinfer.cpu.softmax import U, lse_of, rescale_factor, softmax_row
 from pyinfer.cpu.storage import from_f32, to_f32
-from pyinfer.cpu.variants import angles, finish_row, rotate, transform_row
+from pyinfer.cpu.user_calls import LINEAR
+from pyinfer.cpu.variants import angles, finish_row, linear_row, output_row, query_row, rotate, set_place, transform_row
 
 MAX_ROWS = 32  # packed rows of a tile this kernel is meant for
 MAX_HEAD_DIM = 256
@@ -76,7 +77,7 @@ def _accumulate4(s, base, v, voff, n4, d, o, at):
 @kernel
 def decode_items(
     begin, end, parts, work, qo_indptr, kv_indptr, kv_len, kv_indices, q, k, v, out, lse, partial_o, partial_lse, strides, dims, mask, scales,
-    slopes, bits, bits_indptr, prefix_len, token_pos, sinks, frequency,
+    slopes, bits, bits_indptr, prefix_len, token_pos, sinks, frequency, user,
 ):  # fmt: skip
     """Run units [begin, end) of a plan; unit u is work item u // parts, and part u % parts of the kv heads.
 
@@ -100,6 +101,8 @@ def decode_items(
         Options, None if off: see `variants.transform_row` and `finish_row`.
     frequency
         RoPE: uint64 [head_dim_qk / 2], turns per position (`jit.rope.frequency_table`), or None.
+    user
+        A user's functions, int64 as `user_calls` has it, or None.
     """
     heads, group, dk, dv, page_size, tile_q = dims[0], dims[1], U(dims[2]), U(dims[3]), dims[4], dims[5]
     causal, window_left = mask[0], mask[1]
@@ -116,6 +119,8 @@ def decode_items(
     voff = np.empty(_BLOCK, np.uint64)
     kh = np.empty(_BLOCK, np.uint64)
     vh = np.empty(_BLOCK, np.uint64)
+    place = np.empty(8, np.int64)
+    x = np.empty(dk, np.float32)
     if frequency is not None:  # keys are rotated here, a block of one head at a time
         half = dk // _2
         cosine = np.empty(_B * half, np.float32)
@@ -151,6 +156,17 @@ def decode_items(
                     src = U(token0 + row // group) * strides[0] + U((head0 + h) * group + row % group) * strides[1]
                     if frequency is not None:
                         angles(frequency, shift + row // group, cosine, sine, U(0))
+                    if user is not None:
+                        set_place(
+                            place, request, row // group, (head0 + h) * group + row % group, head0 + h, qo_len, length
+                        )
+                        query_row(q, src, dk, x, place, user)
+                        if frequency is not None:
+                            rotate(x, U(0), half, cosine, sine, U(0), q_scale, qf, at * dk, _1)
+                        else:
+                            for i in range(dk):
+                                qf[at * dk + i] = x[i] * q_scale
+                    elif frequency is not None:
                         rotate(q, src, half, cosine, sine, U(0), q_scale, qf, at * dk, _1)
                     else:
                         for i in range(dk):
@@ -203,10 +219,18 @@ def decode_items(
                     if window_left >= 0:
                         visible0 = min(max(position - window_left, 0), visible1)
                     j = at + U(r)
+                    if user is not None:
+                        set_place(
+                            place, request, query, (head0 + h) * group + (row0 + r) % group, head0 + h, qo_len, length
+                        )
                     transform_row(
                         s, U(r) * _B, U(visible0), U(visible1), t0, query, shift, length, (head0 + h) * group + (row0 + r) % group, request, cap,
-                        slopes, bits, bits_indptr, prefix_len, token_pos,
+                        slopes, bits, bits_indptr, prefix_len, token_pos, user, place,
                     )  # fmt: skip
+                    if user is not None:
+                        if user[LINEAR] != 0:
+                            linear_row(s, U(r) * _B, U(0), U(visible0), U(visible1), n4)
+                            continue
                     new, weight = softmax_row(s, U(r) * _B, U(0), U(visible0), U(visible1), n4, m[j])
                     if new != m[j]:
                         factor = rescale_factor(m[j], new)
@@ -229,6 +253,9 @@ def decode_items(
                     scale = np.float32(0)
                     if total[j] != 0:
                         scale = np.float32(1) / total[j]
+                    if user is not None:
+                        if user[LINEAR] != 0:
+                            scale = np.float32(1)
                     slot = np.int64(work[item, 7]) + work[item, 5]
                     cell = U((slot * heads + head0 + h) * tile_q + r)
                     for i in range(dv):
@@ -238,8 +265,23 @@ def decode_items(
                     token = U(token0 + (row0 + r) // group)
                     q_head = U((head0 + h) * group + (row0 + r) % group)
                     value, scale = finish_row(m[j], total[j], q_head, sinks)
+                    if user is not None:
+                        if user[LINEAR] != 0:
+                            scale = np.float32(1)
                     scale *= v_scale
                     dst = token * strides[8] + q_head * strides[9]
+                    if user is not None:
+                        set_place(
+                            place,
+                            request,
+                            (row0 + r) // group,
+                            (head0 + h) * group + (row0 + r) % group,
+                            head0 + h,
+                            qo_len,
+                            length,
+                        )
+                        output_row(o, src, dv, scale, place, user)
+                        scale = np.float32(1)
                     for i in range(dv):
                         out[dst + i] = from_f32(o[src + i] * scale, out)
                     if len(lse) > 0:

@@ -12,7 +12,8 @@ import numpy as np
 from pyinfer.cpu.compile import kernel
 from pyinfer.cpu.softmax import U, lse_of, rescale_factor, softmax_row
 from pyinfer.cpu.storage import from_f32, to_f32
-from pyinfer.cpu.variants import angles, finish_row, rotate, transform_row
+from pyinfer.cpu.user_calls import LINEAR
+from pyinfer.cpu.variants import angles, finish_row, linear_row, output_row, query_row, rotate, set_place, transform_row
 
 MAX_HEAD_DIM = 256
 BLOCK = 128  # kv tokens
@@ -98,7 +99,7 @@ def _visible(row, group, shift, t0, n, causal, window_left):
 @kernel
 def prefill_items(
     begin, end, work, qo_indptr, kv_indptr, kv_len, kv_indices, q, k, v, out, lse, partial_o, partial_lse, strides, dims, mask, scales,
-    slopes, bits, bits_indptr, prefix_len, token_pos, sinks, frequency,
+    slopes, bits, bits_indptr, prefix_len, token_pos, sinks, frequency, user,
 ):  # fmt: skip
     """Run units [begin, end) of a plan; unit u is work item u // kv heads, kv head u % kv heads. Parameters as `decode.decode_items`."""
     heads, group, dk, dv, page_size, tile_q = dims[0], dims[1], U(dims[2]), U(dims[3]), dims[4], dims[5]
@@ -115,6 +116,8 @@ def prefill_items(
     total = np.empty(max_rows, np.float32)
     lo = np.empty(max_rows // _4, np.uint64)
     hi = np.empty(max_rows // _4, np.uint64)
+    place = np.empty(8, np.int64)
+    x = np.empty(dk, np.float32)
     for i in range(dk * _NB, d4 * _NB):
         kt[i] = 0
     if frequency is not None:
@@ -150,6 +153,15 @@ def prefill_items(
                 src = U(token0 + row // group) * strides[0] + U(head * group + row % group) * strides[1]
                 if frequency is not None:
                     angles(frequency, shift + row // group, cosine, sine, _0)
+                if user is not None:
+                    set_place(place, request, row // group, head * group + row % group, head, qo_len, length)
+                    query_row(q, src, dk, x, place, user)
+                    if frequency is not None:
+                        rotate(x, _0, half, cosine, sine, _0, q_scale, qf, r * d4, _1)
+                    else:
+                        for i in range(dk):
+                            qf[r * d4 + i] = x[i] * q_scale
+                elif frequency is not None:
                     rotate(q, src, half, cosine, sine, _0, q_scale, qf, r * d4, _1)
                 else:
                     for i in range(dk):
@@ -197,10 +209,18 @@ def prefill_items(
                 j1 = hi[j // _4]
                 v0 = max(v0, np.int64(j0))
                 v1 = max(v1, v0)
+                if user is not None:
+                    set_place(
+                        place, request, (row0 + r) // group, head * group + (row0 + r) % group, head, qo_len, length
+                    )
                 transform_row(
                     s, j * _NB, U(v0), U(v1), t0, (row0 + r) // group, shift, length, head * group + (row0 + r) % group, request, cap,
-                    slopes, bits, bits_indptr, prefix_len, token_pos,
+                    slopes, bits, bits_indptr, prefix_len, token_pos, user, place,
                 )  # fmt: skip
+                if user is not None:
+                    if user[LINEAR] != 0:
+                        linear_row(s, j * _NB, j0, U(v0), U(v1), max(j1, j0))
+                        continue
                 new, weight = softmax_row(s, j * _NB, j0, U(v0), U(v1), max(j1, j0), m[j])
                 if new != m[j]:
                     factor = rescale_factor(m[j], new)
@@ -221,6 +241,9 @@ def prefill_items(
                 scale = np.float32(0)
                 if total[j] != 0:
                     scale = np.float32(1) / total[j]
+                if user is not None:
+                    if user[LINEAR] != 0:
+                        scale = np.float32(1)
                 cell = U(((np.int64(work[item, 7]) + work[item, 5]) * heads + head) * tile_q + r)
                 for i in range(dv):
                     partial_o[cell * dv + i] = o[src + i] * scale
@@ -229,8 +252,17 @@ def prefill_items(
                 token = U(token0 + (row0 + r) // group)
                 q_head = U(head * group + (row0 + r) % group)
                 value, scale = finish_row(m[j], total[j], q_head, sinks)
+                if user is not None:
+                    if user[LINEAR] != 0:
+                        scale = np.float32(1)
                 scale *= v_scale
                 dst = token * strides[8] + q_head * strides[9]
+                if user is not None:
+                    set_place(
+                        place, request, (row0 + r) // group, head * group + (row0 + r) % group, head, qo_len, length
+                    )
+                    output_row(o, src, dv, scale, place, user)
+                    scale = np.float32(1)
                 for i in range(dv):
                     out[dst + i] = from_f32(o[src + i] * scale, out)
                 if len(lse) > 0:

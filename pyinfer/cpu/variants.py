@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from pyinfer.cpu.compile import kernel
-from pyinfer.cpu.softmax import U, exp2, lse_of
+from pyinfer.cpu.softmax import LOG2E, U, exp2, lse_of
 from pyinfer.cpu.storage import to_f32
+from pyinfer.cpu.user_calls import LINEAR, LOGITS, MASK, OUTPUT, PARAMS, QUERY, call_row
 from pyinfer.cpu.vmath import sincos_turns
 
 _MAX = np.float32(np.finfo(np.float32).max)
@@ -21,6 +22,9 @@ _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _TWO = np.float32(2)
 _UNDERFLOW = np.float32(-200)
+_LN2 = np.float32(1 / LOG2E)
+_LOG2E = np.float32(LOG2E)
+_LN2_SQUARED = np.float32(0.5 / LOG2E**2)
 
 
 @kernel
@@ -56,7 +60,7 @@ def _hide(s, at, begin, end):
 
 @kernel
 def transform_row(
-    s, at, begin, end, kv0, row, shift, kv_len, q_head, request, cap, slopes, bits, bits_indptr, prefix_len, token_pos,
+    s, at, begin, end, kv0, row, shift, kv_len, q_head, request, cap, slopes, bits, bits_indptr, prefix_len, token_pos, user, place,
 ):  # fmt: skip
     """Turn the products q . k of one query row into logits, and what it must not see into -inf.
 
@@ -76,9 +80,16 @@ def transform_row(
         Custom mask: uint8 little-endian bits, rows of kv_len bits, and int32 [batch + 1] byte offsets.
     prefix_len, token_pos
         Multi-item scoring: int64 [batch], int64 [batch, longest].
+    user, place
+        A user's functions (`user_calls`) and where they are called; without softmax the row ends in natural units.
     """
     if slopes is not None:
         _alibi(s, at, begin, end, kv0 - row, slopes[q_head])
+    if user is not None:
+        place[2] = kv0
+        if user[LOGITS] != 0:
+            natural = cap * _LN2_SQUARED if cap > _ZERO else _LN2
+            call_row(user[LOGITS], s, at, begin, end, place, user[PARAMS], natural, _ONE / natural)
     if cap > _ZERO:
         _soft_cap(s, at + begin, at + end, cap)
     if bits is not None:
@@ -94,6 +105,52 @@ def transform_row(
             last = min(shift + row - back + 1 - kv0, np.int64(end))
             if first < last:
                 _hide(s, at, U(first), U(last))
+    if user is not None:
+        if user[MASK] != 0:
+            call_row(user[MASK], s, at, begin, end, place, user[PARAMS], _ONE, _ONE)
+        if user[LINEAR] != 0:
+            for j in range(at + begin, at + end):
+                s[j] *= _LN2
+
+
+@kernel
+def set_place(place, request, q_token, q_head, kv_head, qo_len, kv_len):
+    """Where a user's functions are called, see `user_calls`."""
+    place[0] = request
+    place[1] = q_token
+    place[3] = q_head
+    place[4] = kv_head
+    place[5] = qo_len
+    place[6] = kv_len
+
+
+@kernel
+def query_row(q, src, d, x, place, user):
+    """x[0..d) = q[src..src + d) as float32, through the user's query function."""
+    for i in range(d):
+        x[i] = to_f32(q[src + i])
+    if user[QUERY] != 0:
+        call_row(user[QUERY], x, U(0), U(0), d, place, user[PARAMS], _ONE, _ONE)
+
+
+@kernel
+def output_row(o, src, d, scale, place, user):
+    """o[src..src + d) times scale, through the user's output function."""
+    for i in range(d):
+        o[src + i] *= scale
+    if user[OUTPUT] != 0:
+        call_row(user[OUTPUT], o, src, U(0), d, place, user[PARAMS], _ONE, _ONE)
+
+
+@kernel
+def linear_row(s, base, pad_begin, begin, end, pad_end):
+    """What `softmax_row` is without softmax: [begin, end) are weights already, -inf (hidden) and the rest of [pad_begin, pad_end) become 0."""
+    for j in range(base + pad_begin, base + begin):
+        s[j] = _ZERO
+    for j in range(base + end, base + pad_end):
+        s[j] = _ZERO
+    for j in range(base + begin, base + end):
+        s[j] = _ZERO if s[j] == _NEG_INF else s[j]
 
 
 @kernel

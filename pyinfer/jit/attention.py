@@ -137,13 +137,17 @@ VARIANTS = {"plain": False, "softcap": True}
 """Whether logits are soft-capped."""
 
 # In the order of attention_feature in common/attention_variant.cuh: feature i is bit i.
-_FEATURES = ("softcap", "alibi", "mask", "items", "sinks", "user_logits", "user_mask", "user_output")
+_FEATURES = (
+    "softcap", "alibi", "mask", "items", "sinks", "user_logits", "user_mask", "user_output", "user_query", "no_softmax", "user_raw",
+)  # fmt: skip
 
 
 def _features(soft_cap: bool, options: AttentionOptions) -> tuple[int, str]:
     """FEATURES of the kernel's variant, and their name."""
-    hooks = () if options.user is None else options.user.hooks
-    user = [hook in hooks for hook in ("logits", "mask", "output")]
+    user = [False] * 6
+    if options.user is not None:
+        user = [hook in options.user.hooks for hook in ("logits", "mask", "output", "query")]
+        user += [not options.user.softmax, options.user.raw_scores]
     on = (soft_cap, options.alibi, options.mask, options.multi_item, options.sinks, *user)
     names = [name for name, wanted in zip(_FEATURES[:5], on, strict=False) if wanted]
     if options.rope is not None:
@@ -208,6 +212,7 @@ def gen_attention(
         "source": source,
         "FEATURES": features,
         "ROPE": options.rope is not None,
+        "QUERY": options.user is not None and "query" in options.user.hooks,
         "ALIGNED": aligned,
         "user_variant_source": options.user.source if options.user is not None else "",
     }
@@ -222,6 +227,7 @@ def gen_attention(
         constants=tuple(constants.items()),
         block=config.block,
         smem=config.smem,
+        link=options.user.functions if options.user is not None else (),
     )
 
 

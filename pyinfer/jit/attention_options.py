@@ -6,10 +6,14 @@ from typing import NamedTuple
 
 from pyinfer.core.errors import fail
 from pyinfer.core.params import Field
+from pyinfer.jit.spec import DeviceFunction
+
+HOOKS = ("query", "logits", "mask", "output")
+"""What a user's functions may do; `common/attention_variant.cuh` says where each is called."""
 
 
 class UserVariant(NamedTuple):
-    """Functions of the user's, compiled into the attention kernels.
+    """Functions of the user's, compiled into the attention kernels (`pyinfer.AttentionVariant` makes one).
 
     Attributes
     ----------
@@ -18,15 +22,24 @@ class UserVariant(NamedTuple):
     source
         CUDA source that defines the hooks (`common/attention_variant.cuh` lists their signatures).
     hooks
-        Which ones it defines: of "logits", "mask", "output".
+        Which ones it defines: of `HOOKS`.
     fields
         Extra parameters, read in the source as `p.NAME`; their values come with each run in `AttentionExtras.user`, in this order.
+    functions
+        Python functions that the source calls, linked into the kernel.
+    softmax
+        False: logits are weights as they are, the output is their plain weighted sum, and there is no LSE.
+    raw_scores
+        The logits hook gets the bare product q·k and gives a logit in base 2.
     """
 
     name: str
     source: str
     hooks: tuple[str, ...] = ("logits",)
     fields: tuple[Field, ...] = ()
+    functions: tuple[DeviceFunction, ...] = ()
+    softmax: bool = True
+    raw_scores: bool = False
 
 
 class AttentionOptions(NamedTuple):

@@ -202,8 +202,18 @@ def nvrtc_version() -> str:
 def options_for(spec: JitSpec, arch: str) -> tuple[str, ...]:
     """The NVRTC command line of a spec."""
     target = arch if arch.startswith("compute_") else f"sm_{arch}"
-    base = tuple(o for o in BASE_OPTIONS if not (target.startswith("compute_") and o.startswith("--ptxas")))
-    return (f"-arch={target}", *base, *spec.options)
+    no_ptxas = target.startswith("compute_") or bool(spec.link)
+    base = tuple(o for o in BASE_OPTIONS if not (no_ptxas and o.startswith("--ptxas")))
+    return (f"-arch={target}", *base, *(("-dlto",) if spec.link else ()), *spec.options)
+
+
+def _linked_parts(spec: JitSpec) -> tuple[str, ...]:
+    """What of the key belongs to functions that are linked in: their text, and the versions of what compiles and links them."""
+    if not spec.link:
+        return ()
+    from pyinfer.jit import variant_link
+
+    return (*(repr(f) for f in spec.link), variant_link.toolchain())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -219,6 +229,7 @@ def cache_key(spec: JitSpec, arch: str) -> str:
         source,
         *[part for item in sorted(headers.items()) for part in item],
         *sorted(options_for(spec, arch)),
+        *_linked_parts(spec),
         nvrtc_version(),
         arch,
     )
@@ -251,7 +262,8 @@ def _quick_key(spec: JitSpec, arch: str) -> str | None:
     names, digest = _shipped_sources()
     if spec.template not in names:
         return None
-    return cache.digest(ABI, repr(spec), digest, *sorted(options_for(spec, arch)), nvrtc_version(), arch)
+    options = sorted(options_for(spec, arch))
+    return cache.digest(ABI, repr(spec), digest, *options, *_linked_parts(spec), nvrtc_version(), arch)
 
 
 _artifacts: dict[str, Artifact] = {}
@@ -351,6 +363,10 @@ def _compile(spec: JitSpec, arch: str, key: str, may_write: bool) -> Artifact:
     start, cpu_start = time.perf_counter(), time.thread_time()
     try:
         code, log = compile_source(source, f"{spec.name}.cu", headers, options_for(spec, arch), spec, arch)
+        if spec.link:
+            from pyinfer.jit import variant_link
+
+            code, log = variant_link.link(spec, code, arch)
     except JitError as error:
         path = cache.store_source(arch, spec.name, key, source)
         raise JitError(
@@ -413,6 +429,8 @@ def compile_source(
                 _describe_failure(binding.getProgramLog(program) or str(error), source, file_name, spec, arch)
             ) from None
         log = binding.getProgramLog(program)
+        if "-dlto" in options:
+            return binding.getLTOIR(program), log
         if any(o.startswith("-arch=compute_") for o in options):
             ptx = binding.getPTX(program)
             return (ptx if isinstance(ptx, bytes) else ptx.encode()) + b"\0", log
