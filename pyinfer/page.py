@@ -6,8 +6,9 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from pyinfer._attention import check_layout, paged_views
+from pyinfer._page import Two, append, append_again, batch_of, check_cache, check_places, gather, index_array
 from pyinfer.core.calls import Calls
-from pyinfer.core.dtypes import INT32, INT64
+from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64, canonical_dtype
 from pyinfer.core.errors import (
     check_dtype,
     check_last_dim_contiguous,
@@ -16,18 +17,27 @@ from pyinfer.core.errors import (
     check_same_dtype,
     check_shape,
     fail,
+    fail_type,
 )
-from pyinfer.core.rows import vector_length
+from pyinfer.core.scales import FP8, Scale, given_scale, is_number
 from pyinfer.core.tensor import TensorView, as_numpy, empty, view
 from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
 
-__all__ = ["append_paged_kv_cache", "append_paged_mla_kv_cache", "get_batch_indices_positions", "get_seq_lens"]
+__all__ = [
+    "append_paged_kv_cache",
+    "append_paged_mla_kv_cache",
+    "copy_pages",
+    "gather_paged_kv_cache",
+    "gather_paged_mla_kv_cache",
+    "get_batch_indices_positions",
+    "get_seq_lens",
+]
 
-_INTEGERS = (INT32, INT64)
-_append_calls, _position_calls, _length_calls = Calls(), Calls(), Calls()
+_FLOATS = (FLOAT16, BFLOAT16, FLOAT32)
+_position_calls, _length_calls = Calls(), Calls()
 
 
 def get_batch_indices_positions(
@@ -69,8 +79,8 @@ def get_batch_indices_positions(
         first, second = (batch_indices, positions) if given else call.new()
         call.launch(call.stream(call.device), ptr(append_indptr), ptr(seq_lens), ptr(first), ptr(second))
         return first, second
-    indptr, lengths = _index(op, "append_indptr", append_indptr), _index(op, "seq_lens", seq_lens)
-    batch = _batch(op, "append_indptr", indptr)
+    indptr, lengths = index_array(op, "append_indptr", append_indptr), index_array(op, "seq_lens", seq_lens)
+    batch = batch_of(op, "append_indptr", indptr)
     check_shape(op, "seq_lens", lengths, (batch,))
     check_same_device(op, {"append_indptr": indptr, "seq_lens": lengths})
     nnz = int(nnz)
@@ -138,8 +148,8 @@ def get_seq_lens(kv_indptr: Any, kv_last_page_len: Any, page_size: int) -> Any:
         out = call.new()
         call.launch(call.stream(call.device), call.ptr(kv_indptr), call.ptr(kv_last_page_len), call.ptr(out))
         return out
-    indptr, last = _index(op, "kv_indptr", kv_indptr), _index(op, "kv_last_page_len", kv_last_page_len)
-    batch = _batch(op, "kv_indptr", indptr)
+    indptr, last = index_array(op, "kv_indptr", kv_indptr), index_array(op, "kv_last_page_len", kv_last_page_len)
+    batch = batch_of(op, "kv_indptr", indptr)
     check_shape(op, "kv_last_page_len", last, (batch,))
     check_same_device(op, {"kv_indptr": indptr, "kv_last_page_len": last})
     page_size = int(page_size)
@@ -174,6 +184,8 @@ def append_paged_kv_cache(
     kv_indptr: Any,
     kv_last_page_len: Any,
     kv_layout: str = "NHD",
+    k_scale: Any = None,
+    v_scale: Any = None,
 ) -> None:
     """Write new keys and values into a paged KV cache, whose page table already counts them.
 
@@ -183,7 +195,8 @@ def append_paged_kv_cache(
     Parameters
     ----------
     append_key, append_value
-        [nnz, num_kv_heads, head_dim], dtype of the cache; any strides but a contiguous last axis. The head dims of keys and values may differ.
+        [nnz, num_kv_heads, head_dim], dtype of the cache; any strides but a contiguous last axis. The head dims of keys and values may differ. float16, bfloat16 or
+        float32 also for a cache of 8-bit floats: they are rounded on the way.
     batch_indices, positions
         int32 or int64 [nnz], see `get_batch_indices_positions`.
     paged_kv_cache
@@ -197,32 +210,35 @@ def append_paged_kv_cache(
         int32 or int64 [batch]; only its shape is looked at: positions say it all.
     kv_layout
         "NHD" or "HND".
+    k_scale, v_scale
+        For a cache of 8-bit floats and keys of another dtype: what a stored value is worth (the same that the attention is given), a positive number or a float32 tensor of one
+        element, or of one a head. ``stored = key / k_scale``, saturating; 1 if None.
 
     Raises
     ------
     TypeError
         For dtypes that differ, or a list of caches.
     ValueError
-        For shapes, devices or a layout that do not fit. On the CPU also for a token without a place: a batch index or page out of range, a position beyond the
-        request's pages; nothing is written then. On a GPU such tokens are left out, since finding them would take a synchronisation.
+        For shapes, devices or a layout that do not fit, or a scale where nothing is rounded. On the CPU also for a token without a place: a batch index or page out of range,
+        a position beyond the request's pages; nothing is written then. On a GPU such tokens are left out, since finding them would take a synchronisation.
     """
     op = "append_paged_kv_cache"
     index_tensors = (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
     pair = type(paged_kv_cache) is tuple and len(paged_kv_cache) == 2
     tensors = (append_key, append_value, *(paged_kv_cache if pair else (paged_kv_cache,)), *index_tensors)
-    scalars = (kv_layout, len(tensors))
-    if _append_again(scalars, tensors):
+    scalars: tuple[Any, ...] = (kv_layout, len(tensors))
+    scales: tuple[Any, ...] = ()
+    if k_scale is not None or v_scale is not None:
+        scalars, tensors, scales = _with_scales(scalars, tensors, k_scale, v_scale)
+    if append_again(scalars, tensors, scales):
         return
     check_layout(op, kv_layout)
     key, value = view(append_key, op, "append_key"), view(append_value, op, "append_value")
     check_ndim(op, "append_key", key, 3)
     check_ndim(op, "append_value", value, 3)
-    k_cache, v_cache = paged_views(op, paged_kv_cache, kv_layout, 1)
-    slot_axis, head_axis = (1, 2) if kv_layout == "NHD" else (2, 1)
-    _append(
-        scalars, tensors, op, ("append_key", "append_value"), (key, value), ("paged_kv_cache (K)", "paged_kv_cache (V)"), (k_cache, v_cache),
-        slot_axis, head_axis, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len,
-    )  # fmt: skip
+    caches = paged_views(op, paged_kv_cache, kv_layout, 1)
+    names = ("append_key", "append_value"), ("paged_kv_cache (K)", "paged_kv_cache (V)"), ("k_scale", "v_scale")
+    _append(op, scalars, tensors, names, (key, value), caches, kv_layout, index_tensors, k_scale, v_scale)
 
 
 def append_paged_mla_kv_cache(
@@ -235,17 +251,21 @@ def append_paged_mla_kv_cache(
     kv_indices: Any,
     kv_indptr: Any,
     kv_last_page_len: Any,
+    ckv_scale: Any = None,
+    kpe_scale: Any = None,
 ) -> None:
     """As `append_paged_kv_cache` for multi-head latent attention: one compressed head.
 
     Parameters
     ----------
     append_ckv, append_kpe
-        [nnz, head_dim_ckv] and [nnz, head_dim_kpe] (512 and 64 in DeepSeek's models), dtype of the caches.
+        [nnz, head_dim_ckv] and [nnz, head_dim_kpe] (512 and 64 in DeepSeek's models), dtype of the caches, or to be rounded to it.
     ckv_cache, kpe_cache
         [pages, page_size, head_dim_ckv] and [pages, page_size, head_dim_kpe].
     batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len
         As in `append_paged_kv_cache`.
+    ckv_scale, kpe_scale
+        As k_scale and v_scale there.
 
     Raises
     ------
@@ -253,180 +273,246 @@ def append_paged_mla_kv_cache(
         As `append_paged_kv_cache`.
     """
     op = "append_paged_mla_kv_cache"
-    scalars = (op, 9)
-    tensors = (append_ckv, append_kpe, ckv_cache, kpe_cache, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)  # fmt: skip
-    if _append_again(scalars, tensors):
+    index_tensors = (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+    tensors: tuple[Any, ...] = (append_ckv, append_kpe, ckv_cache, kpe_cache, *index_tensors)
+    scalars: tuple[Any, ...] = (op, 9)
+    scales: tuple[Any, ...] = ()
+    if ckv_scale is not None or kpe_scale is not None:
+        scalars, tensors, scales = _with_scales(scalars, tensors, ckv_scale, kpe_scale)
+    if append_again(scalars, tensors, scales):
         return
-    sources, caches = [], []
+    sources = []
     for arg, x in (("append_ckv", append_ckv), ("append_kpe", append_kpe)):
         v = view(x, op, arg)
         check_ndim(op, arg, v, 2)
-        sources.append(_with_head_axis(v, 1))
-    for arg, x in (("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
-        v = view(x, op, arg)
-        check_ndim(op, arg, v, 3)
-        caches.append(_with_head_axis(v, 2))
-    _append(
-        scalars, tensors, op, ("append_ckv", "append_kpe"), (sources[0], sources[1]), ("ckv_cache", "kpe_cache"), (caches[0], caches[1]),
-        1, 2, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len,
-    )  # fmt: skip
+        sources.append(_one_head(v))
+    caches = view(ckv_cache, op, "ckv_cache"), view(kpe_cache, op, "kpe_cache")
+    names = ("append_ckv", "append_kpe"), ("ckv_cache", "kpe_cache"), ("ckv_scale", "kpe_scale")
+    _append(op, scalars, tensors, names, (sources[0], sources[1]), caches, "MLA", index_tensors, ckv_scale, kpe_scale)
 
 
-def _with_head_axis(x: TensorView, axis: int) -> TensorView:
-    shape, strides = tuple(x.shape), tuple(x.strides)
-    return TensorView(
-        x.obj,
-        x.ptr,
-        (*shape[:axis], 1, *shape[axis:]),
-        (*strides[:axis], 0, *strides[axis:]),
-        x.dtype,
-        x.device,
-        x.framework,
-    )
+def gather_paged_kv_cache(
+    batch_indices: Any,
+    positions: Any,
+    paged_kv_cache: Any,
+    kv_indices: Any,
+    kv_indptr: Any,
+    kv_layout: str = "NHD",
+    out: tuple[Any, Any] | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    dtype: Any = None,
+) -> tuple[Any, Any]:
+    """Read keys and values of tokens out of a paged KV cache into ragged tensors: the reverse of `append_paged_kv_cache`.
+
+    Row t is what lies at page ``kv_indices[kv_indptr[b] + positions[t] // page_size]``, slot ``positions[t] % page_size``, ``b = batch_indices[t]``. Rows of tokens with a
+    negative batch index or position become zeros.
+
+    Parameters
+    ----------
+    batch_indices, positions
+        int32 or int64 [nnz], see `get_batch_indices_positions` (with kv lengths as both arguments' lengths it lists every token of every request).
+    paged_kv_cache, kv_indices, kv_indptr, kv_layout
+        As in `append_paged_kv_cache`.
+    out
+        Where to write: (keys, values), [nnz, num_kv_heads, head_dim]. Allocated if None.
+    k_scale, v_scale
+        For a cache of 8-bit floats and results of another dtype: what values are multiplied by, as in `append_paged_kv_cache`; 1 if None.
+    dtype
+        Of the results: the cache's if None; float16, bfloat16 or float32 where the cache holds 8-bit floats.
+
+    Returns
+    -------
+    (keys, values), [nnz, num_kv_heads, head_dim].
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `append_paged_kv_cache`.
+    """
+    op = "gather_paged_kv_cache"
+    check_layout(op, kv_layout)
+    caches = paged_views(op, paged_kv_cache, kv_layout, 1)
+    heads = caches[0].shape[2 if kv_layout == "NHD" else 1]
+    names = ("out[0]", "out[1]"), ("paged_kv_cache (K)", "paged_kv_cache (V)"), ("k_scale", "v_scale")
+    indices = (batch_indices, positions, kv_indices, kv_indptr)
+    return _gather(op, names, caches, kv_layout, heads, indices, out, (k_scale, v_scale), dtype)
 
 
-def _index(op: str, arg: str, x: Any) -> TensorView:
-    v = view(x, op, arg)
-    check_dtype(op, arg, v, _INTEGERS)
-    check_ndim(op, arg, v, 1)
-    check_last_dim_contiguous(op, arg, v)
-    return v
+def gather_paged_mla_kv_cache(
+    batch_indices: Any,
+    positions: Any,
+    ckv_cache: Any,
+    kpe_cache: Any,
+    kv_indices: Any,
+    kv_indptr: Any,
+    out: tuple[Any, Any] | None = None,
+    ckv_scale: Any = None,
+    kpe_scale: Any = None,
+    dtype: Any = None,
+) -> tuple[Any, Any]:
+    """As `gather_paged_kv_cache` for multi-head latent attention: caches as in `append_paged_mla_kv_cache`, results [nnz, head_dim_ckv] and [nnz, head_dim_kpe]."""
+    op = "gather_paged_mla_kv_cache"
+    indices = (batch_indices, positions, kv_indices, kv_indptr)
+    caches = view(ckv_cache, op, "ckv_cache"), view(kpe_cache, op, "kpe_cache")
+    names = ("out[0]", "out[1]"), ("ckv_cache", "kpe_cache"), ("ckv_scale", "kpe_scale")
+    return _gather(op, names, caches, "MLA", 1, indices, out, (ckv_scale, kpe_scale), dtype)
 
 
-def _batch(op: str, arg: str, indptr: TensorView) -> int:
-    if not indptr.shape[0]:
-        fail(op, arg, "is empty", 0, "batch + 1 entries")
-    return indptr.shape[0] - 1
+def copy_pages(cache: Any, source_pages: Any, target_pages: Any, out: Any = None) -> None:
+    """Copy whole pages: ``out[target_pages[i]] = cache[source_pages[i]]``, for copy-on-write, defragmentation or moving between caches of one device.
+
+    Pages are copied in no particular order: none may be a target twice, or source and target (of the same cache).
+
+    Parameters
+    ----------
+    cache
+        A tensor [pages, ...] of any dtype, or a tuple of such tensors (keys and values, latent and rotary part, scales).
+    source_pages, target_pages
+        int32 or int64 [n].
+    out
+        Caches of the same page shapes and dtypes to copy to, as `cache` is given; cache itself if None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For dtypes, shapes, strides or devices that do not fit. On the CPU also for a page that does not exist, or that is a target twice or both source and target; nothing is
+        written then. On a GPU pairs with a page that does not exist are left out.
+    """
+    from pyinfer._page import copy_tensor
+
+    op = "copy_pages"
+    sources = cache if type(cache) is tuple else (cache,)
+    targets = sources if out is None else out if type(out) is tuple else (out,)
+    if len(sources) != len(targets):
+        fail(op, "out", "has another number of tensors than cache", len(targets), len(sources))
+    from_pages, to_pages = index_array(op, "source_pages", source_pages), index_array(op, "target_pages", target_pages)
+    check_shape(op, "target_pages", to_pages, tuple(from_pages.shape))
+    jobs = []
+    for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        tag = f"[{i}]" if type(cache) is tuple else ""
+        s = view(source, op, f"cache{tag}")
+        t = s if out is None else view(target, op, f"out{tag}")
+        if not s.shape:
+            check_ndim(op, f"cache{tag}", s, (1, 2, 3, 4, 5))
+        check_same_dtype(op, f"out{tag}", t, f"cache{tag}", s)
+        check_shape(op, f"out{tag}", t, (None, *s.shape[1:]))
+        check_same_device(op, {f"cache{tag}": s, f"out{tag}": t, "source_pages": from_pages, "target_pages": to_pages})
+        jobs.append((tag, s, t))
+    for tag, s, t in jobs:
+        copy_tensor(op, tag, s, t, from_pages, to_pages, out is None)
 
 
-def _append_again(scalars: tuple[str, int], tensors: tuple[Any, ...]) -> bool:
-    """Whether this append is like one before; if so it is launched."""
-    call = _append_calls.find(scalars, tensors)
-    if call is None:
-        return False
-    if len(tensors) == 9:
-        key, value, key_cache, value_cache, batch_indices, positions, kv_indices, kv_indptr, _ = map(call.ptr, tensors)
-    else:  # keys and values in one tensor
-        key, value, key_cache, batch_indices, positions, kv_indices, kv_indptr, _ = map(call.ptr, tensors)
-        value_cache = key_cache + call.offset
-    if (key | value | key_cache | value_cache) & 15:
-        return False
-    call.launch(
-        call.stream(call.device), key, value, key_cache, value_cache, batch_indices, positions, kv_indices, kv_indptr
-    )
-    return True
+def _with_scales(
+    scalars: tuple[Any, ...], tensors: tuple[Any, ...], first: Any, second: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, Any]]:
+    """What the call is recognised by with two scales: numbers among the scalars, tensors among the tensors; and both scales, numbers as floats."""
+    scales = tuple([1.0 if s is None else float(s) if is_number(s) else s for s in (first, second)])
+    numbers = tuple([s if type(s) is float else None for s in scales])
+    more = tuple([s for s in scales if type(s) is not float])
+    return (*scalars, numbers), (*tensors, *more), (scales[0], scales[1])
+
+
+def _one_head(x: TensorView) -> TensorView:
+    """[tokens, dim] as [tokens, 1, dim]."""
+    shape, strides = (x.shape[0], 1, x.shape[1]), (x.strides[0], 0, x.strides[1])
+    return TensorView(x.obj, x.ptr, shape, strides, x.dtype, x.device, x.framework)
+
+
+_Names = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]
+
+
+def _checked_caches(op: str, names: tuple[str, str], caches: Two, layout: str, heads: int, dims: tuple[int, int]) -> Two:
+    """Both as [pages, page_size, heads, dim], of one dtype and equal pages."""
+    dtype = (caches[0].dtype,)
+    first = check_cache(op, names[0], caches[0], layout, heads, dims[0], dtype)
+    second = check_cache(op, names[1], caches[1], layout, heads, dims[1], dtype)
+    check_shape(op, names[1], second, (*first.shape[:2], None, None))
+    if first.device != second.device:
+        check_same_device(op, {names[0]: first, names[1]: second})
+    return first, second
+
+
+def _scales(
+    op: str, names: tuple[str, str], given: tuple[Any, Any], convert: bool, like: TensorView, heads: int
+) -> tuple[Scale, Scale] | None:
+    if not convert:
+        for name, scale in zip(names, given, strict=True):
+            if scale is not None:
+                fix = "Leave it out; the attention takes it."
+                fail(op, name, "is given where nothing is rounded", scale if is_number(scale) else "a tensor", None, fix)
+        return None
+    first, second = (given_scale(op, n, 1.0 if s is None else s, like, heads) for n, s in zip(names, given, strict=True))
+    return first, second
 
 
 def _append(
-    scalars: tuple[str, int],
-    tensors: tuple[Any, ...],
     op: str,
-    names: tuple[str, str],
-    sources: tuple[TensorView, TensorView],
-    cache_names: tuple[str, str],
-    caches: tuple[TensorView, TensorView],
-    slot_axis: int,
-    head_axis: int,
-    batch_indices_: Any,
-    positions_: Any,
-    kv_indices_: Any,
-    kv_indptr_: Any,
-    kv_last_page_len_: Any,
+    scalars: tuple[Any, ...],
+    tensors: tuple[Any, ...],
+    names: _Names,
+    rows: Two,
+    caches: Two,
+    layout: str,
+    index_tensors: tuple[Any, Any, Any, Any, Any],
+    first_scale: Any,
+    second_scale: Any,
 ) -> None:
-    key, value = sources
-    key_cache, value_cache = caches
-    nnz, heads = key.shape[0], key.shape[1]
-    num_pages, page_size = key_cache.shape[0], key_cache.shape[slot_axis]
-    device = key.device
-    for i in (0, 1):
-        source, cache = sources[i], caches[i]
-        check_same_dtype(op, names[i], source, cache_names[i], cache)
-        if source.shape[0] != nnz or source.shape[1] != heads:
-            check_shape(op, names[i], source, (nnz, heads, None))
-        wanted: list[int | None] = [num_pages, None, None, source.shape[2]]
-        wanted[slot_axis], wanted[head_axis] = page_size, heads
-        check_shape(op, cache_names[i], cache, tuple(wanted))
-        check_last_dim_contiguous(op, names[i], source)
-        check_last_dim_contiguous(op, cache_names[i], cache)
-        if source.device != device or cache.device != device:
-            check_same_device(op, {names[0]: key, names[1]: value, cache_names[i]: cache})
-    if not page_size:
-        fail(op, cache_names[0], "has pages of no tokens", 0, "page_size 1 or more")
-    batch_indices, positions = _index(op, "batch_indices", batch_indices_), _index(op, "positions", positions_)
-    kv_indices, kv_indptr = _index(op, "kv_indices", kv_indices_), _index(op, "kv_indptr", kv_indptr_)
-    last_page_len = _index(op, "kv_last_page_len", kv_last_page_len_)
-    check_shape(op, "batch_indices", batch_indices, (nnz,))
-    check_shape(op, "positions", positions, (nnz,))
-    batch = _batch(op, "kv_indptr", kv_indptr)
-    check_shape(op, "kv_last_page_len", last_page_len, (batch,))
-    if not (batch_indices.device == positions.device == kv_indices.device == kv_indptr.device == device):
-        indices = {
-            "batch_indices": batch_indices,
-            "positions": positions,
-            "kv_indices": kv_indices,
-            "kv_indptr": kv_indptr,
-        }
-        check_same_device(op, {names[0]: key, **indices})
-    if not (nnz and heads and (key.shape[2] or value.shape[2])):
-        return
-    cache_strides = [(c.strides[0], c.strides[slot_axis], c.strides[head_axis]) for c in caches]
-    if device < 0:
-        from pyinfer.cpu import page as cpu
-
-        index_arrays = [as_numpy(x) for x in (batch_indices, positions, kv_indices, kv_indptr)]
-        batch_array, position_array, page_array, indptr_array = index_arrays
-        what, token, page_of, slot_of = cpu.locate(
-            batch_array, position_array, page_array, indptr_array, page_size, num_pages
-        )
-        if what != cpu.OK:
-            _fail_token(op, what, token, index_arrays, batch, page_size, num_pages)
-        for source, cache, cache_stride in zip(sources, caches, cache_strides, strict=True):
-            cpu.append(source, cache, cache_stride, page_of, slot_of)
-        return
-    size = key.dtype.itemsize
-    strides = [s * size for s in (*key.strides[:2], *value.strides[:2], *cache_strides[0], *cache_strides[1])]
-    bits = (key.shape[2] | value.shape[2]) * size | key.ptr | value.ptr | key_cache.ptr | value_cache.ptr
-    for s in strides:
-        bits |= s
-    access = vector_length(1, bits)
-    key_chunks, value_chunks = key.shape[2] * size // access, value.shape[2] * size // access
-    kernel, has_pdl, per_block = _append_kernel(device, access, heads, key_chunks, value_chunks)
-    parts = -(-heads * max(key_chunks, value_chunks) // per_block)
-    wide = (
-        (batch_indices.dtype is INT64)
-        | (positions.dtype is INT64) << 1
-        | (kv_indices.dtype is INT64) << 2
-        | (kv_indptr.dtype is INT64) << 3
-    )
-    values = (
-        key.ptr, value.ptr, key_cache.ptr, value_cache.ptr, batch_indices.ptr, positions.ptr, kv_indices.ptr, kv_indptr.ptr, *strides,
-        kv_indices.shape[0], num_pages, batch, page_size, heads, parts, wide,
-    )  # fmt: skip
-    aligned = not (key.ptr | value.ptr | key_cache.ptr | value_cache.ptr) & 15
-    offset = value_cache.ptr - key_cache.ptr
-    _append_calls.launch(scalars, tensors, key, kernel, nnz * parts, values, 8, has_pdl, aligned, offset=offset)
+    key = rows[0]
+    convert = caches[0].dtype in FP8 and key.dtype in _FLOATS
+    for arg, row, cache_arg, cache in zip(names[0], rows, names[1], caches, strict=True):
+        if convert:
+            check_same_dtype(op, arg, row, names[0][0], key)
+        else:
+            check_same_dtype(op, arg, row, cache_arg, cache)
+        check_shape(op, arg, row, (*key.shape[:2], None))
+        check_last_dim_contiguous(op, arg, row)
+        if row.device != key.device or cache.device != key.device:
+            check_same_device(op, {names[0][0]: key, arg: row, cache_arg: cache})
+    heads, dims = key.shape[1], (key.shape[2], rows[1].shape[2])
+    checked = _checked_caches(op, names[1], caches, layout, heads, dims)
+    places = check_places(op, names[0][0], key, *index_tensors, checked[0].shape[0], checked[0].shape[1])
+    scales = _scales(op, names[2], (first_scale, second_scale), convert, key, heads)
+    append(scalars, tensors, rows, checked, places, scales, op)
 
 
-def _fail_token(op: str, what: int, token: int, arrays: list[Any], batch: int, page_size: int, num_pages: int) -> None:
-    from pyinfer.cpu import page as cpu
-
-    batch_indices, positions, kv_indices, kv_indptr = arrays
-    request, position = int(batch_indices[token]), int(positions[token])
-    if what == cpu.BAD_REQUEST:
-        fail(op, "batch_indices", f"names no request (token {token})", request, f"less than {batch}")
-    pages = int(kv_indptr[request + 1]) - int(kv_indptr[request])
-    if what == cpu.BAD_POSITION:
-        fix = "The page table must already count the appended tokens."
-        fail(
-            op,
-            "positions",
-            f"lies beyond the pages of request {request} (token {token})",
-            position,
-            f"less than {pages} pages of {page_size}",
-            fix,
-        )
-    page = int(kv_indices[int(kv_indptr[request]) + position // page_size])
-    fail(op, "kv_indices", f"names no page (token {token} of request {request})", page, f"0 to {num_pages - 1}")
+def _gather(
+    op: str,
+    names: _Names,
+    caches: Two,
+    layout: str,
+    heads: int,
+    indices: tuple[Any, Any, Any, Any],
+    out: tuple[Any, Any] | None,
+    scales: tuple[Any, Any],
+    dtype: Any,
+) -> tuple[Any, Any]:
+    if out is not None and (type(out) is not tuple or len(out) != 2):
+        fail(op, "out", "is no pair", type(out).__name__, "a tuple (keys, values)")
+    checked = _checked_caches(op, names[1], caches, layout, heads, (caches[0].shape[-1], caches[1].shape[-1]))
+    cache = checked[0]
+    given = None if out is None else (view(out[0], op, names[0][0]), view(out[1], op, names[0][1]))
+    wanted = (cache.dtype if given is None else given[0].dtype) if dtype is None else canonical_dtype(dtype, op, "dtype")
+    convert = wanted is not cache.dtype
+    if convert and not (cache.dtype in FP8 and wanted in _FLOATS):
+        fix = "Only 8-bit floats are converted, to float16, bfloat16 or float32."
+        fail_type(op, "dtype" if given is None else names[0][0], "cannot be made", wanted.name, cache.dtype.name, fix)
+    nnz = index_array(op, "batch_indices", indices[0]).shape[0]
+    rows, results = [], []
+    for i, c in enumerate(checked):
+        shape = (nnz, c.shape[3]) if layout == "MLA" else (nnz, heads, c.shape[3])
+        result = empty(cache, shape, wanted) if out is None else out[i]
+        row = view(result) if given is None else given[i]
+        check_dtype(op, names[0][i], row, (wanted,))
+        check_shape(op, names[0][i], row, shape)
+        check_last_dim_contiguous(op, names[0][i], row)
+        if row.device != cache.device:
+            check_same_device(op, {names[1][0]: cache, names[0][i]: row})
+        rows.append(_one_head(row) if layout == "MLA" else row)
+        results.append(result)
+    places = check_places(op, names[0][0], rows[0], *indices, None, cache.shape[0], cache.shape[1])
+    gather((rows[0], rows[1]), checked, places, _scales(op, names[2], scales, convert, cache, heads), op)
+    return results[0], results[1]
 
 
 @functools.cache
@@ -437,19 +523,6 @@ def _kernel(device: int, name: str) -> tuple[Kernel, bool]:
 
     spec = page.gen_batch_positions() if name == "batch_positions" else page.gen_seq_lens()
     return spec.build_and_load(device), pdl_supported(device)
-
-
-@functools.cache
-def _append_kernel(
-    device: int, access: int, heads: int, key_chunks: int, value_chunks: int
-) -> tuple[Kernel, bool, int]:
-    """Kernel, whether it was built for programmatic dependent launch, chunks per block."""
-    from pyinfer.core.device import pdl_supported
-    from pyinfer.jit.page import append_config, gen_append
-
-    block, unroll = append_config(heads * max(key_chunks, value_chunks))
-    kernel = gen_append(access, heads, key_chunks, value_chunks).build_and_load(device)
-    return kernel, pdl_supported(device), block * unroll
 
 
 attach(__name__)  # what torch.compile traces in the place of these functions

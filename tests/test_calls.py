@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pyinfer
-from pyinfer import _rope, activation, norm, page
+from pyinfer import _page, _rope, activation, norm, page
 from pyinfer.core import calls
 from tests import stub_driver
 
@@ -22,9 +22,9 @@ BF16 = torch.bfloat16
 def forget():
     """Each test begins with nothing remembered and no kernel that a stub built."""
     stores = [norm._norm_calls, norm._add_calls, activation._calls, _rope._calls]
-    stores += [page._append_calls, page._position_calls, page._length_calls]
+    stores += [_page.append_calls, page._position_calls, page._length_calls]
     caches = [norm._rmsnorm_kernel, norm._fused_add_rmsnorm_kernel, activation._act_and_mul_kernel, _rope._rope_kernel]
-    caches += [page._kernel, page._append_kernel]
+    caches += [page._kernel, _page._append_kernel]
 
     def clear():
         for x in stores:
@@ -428,7 +428,7 @@ def test_known_calls_compute_the_same(framework, rng):
 
     get = (lambda t: t.cpu().numpy()) if framework == "torch" else cupy.asnumpy
     run()()
-    known = [norm._norm_calls, norm._add_calls, activation._calls, _rope._calls, page._append_calls, page._length_calls]
+    known = [norm._norm_calls, norm._add_calls, activation._calls, _rope._calls, _page.append_calls, page._length_calls]
     assert all(len(c) == 1 for c in known)
     again = run()
     got = [get(t) for t in again()]

@@ -68,7 +68,7 @@ class Call:
     new
         Allocates the output (a tuple of them if there are several).
     offset
-        A distance between addresses in bytes that an operator wanted to keep.
+        What an operator wanted to keep besides: a distance between addresses in bytes, say.
     """
 
     __slots__ = ("device", "launch", "new", "offset", "ptr", "stream")
@@ -80,7 +80,7 @@ class Call:
         device: int,
         ptr: Callable[[Any], int],
         new: Callable[[], Any],
-        offset: int,
+        offset: Any,
     ) -> None:
         self.launch = launch
         self.stream = stream
@@ -123,7 +123,7 @@ class Calls:
         pdl: bool,
         aligned: bool = True,
         outputs: tuple[tuple[Any, DType], ...] = (),
-        offset: int = 0,
+        offset: Any = 0,
     ) -> None:
         """Launch a call that was checked, on the caller's stream, and remember it if it can be recognised.
 

@@ -7,6 +7,7 @@ import numpy as np
 from pyinfer.core.tensor import TensorView
 from pyinfer.cpu import threads
 from pyinfer.cpu.compile import kernel
+from pyinfer.cpu import move
 from pyinfer.cpu.storage import flat
 
 _CARRIERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # bits are moved, whatever they mean
@@ -88,6 +89,40 @@ def append(
         cache_strides,
         grain=grain,
     )
+
+
+def cache_bases(cache: TensorView, places: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Where tokens begin in a cache [pages, page_size, heads, dim], in elements from its first; -1: nowhere. `places`: page (or -1) and slot of every token."""
+    page_of, slot_of = places
+    return np.where(page_of < 0, -1, page_of * cache.strides[0] + slot_of * cache.strides[1])
+
+
+def append_quantized(
+    source: TensorView, cache: TensorView, places: tuple[np.ndarray, np.ndarray], scales: np.ndarray
+) -> None:
+    """Source [tokens, heads, dim] divided by a scale (one, or one a head) and rounded into a cache [pages, page_size, heads, dim]."""
+    one = np.float32(1.0)
+    move.rounded(source, cache, move.row_bases(source), cache_bases(cache, places), cache.strides[2], one / scales)
+
+
+def gather(
+    target: TensorView, cache: TensorView, places: tuple[np.ndarray, np.ndarray], scales: np.ndarray | None
+) -> None:
+    """What lies in a cache [pages, page_size, heads, dim] to target [tokens, heads, dim], zeros where a token lies nowhere; times `scales` unless None."""
+    bases, rows = cache_bases(cache, places), move.row_bases(target)
+    if scales is None:
+        move.bits(cache, target, bases, rows)
+    else:
+        move.rounded(cache, target, bases, rows, target.strides[1], scales)
+
+
+def doubtful_page(source_pages: np.ndarray, target_pages: np.ndarray, same: bool) -> int:
+    """A page that is a target twice, or (`same`: of one cache) source and target; -1 if there is none."""
+    found, counts = np.unique(target_pages, return_counts=True)
+    twice = found[counts > 1]
+    if not twice.size and same:
+        twice = np.intersect1d(source_pages, target_pages)
+    return int(twice[0]) if twice.size else -1
 
 
 def batch_indices_positions(

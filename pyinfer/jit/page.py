@@ -4,27 +4,87 @@ from __future__ import annotations
 
 import functools
 
-from pyinfer.core.params import ParamStruct, i32, i64, ptr, u32
+from pyinfer.core.dtypes import canonical_dtype
+from pyinfer.core.params import Field, ParamStruct, f32, i32, i64, ptr, u32
 from pyinfer.jit.spec import JitModule, JitSpec
 
-APPEND = ParamStruct(
-    "AppendParams",
-    ptr("key", "const uint8_t", "[tokens, num_heads, key bytes]"),
-    ptr("value", "const uint8_t", "[tokens, num_heads, value bytes]"),
-    ptr("key_cache", "uint8_t", "[pages, page_size, num_heads, key bytes] in any order of axes"),
-    ptr("value_cache", "uint8_t"),
+PLACES = (
     ptr("batch_indices", "const void", "[tokens]"),
     ptr("positions", "const void", "[tokens]"),
     ptr("kv_indices", "const void", "[num_indices] pages"),
     ptr("kv_indptr", "const void", "[batch + 1] into kv_indices"),
-    *(i64(f"{t}_stride_{axis}", "bytes") for t in ("key", "value") for axis in ("n", "h")),
-    *(i64(f"{t}_cache_stride_{axis}", "bytes") for t in ("key", "value") for axis in ("page", "slot", "head")),
-    i64("num_indices"),
-    i64("num_pages"),
-    i32("batch"),
-    u32("page_size"),
-    i32("num_heads"),
-    i32("parts", "blocks per token"),
+)
+"""The index arrays by which `cuda_src/page/place.cuh` finds a token's place in a paged cache."""
+
+_SCALES = (
+    ptr("key_scale", "const float", "[1] or [num_heads], or null: key_scale_value"),
+    ptr("value_scale", "const float"),
+)
+_SCALE_VALUES = (
+    f32("key_scale_value"),
+    f32("value_scale_value"),
+    u32("key_scale_step", "0: one scale for all heads, 1: one a head"),
+    u32("value_scale_step"),
+)
+
+
+def _tokens(name: str, rows: tuple[Field, ...], caches: tuple[Field, ...], scaled: bool) -> ParamStruct:
+    """The struct of a kernel that goes over tokens: rows on one side, their places in a cache on the other."""
+    unit = "elements" if scaled else "bytes"
+    return ParamStruct(
+        name,
+        *rows,
+        *caches,
+        *PLACES,
+        *(_SCALES if scaled else ()),
+        *(i64(f"{t}_stride_{axis}", unit) for t in ("key", "value") for axis in ("n", "h")),
+        *(i64(f"{t}_cache_stride_{axis}", unit) for t in ("key", "value") for axis in ("page", "slot", "head")),
+        i64("num_indices"),
+        i64("num_pages"),
+        i32("batch"),
+        u32("page_size"),
+        u32("num_heads"),
+        u32("parts", "blocks per token"),
+        i32("wide", "bit per index array: int64"),
+        *(_SCALE_VALUES if scaled else ()),
+    )
+
+
+@functools.cache
+def append_params(quantize: bool) -> ParamStruct:
+    """The parameter struct of append, moving bytes or rounding to 8-bit floats."""
+    rows = (ptr("key", "const source_t", "[tokens, num_heads, key elements]"), ptr("value", "const source_t"))
+    caches = (
+        ptr("key_cache", "cache_t", "[pages, page_size, num_heads, key elements] in any order of axes"),
+        ptr("value_cache", "cache_t"),
+    )
+    return _tokens("AppendQuantizeParams" if quantize else "AppendParams", rows, caches, quantize)
+
+
+@functools.cache
+def gather_params(dequantize: bool) -> ParamStruct:
+    """The parameter struct of gather, moving bytes or from 8-bit floats."""
+    rows = (ptr("key", "row_t", "[tokens, num_heads, key elements]"), ptr("value", "row_t"))
+    caches = (
+        ptr("key_cache", "const cache_t", "[pages, page_size, num_heads, key elements] in any order of axes"),
+        ptr("value_cache", "const cache_t"),
+    )
+    return _tokens("GatherDequantizeParams" if dequantize else "GatherParams", rows, caches, dequantize)
+
+
+COPY_PAGES = ParamStruct(
+    "CopyPagesParams",
+    ptr("source", "const uint8_t", "[pages, ...]"),
+    ptr("target", "uint8_t", "[pages, ...]"),
+    ptr("source_pages", "const void", "[pairs]"),
+    ptr("target_pages", "const void", "[pairs]"),
+    *(i64(f"{t}_{axis}", "bytes") for t in ("source", "target") for axis in ("stride_page", "outer", "inner")),
+    i64("num_source_pages"),
+    i64("num_target_pages"),
+    u32("rows", "runs of bytes in a page"),
+    u32("inner", ">= 1"),
+    u32("chunks", "accesses in a run"),
+    u32("parts", "blocks per pair"),
     i32("wide", "bit per index array: int64"),
 )
 
@@ -74,30 +134,79 @@ def gen_append(
     key_chunks: int,
     value_chunks: int | None = None,
     config: tuple[int, int] | None = None,
+    quantize: tuple[str, str] | None = None,
 ) -> JitSpec:
-    """The append kernel. It moves bytes: any element type.
+    """The append kernel. It moves bytes, of any element type, or rounds to 8-bit floats.
 
     Parameters
     ----------
     access_bytes
-        16, 8, 4, 2 or 1.
+        16, 8, 4, 2 or 1 (of what is read).
     num_heads
         Heads of keys and of values (decides the block's shape).
     key_chunks, value_chunks
         Accesses per head; values as keys by default.
     config
         One of `append_candidates`; default `append_config`.
+    quantize
+        Dtypes of what comes in and of the cache, if they differ.
     """
     value_chunks = key_chunks if value_chunks is None else value_chunks
     block, unroll = config or append_config(num_heads * max(key_chunks, value_chunks))
-    constants = (("BYTES", access_bytes), ("BLOCK", block), ("UNROLL", unroll), ("KEY_CHUNKS", key_chunks), ("VALUE_CHUNKS", value_chunks))  # fmt: skip
+    source, cache, vec, kind = _types(access_bytes, quantize)
+    constants = (
+        ("source_t", source), ("cache_t", cache), ("VEC", vec), ("QUANTIZE", bool(quantize)), ("BLOCK", block), ("UNROLL", unroll),
+        ("KEY_CHUNKS", key_chunks), ("VALUE_CHUNKS", value_chunks),
+    )  # fmt: skip
     return JitSpec(
-        f"append_paged_kv_cache_v{access_bytes}_{key_chunks}_{value_chunks}_t{block}_u{unroll}",
+        f"append_paged_kv_cache{kind}_v{access_bytes}_{key_chunks}_{value_chunks}_t{block}_u{unroll}",
         "page/append.cu.jinja",
-        APPEND,
+        append_params(bool(quantize)),
         constants,
         block=(block, 1, 1),
     )
+
+
+def _types(access_bytes: int, dtypes: tuple[str, str] | None) -> tuple[str, str, int, str]:
+    """C++ types on both sides, elements per access (of `access_bytes` on the rows' side), a part of the kernel's name."""
+    if dtypes is None:
+        return "uint8_t", "uint8_t", access_bytes, ""
+    rows, cache = canonical_dtype(dtypes[0]), canonical_dtype(dtypes[1])
+    return rows.ctype, cache.ctype, access_bytes // rows.itemsize, f"_{rows.short}_{cache.short}"
+
+
+@functools.cache
+def gen_gather(
+    access_bytes: int,
+    key_chunks: int,
+    value_chunks: int,
+    dequantize: tuple[str, str] | None = None,
+) -> JitSpec:
+    """The gather kernel; parameters as `gen_append` (`dequantize`: dtypes of what comes out and of the cache)."""
+    rows, cache, vec, kind = _types(access_bytes, dequantize)
+    constants = (
+        ("row_t", rows), ("cache_t", cache), ("VEC", vec), ("DEQUANTIZE", bool(dequantize)), ("BLOCK", GATHER_BLOCK),
+        ("KEY_CHUNKS", key_chunks), ("VALUE_CHUNKS", value_chunks),
+    )  # fmt: skip
+    return JitSpec(
+        f"gather_paged_kv_cache{kind}_v{access_bytes}_{key_chunks}_{value_chunks}",
+        "page/gather.cu.jinja",
+        gather_params(bool(dequantize)),
+        constants,
+        block=(GATHER_BLOCK, 1, 1),
+    )
+
+
+GATHER_BLOCK = 128
+COPY_BLOCK, COPY_UNROLL = 256, 4
+
+
+@functools.cache
+def gen_copy_pages(access_bytes: int) -> JitSpec:
+    """The kernel that copies whole pages."""
+    constants = (("BYTES", access_bytes), ("BLOCK", COPY_BLOCK), ("UNROLL", COPY_UNROLL))
+    name = f"copy_pages_v{access_bytes}"
+    return JitSpec(name, "page/copy_pages.cu.jinja", COPY_PAGES, constants, block=(COPY_BLOCK, 1, 1))
 
 
 @functools.cache
@@ -139,4 +248,14 @@ def all_specs() -> list[JitSpec]:
         gen_append(2, 1, 64),
         gen_append(1, 3, 100),
         *(gen_append(16, 8, 16, config=c) for c in append_candidates(128)),
+        gen_append(16, 8, 16, quantize=("bfloat16", "float8_e4m3fn")),
+        gen_append(16, 1, 64, 8, quantize=("float16", "float8_e5m2")),
+        gen_append(2, 3, 100, quantize=("bfloat16", "float8_e4m3fn")),
+        gen_append(16, 2, 16, quantize=("float32", "float8_e4m3fn")),
+        gen_gather(16, 16, 16),
+        gen_gather(16, 64, 8),
+        gen_gather(1, 3, 100),
+        gen_gather(16, 16, 16, dequantize=("bfloat16", "float8_e4m3fn")),
+        gen_gather(2, 7, 9, dequantize=("float16", "float8_e5m2")),
+        *(gen_copy_pages(b) for b in (16, 8, 4, 2, 1)),
     ]

@@ -9,7 +9,8 @@ import numpy as np
 
 from pyinfer.core.dtypes import canonical_dtype
 from pyinfer.core.errors import fail
-from pyinfer.core.params import ParamStruct, i32, i64, ptr, u64_array
+from pyinfer.core.params import Field, ParamStruct, f32, i32, i64, ptr, u32, u64_array
+from pyinfer.jit.page import PLACES
 from pyinfer.jit.spec import JitModule, JitSpec
 
 MODES = ("pos_ids", "indptr", "cache")
@@ -127,6 +128,98 @@ def gen_rope(
     return JitSpec(name, "rope/rope.cu.jinja", rope_params(mode, pairs), constants, block=(pairs // v, heads, 1))
 
 
+_BLOCK = 256
+
+
+@functools.cache
+def rope_quantize_params(append: bool) -> ParamStruct:
+    """The parameter struct of rope_quantize: keys go to tensors of their own, or with values into a paged cache."""
+
+    def strides(name: str, *axes: str) -> tuple[Field, ...]:
+        return tuple(i64(f"{name}_stride_{axis}", "elements") for axis in axes)
+
+    inputs = ("q_rope", "k_rope", "q_nope", "k_nope", *(("v",) if append else ()))
+    q_outputs = ("q_rope_out", "q_nope_out")
+    k_outputs = ("k_rope_out", "k_nope_out", *(("v_out",) if append else ()))
+    where = "[pages, page_size, heads, dim] in any order of axes" if append else "[tokens, heads, dim]"
+    return ParamStruct(
+        "RopeQuantizeAppendParams" if append else "RopeQuantizeParams",
+        *(ptr(name, "const scalar_t", "[tokens, heads, dim]") for name in inputs),
+        *(ptr(name, "out_t", "[tokens, heads, dim]") for name in q_outputs),
+        *(ptr(name, "out_t", where) for name in k_outputs),
+        ptr("pos_ids", "const void", "[tokens]"),
+        ptr("cos_sin_cache", "const float", "[max_position, 2 * PAIRS]: cosines, then sines"),
+        *(PLACES if append else ()),
+        *(f for name in (*inputs, *q_outputs) for f in strides(name, "n", "h")),
+        *(f for name in k_outputs for f in strides(name, *(("page", "slot", "h") if append else ("n", "h")))),
+        i64("cache_stride", "elements"),
+        i64("max_position"),
+        *((i64("num_indices"), i64("num_pages")) if append else ()),
+        u32("num_q_heads"),
+        u32("num_kv_heads"),
+        u32("q_nope_heads", "0: the queries' other elements stay where they are"),
+        u32("parts", "blocks per token"),
+        i32("wide", "bit per index array: int64"),
+        *((i32("batch"), u32("page_size")) if append else ()),
+        f32("q_scale", "what queries are multiplied by"),
+        f32("kv_scale", "what keys and values are multiplied by"),
+    )
+
+
+def rope_quantize_parts(heads: tuple[int, int, int], pairs: int, nope: int, value: int, vec: int) -> int:
+    """Blocks per token: `heads` are those of queries, of keys, and of queries that have elements to copy."""
+    q_heads, kv_heads, q_nope_heads = heads
+    chunks = ((q_heads + kv_heads) * pairs + (q_nope_heads + kv_heads) * nope + kv_heads * value) // vec
+    return -(-chunks // _BLOCK)
+
+
+@functools.cache
+def gen_rope_quantize(
+    dtype: str,
+    out: str,
+    rotary_dim: int,
+    nope: int,
+    interleave: bool = False,
+    append: bool = False,
+    value: int = 0,
+    vec: int | None = None,
+) -> JitSpec:
+    """The kernel that rotates by a table and rounds.
+
+    Parameters
+    ----------
+    dtype, out
+        Of the inputs ("float16", "bfloat16", "float32"), of the results (an 8-bit float, or dtype).
+    rotary_dim, nope
+        Elements of a head that are rotated, and that are not.
+    append, value
+        Whether keys go into a paged cache, and elements of a value that does with them (0: none).
+    vec
+        Elements per access; default: what the dimensions allow if pointers and strides are multiples of 16 bytes.
+    """
+    d, o = canonical_dtype(dtype), canonical_dtype(out)
+    pairs = rotary_dim // 2
+    dims = pairs | nope | value
+    v = vec or min(16 // d.itemsize, dims & -dims)
+    constants = (
+        ("scalar_t", d.ctype),
+        ("out_t", o.ctype),
+        ("VEC", v),
+        ("BLOCK", _BLOCK),
+        ("PAIRS", pairs),
+        ("NOPE", nope),
+        ("VALUE", value),
+        ("INTERLEAVE", interleave),
+        ("APPEND", append),
+        ("SCALED", d is not o),
+    )
+    where = f"_append_v{value}" if append else ""
+    name = f"rope_quantize_{d.short}_{o.short}_r{rotary_dim}_n{nope}{where}_v{v}{'_interleave' if interleave else ''}"
+    return JitSpec(
+        name, "rope/rope_quantize.cu.jinja", rope_quantize_params(append), constants, block=(_BLOCK, 1, 1)
+    )
+
+
 @functools.cache
 def gen_rope_module() -> JitModule:
     """Every mode in float16 and bfloat16 for heads of 64 (SmolLM2's 9 + 3) and 128 (Llama 3 8B's 32 + 8)."""
@@ -149,5 +242,16 @@ def all_specs() -> list[JitSpec]:
         gen_rope("pos_ids", "float32", 96, True, 8),
         gen_rope("pos_ids", "float16", 6, False, 3),
         gen_rope("pos_ids", "bfloat16", 256, False, 2),
+    ]
+    e4m3, e5m2 = "float8_e4m3fn", "float8_e5m2"
+    specs += [
+        gen_rope_quantize("bfloat16", e4m3, 64, 512),  # MLA
+        gen_rope_quantize("bfloat16", e4m3, 64, 512, append=True),
+        gen_rope_quantize("bfloat16", e4m3, 128, 0, append=True, value=128),  # Llama 3
+        gen_rope_quantize("float16", e5m2, 64, 64, True, append=True, value=128),
+        gen_rope_quantize("float16", e4m3, 6, 3),
+        gen_rope_quantize("bfloat16", "bfloat16", 128, 0, append=True, value=128),
+        gen_rope_quantize("float16", "float16", 32, 32, True, append=True, value=64),
+        gen_rope_quantize("float32", "float32", 64, 0, append=True, value=64),
     ]
     return list(dict.fromkeys(specs))

@@ -135,12 +135,12 @@ def append(bench: Bench) -> None:
     import torch
 
     import pyinfer
-    from pyinfer import page
+    from pyinfer import _page
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.page import append_candidates, gen_append
 
     heads, dim = 8, 128
-    original = page._append_kernel
+    original = _page._append_kernel
     for tokens in TOKENS:
         batch = min(tokens, 64)
         new = [tokens // batch + (i < tokens % batch) for i in range(batch)]
@@ -161,17 +161,17 @@ def append(bench: Bench) -> None:
         variants: list[Variant] = []
         for config in append_candidates(heads * dim * 2 // 16):
             kernel = gen_append(16, heads, dim * 2 // 16, config=config).build_and_load(0)
-            page._append_kernel = lambda *_, k=kernel, c=config: (k, pdl_supported(0), c[0] * c[1])  # type: ignore[assignment]
-            page._append_calls.clear()
+            _page._append_kernel = lambda *_, k=kernel, c=config: (k, pdl_supported(0), c[0] * c[1])  # type: ignore[assignment]
+            _page.append_calls.clear()
             run, result = calls.append(pyinfer, *arguments)
             if not result().equal(want):
                 raise SystemExit(f"{kernel.spec.name}: WRONG")
-            page._append_calls.clear()
+            _page.append_calls.clear()
 
             def timed(run: Any = run, config: Any = config, kernel: Any = kernel, store: dict[Any, Any] = {}) -> None:  # noqa: B006
                 """The candidate's own remembered calls, not another's."""
-                page._append_kernel = lambda *_: (kernel, pdl_supported(0), config[0] * config[1])  # type: ignore[assignment]
-                page._append_calls._found = store.setdefault(config, {})
+                _page._append_kernel = lambda *_: (kernel, pdl_supported(0), config[0] * config[1])  # type: ignore[assignment]
+                _page.append_calls._found = store.setdefault(config, {})
                 run()
 
             variants.append((kernel.spec.name, timed))
@@ -181,8 +181,8 @@ def append(bench: Bench) -> None:
             variants,
             lambda arguments=arguments: calls.append(peers.flashinfer("page"), *arguments)[0],
         )
-    page._append_kernel = original
-    page._append_calls.clear()
+    _page._append_kernel = original
+    _page.append_calls.clear()
 
 
 def rope(bench: Bench) -> None:

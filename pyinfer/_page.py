@@ -1,0 +1,386 @@
+"""Places of tokens in a paged cache, and the operators that go over them: checks and launches behind `pyinfer.page`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pyinfer.core.calls import Calls
+from pyinfer.core.dtypes import INT32, INT64, DType
+from pyinfer.core.errors import (
+    check_dtype,
+    check_last_dim_contiguous,
+    check_ndim,
+    check_same_device,
+    check_shape,
+    fail,
+)
+from pyinfer.core.rows import row_layout, vector_length
+from pyinfer.core.scales import Scale
+from pyinfer.core.tensor import TensorView, as_numpy, current_stream, view
+
+if TYPE_CHECKING:
+    from pyinfer.core.launch import Kernel
+
+INTEGERS = (INT32, INT64)
+append_calls = Calls()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Index arrays that say where tokens lie in a cache, checked.
+
+    Attributes
+    ----------
+    arrays
+        batch_indices, positions, kv_indices, kv_indptr.
+    num_pages, page_size
+        The cache's.
+    """
+
+    arrays: tuple[TensorView, TensorView, TensorView, TensorView]
+    num_pages: int
+    page_size: int
+
+    @property
+    def batch(self) -> int:
+        """Requests."""
+        return self.arrays[3].shape[0] - 1
+
+    @property
+    def num_indices(self) -> int:
+        """Entries of the page table."""
+        return self.arrays[2].shape[0]
+
+    @property
+    def wide(self) -> int:
+        """A bit for each array that is int64, as `cuda_src/page/place.cuh` reads them."""
+        bits = 0
+        for i, x in enumerate(self.arrays):
+            bits |= (x.dtype is INT64) << i
+        return bits
+
+    def bases(self, op: str) -> tuple[Any, Any]:
+        """On the CPU: page (-1: nowhere) and slot of every token. ValueError for a token without a place."""
+        from pyinfer.cpu import page as cpu
+
+        arrays = [as_numpy(x) for x in self.arrays]
+        what, token, page_of, slot_of = cpu.locate(*arrays, self.page_size, self.num_pages)
+        if what != cpu.OK:
+            _fail_token(op, what, token, arrays, self.batch, self.page_size, self.num_pages)
+        return page_of, slot_of
+
+
+def index_array(op: str, arg: str, x: Any) -> TensorView:
+    """An int32 or int64 tensor of one axis."""
+    v = view(x, op, arg)
+    check_dtype(op, arg, v, INTEGERS)
+    check_ndim(op, arg, v, 1)
+    check_last_dim_contiguous(op, arg, v)
+    return v
+
+
+def batch_of(op: str, arg: str, indptr: TensorView) -> int:
+    """Requests of an indptr."""
+    if not indptr.shape[0]:
+        fail(op, arg, "is empty", 0, "batch + 1 entries")
+    return indptr.shape[0] - 1
+
+
+def check_places(
+    op: str,
+    rows_arg: str,
+    rows: TensorView,
+    batch_indices_: Any,
+    positions_: Any,
+    kv_indices_: Any,
+    kv_indptr_: Any,
+    kv_last_page_len_: Any,
+    num_pages: int,
+    page_size: int,
+) -> Places:
+    """Check the index arrays of `rows` (whose first axis is tokens). kv_last_page_len may be None."""
+    nnz = rows.shape[0]
+    batch_indices, positions = index_array(op, "batch_indices", batch_indices_), index_array(op, "positions", positions_)
+    kv_indices, kv_indptr = index_array(op, "kv_indices", kv_indices_), index_array(op, "kv_indptr", kv_indptr_)
+    last = None if kv_last_page_len_ is None else index_array(op, "kv_last_page_len", kv_last_page_len_)
+    check_shape(op, "batch_indices", batch_indices, (nnz,))
+    check_shape(op, "positions", positions, (nnz,))
+    batch = batch_of(op, "kv_indptr", kv_indptr)
+    if last is not None:
+        check_shape(op, "kv_last_page_len", last, (batch,))
+    arrays = (batch_indices, positions, kv_indices, kv_indptr)
+    if any(x.device != rows.device for x in arrays):
+        names = ("batch_indices", "positions", "kv_indices", "kv_indptr")
+        check_same_device(op, {rows_arg: rows, **dict(zip(names, arrays, strict=True))})
+    return Places(arrays, num_pages, page_size)
+
+
+def check_cache(
+    op: str, arg: str, cache: TensorView, layout: str, heads: int, dim: int, dtypes: Collection[DType]
+) -> TensorView:
+    """A cache as [pages, page_size, heads, dim], from "NHD", "HND" or "MLA" ([pages, page_size, dim])."""
+    from pyinfer._attention import check_layout
+
+    shape, strides = tuple(cache.shape), tuple(cache.strides)
+    if layout == "MLA":
+        check_ndim(op, arg, cache, 3)
+        check_shape(op, arg, cache, (None, None, dim))
+        shape, strides = (*shape[:2], 1, dim), (*strides[:2], 0, strides[2])
+    else:
+        check_layout(op, layout)
+        check_ndim(op, arg, cache, 4)
+        slot, head = (1, 2) if layout == "NHD" else (2, 1)
+        wanted: list[int | None] = [None, None, None, dim]
+        wanted[head] = heads
+        check_shape(op, arg, cache, tuple(wanted))
+        shape, strides = (shape[0], shape[slot], heads, dim), (strides[0], strides[slot], strides[head], strides[3])
+    check_dtype(op, arg, cache, dtypes)
+    check_last_dim_contiguous(op, arg, cache)
+    if not shape[1]:
+        fail(op, arg, "has pages of no tokens", 0, "page_size 1 or more")
+    return TensorView(cache.obj, cache.ptr, shape, strides, cache.dtype, cache.device, cache.framework)
+
+
+Two = tuple[TensorView, TensorView]
+
+
+def append(
+    scalars: Any, tensors: tuple[Any, ...], rows: Two, caches: Two, places: Places, scales: tuple[Scale, Scale] | None, op: str
+) -> None:
+    """Rows [nnz, heads, dim] of keys and of values into caches [pages, page_size, heads, dim] (checked); `scales`: divide by them and round to the caches' dtype.
+
+    `scalars`, `tensors`: what `append_again` is asked with.
+    """
+    key, value = rows
+    nnz, heads = key.shape[:2]
+    if not (nnz and heads and (key.shape[2] or value.shape[2])):
+        return
+    if key.device < 0:
+        from pyinfer.cpu import page as cpu
+
+        bases = places.bases(op)
+        for i, (source, cache) in enumerate(zip(rows, caches, strict=True)):
+            if scales is None:
+                cpu.append(source, cache, (cache.strides[0], cache.strides[1], cache.strides[2]), *bases)
+            else:
+                cpu.append_quantized(source, cache, bases, scales[i].numpy())
+        return
+    access, chunks, strides = _accesses(rows, caches, scales is not None)
+    quantize = None if scales is None else (key.dtype.name, caches[0].dtype.name)
+    kernel, has_pdl, per_block = _append_kernel(key.device, access, heads, *chunks, quantize)
+    parts = -(-heads * max(chunks) // per_block)
+    values, pointers = _values(rows, caches, places, scales, strides, parts)
+    aligned = not (key.ptr | value.ptr | caches[0].ptr | caches[1].ptr) & 15
+    kept = (caches[1].ptr - caches[0].ptr, scales is not None)
+    append_calls.launch(scalars, tensors, key, kernel, nnz * parts, values, pointers, has_pdl, aligned, offset=kept)
+
+
+def gather(rows: Two, caches: Two, places: Places, scales: tuple[Scale, Scale] | None, op: str) -> None:
+    """The reverse of `append`: what lies in the caches to `rows`, times `scales` if they are of another dtype."""
+    key, value = rows
+    nnz, heads = key.shape[:2]
+    if not (nnz and heads and (key.shape[2] or value.shape[2])):
+        return
+    if key.device < 0:
+        from pyinfer.cpu import page as cpu
+
+        bases = places.bases(op)
+        for i, (target, cache) in enumerate(zip(rows, caches, strict=True)):
+            cpu.gather(target, cache, bases, None if scales is None else scales[i].numpy())
+        return
+    from pyinfer.jit.page import GATHER_BLOCK
+
+    access, chunks, strides = _accesses(rows, caches, scales is not None)
+    dequantize = None if scales is None else (key.dtype.name, caches[0].dtype.name)
+    kernel, has_pdl = _gather_kernel(key.device, access, *chunks, dequantize)
+    parts = -(-heads * max(chunks) // GATHER_BLOCK)
+    values, _ = _values(rows, caches, places, scales, strides, parts)
+    kernel(current_stream(key), nnz * parts, values, has_pdl)
+
+
+def _accesses(rows: Two, caches: Two, convert: bool) -> tuple[int, tuple[int, int], list[int]]:
+    """(bytes per access on the rows' side, accesses per head of keys and of values, strides: in elements if `convert`, else in bytes)."""
+    size, cache_size = rows[0].dtype.itemsize, caches[0].dtype.itemsize
+    bits = 0
+    for group, factor in ((rows, 1), (caches, size // cache_size)):
+        for x in group:
+            bits |= x.ptr * factor | x.shape[-1] * size
+            for s in x.strides[:-1]:
+                bits |= s * size
+    access = size * vector_length(size, bits) if convert else vector_length(1, bits)
+    factor = 1 if convert else size
+    chunks = (rows[0].shape[-1] * size // access, rows[1].shape[-1] * size // access)
+    strides = [s * factor for x in rows for s in x.strides[:2]] + [s * factor for c in caches for s in c.strides[:3]]
+    return access, chunks, strides
+
+
+def _values(
+    rows: Two, caches: Two, places: Places, scales: tuple[Scale, Scale] | None, strides: list[int], parts: int
+) -> tuple[tuple[Any, ...], int]:
+    """The fields of either kernel's struct, and how many of them are pointers."""
+    more = () if scales is None else (scales[0].ptr, scales[1].ptr)
+    pointers = (*(x.ptr for x in (*rows, *caches, *places.arrays)), *more)
+    last: tuple[float, ...] = ()
+    if scales is not None:
+        last = (scales[0].value, scales[1].value, int(scales[0].size > 1), int(scales[1].size > 1))
+    counts = (places.num_indices, places.num_pages, places.batch, places.page_size, rows[0].shape[1], parts, places.wide)
+    return (*pointers, *strides, *counts, *last), len(pointers)
+
+
+def append_again(scalars: Any, tensors: tuple[Any, ...], scales: tuple[Any, ...] = ()) -> bool:
+    """Whether this append is like one before; if so it is launched.
+
+    `tensors`: key, value, one or two caches, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len, then the scales that are tensors. `scales`: empty, or both scales.
+    """
+    call = append_calls.find(scalars, tensors)
+    if call is None:
+        return False
+    ptr = call.ptr
+    count = len(tensors) - sum(1 for s in scales if type(s) is not float)
+    if count == 9:
+        key, value, key_cache, value_cache, batch_indices, positions, kv_indices, kv_indptr = map(ptr, tensors[:8])
+    else:  # keys and values in one tensor
+        key, value, key_cache, batch_indices, positions, kv_indices, kv_indptr = map(ptr, tensors[:7])
+        value_cache = key_cache + call.offset[0]
+    if (key | value | key_cache | value_cache) & 15:
+        return False
+    more = [0 if type(s) is float else ptr(s) for s in scales]
+    if call.offset[1] and not scales:  # rounded, by 1
+        more = [0, 0]
+    call.launch(
+        call.stream(call.device),
+        key,
+        value,
+        key_cache,
+        value_cache,
+        batch_indices,
+        positions,
+        kv_indices,
+        kv_indptr,
+        *more,
+    )
+    return True
+
+
+def _fail_token(op: str, what: int, token: int, arrays: list[Any], batch: int, page_size: int, num_pages: int) -> None:
+    from pyinfer.cpu import page as cpu
+
+    batch_indices, positions, kv_indices, kv_indptr = arrays
+    request, position = int(batch_indices[token]), int(positions[token])
+    if what == cpu.BAD_REQUEST:
+        fail(op, "batch_indices", f"names no request (token {token})", request, f"less than {batch}")
+    pages = int(kv_indptr[request + 1]) - int(kv_indptr[request])
+    if what == cpu.BAD_POSITION:
+        fix = "The page table must already count the tokens."
+        fail(
+            op,
+            "positions",
+            f"lies beyond the pages of request {request} (token {token})",
+            position,
+            f"less than {pages} pages of {page_size}",
+            fix,
+        )
+    page = int(kv_indices[int(kv_indptr[request]) + position // page_size])
+    fail(op, "kv_indices", f"names no page (token {token} of request {request})", page, f"0 to {num_pages - 1}")
+
+
+@functools.cache
+def _append_kernel(
+    device: int, access: int, heads: int, key_chunks: int, value_chunks: int, quantize: tuple[str, str] | None = None
+) -> tuple[Kernel, bool, int]:
+    """Kernel, whether it was built for programmatic dependent launch, chunks per block."""
+    from pyinfer.core.device import pdl_supported
+    from pyinfer.jit.page import append_config, gen_append
+
+    block, unroll = append_config(heads * max(key_chunks, value_chunks))
+    kernel = gen_append(access, heads, key_chunks, value_chunks, quantize=quantize).build_and_load(device)
+    return kernel, pdl_supported(device), block * unroll
+
+
+@functools.cache
+def _gather_kernel(
+    device: int, access: int, key_chunks: int, value_chunks: int, dequantize: tuple[str, str] | None
+) -> tuple[Kernel, bool]:
+    from pyinfer.core.device import pdl_supported
+    from pyinfer.jit.page import gen_gather
+
+    return gen_gather(access, key_chunks, value_chunks, dequantize).build_and_load(device), pdl_supported(device)
+
+
+def copy_tensor(
+    op: str,
+    tag: str,
+    source: TensorView,
+    target: TensorView,
+    source_pages: TensorView,
+    target_pages: TensorView,
+    same: bool,
+) -> None:
+    """target[target_pages[i]] = source[source_pages[i]], both [pages, ...] of one page shape and dtype. `same`: they are one tensor."""
+    pairs, shape = source_pages.shape[0], tuple(source.shape[1:])
+    if source.device < 0:
+        from pyinfer.cpu import page as cpu
+
+        pages = as_numpy(source_pages), as_numpy(target_pages)
+        for arg, found, limit in (("source_pages", pages[0], source.shape[0]), ("target_pages", pages[1], target.shape[0])):
+            if len(found) and (int(found.min()) < 0 or int(found.max()) >= limit):
+                bad = int(found.min()) if int(found.min()) < 0 else int(found.max())
+                fail(op, arg, "names no page", bad, f"0 to {limit - 1}")
+        doubtful = cpu.doubtful_page(*pages, same)
+        if doubtful >= 0:
+            fail(op, "target_pages", "names a page that is a target twice, or a source too", doubtful, "targets apart from each other and from sources")
+        as_numpy(target)[pages[1]] = as_numpy(source)[pages[0]]
+        return
+    if not pairs or 0 in shape:
+        return
+    (rows, inner, run, s_outer, s_inner), (_, _, _, t_outer, t_inner) = (
+        _runs(op, arg + tag, x) for arg, x in (("cache", source), ("out", target))
+    )
+    size = source.dtype.itemsize
+    if _runs(op, "out" + tag, target)[:3] != (rows, inner, run):  # dense on one side only: runs of one row of the last axis on both
+        rows, inner, run, s_outer, s_inner = _runs(op, "cache" + tag, source, True)
+        _, _, _, t_outer, t_inner = _runs(op, "out" + tag, target, True)
+    strides = [s * size for s in (source.strides[0], s_outer, s_inner, target.strides[0], t_outer, t_inner)]
+    bits = source.ptr | target.ptr | run * size
+    for s in strides:
+        bits |= s
+    access = vector_length(1, bits)
+    chunks = run * size // access
+    kernel, per_block, has_pdl = _copy_kernel(source.device, access)
+    parts = -(-rows * chunks // per_block)
+    wide = (source_pages.dtype is INT64) | (target_pages.dtype is INT64) << 1
+    values = (
+        source.ptr, target.ptr, source_pages.ptr, target_pages.ptr, *strides, source.shape[0], target.shape[0], rows, inner, chunks, parts, wide,
+    )  # fmt: skip
+    kernel(current_stream(source), pairs * parts, values, has_pdl)
+
+
+def _runs(op: str, arg: str, x: TensorView, by_rows: bool = False) -> tuple[int, int, int, int, int]:
+    """A page of [pages, ...] as runs of neighbouring elements: (runs, inner, elements per run, outer stride, inner stride).
+
+    As long as they can be, or with `by_rows` of the last axis only.
+    """
+    shape, strides = list(x.shape[1:]), list(x.strides[1:])
+    run, taken = 1, 0
+    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if (n != 1 and stride != run) or (by_rows and taken):
+            break
+        run *= n
+        taken += 1
+    keep = len(shape) - taken
+    # What is left, as rows of one element: row_layout collapses it into two strides or says why not.
+    rest = TensorView(x.obj, x.ptr, (*shape[:keep], 1), (*strides[:keep], 1), x.dtype, x.device, x.framework)
+    rows, inner, outer_stride, inner_stride = row_layout(op, arg, rest)
+    return rows, inner, run, outer_stride, inner_stride
+
+
+@functools.cache
+def _copy_kernel(device: int, access: int) -> tuple[Kernel, int, bool]:
+    """Kernel, accesses per block, whether the device has programmatic dependent launch."""
+    from pyinfer.core.device import pdl_supported
+    from pyinfer.jit.page import COPY_BLOCK, COPY_UNROLL, gen_copy_pages
+
+    return gen_copy_pages(access).build_and_load(device), COPY_BLOCK * COPY_UNROLL, pdl_supported(device)
