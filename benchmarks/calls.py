@@ -50,7 +50,7 @@ def plan_decode(module: Any, a: Attention, **options: Any) -> tuple[Any, Run]:
             a.head_dim,
             a.page_size,
             q_data_type=dtype,
-            kv_data_type=dtype,
+            kv_data_type=_dtype(a.kv_dtype or a.dtype),
         )
 
     return wrapper, plan

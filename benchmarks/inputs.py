@@ -13,7 +13,8 @@ def randn(shape: tuple[int, ...], dtype: str, device: str, scale: float = 1.0) -
     """Normal random values."""
     import torch
 
-    x = torch.randn(shape, dtype=torch.float32 if device == "cpu" else getattr(torch, dtype), device=device)
+    drawn = "float32" if device == "cpu" else "bfloat16" if dtype.startswith("float8") else dtype
+    x = torch.randn(shape, dtype=getattr(torch, drawn), device=device)
     return (x.mul_(scale) if scale != 1.0 else x).to(getattr(torch, dtype))
 
 
@@ -34,6 +35,7 @@ class Attention:
     causal: bool
     dtype: str
     device: str
+    kv_dtype: str = ""  # of keys and values, "" for dtype; an 8-bit one holds the rounded values, without a scale
     q: torch.Tensor = field(init=False)
     k: torch.Tensor = field(init=False)
     v: torch.Tensor = field(init=False)
@@ -58,7 +60,8 @@ class Attention:
         else:
             self.kv_indptr = indptr(self.kv_lens)
             shape = (sum(self.kv_lens), heads, dim)
-        self.k, self.v = randn(shape, self.dtype, self.device), randn(shape, self.dtype, self.device)
+        kv_dtype = self.kv_dtype or self.dtype
+        self.k, self.v = randn(shape, kv_dtype, self.device), randn(shape, kv_dtype, self.device)
 
     @property
     def flops(self) -> float:
@@ -71,7 +74,7 @@ class Attention:
     @property
     def kv_bytes(self) -> float:
         """Bytes of the keys and values, each read once."""
-        return 2.0 * sum(self.kv_lens) * self.num_kv_heads * self.head_dim * self.q.element_size()
+        return 2.0 * sum(self.kv_lens) * self.num_kv_heads * self.head_dim * self.k.element_size()
 
     @property
     def bytes(self) -> float:

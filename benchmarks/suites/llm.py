@@ -21,17 +21,24 @@ PROMPTS = (
 
 
 def run(ctx: Context) -> None:
-    """One batch of 8 requests (4 on the CPU)."""
-    count, new = (2, 4) if ctx.quick else (8, 128) if ctx.device == "cuda" else (4, 48)
-    case = Case(
-        "llm", f"SmolLM2-135M {count} requests × {new} tokens {'bfloat16' if ctx.device == 'cuda' else 'float32'}"
-    )
-    if not ctx.selected(case):
-        return
+    """8 requests (4 on the CPU); on a GPU with steps launched one by one and as CUDA graphs, and one request as a CUDA graph."""
+    cuda = ctx.device == "cuda"
+    count, new = (2, 4) if ctx.quick else (8, 128) if cuda else (4, 48)
+    for requests, graph in ((count, False), (count, True), (1, True)) if cuda else ((count, False),):
+        how = " CUDA graph" if graph else ""
+        case = Case(
+            "llm",
+            f"SmolLM2-135M {requests} request{'s' if requests > 1 else ''} × {new} tokens {'bfloat16' if cuda else 'float32'}{how}",
+        )
+        if ctx.selected(case):
+            _measure(ctx, case, requests, new, graph)
+
+
+def _measure(ctx: Context, case: Case, count: int, new: int, graph: bool) -> None:
     entry: dict[str, Any] = {"name": "pyinfer"}
     info: dict[str, Any] = {}
     try:
-        stats = _generate(ctx.device, count, new, ctx.timer)
+        stats = _generate(ctx.device, count, new, ctx.timer, graph)
         info = {
             "prefill_tokens_s": stats.prefill_tokens / stats.prefill_seconds,
             "decode_tokens_s": stats.decode_tokens / stats.decode_seconds,
@@ -51,7 +58,7 @@ def run(ctx: Context) -> None:
     ctx.keep(Case(case.op, case.spec, info=info), [entry])
 
 
-def _generate(device: str, count: int, new: int, timer: Any) -> Any:
+def _generate(device: str, count: int, new: int, timer: Any, graph: bool) -> Any:
     """Load, warm up, answer the prompts; returns the engine's counters."""
     from examples.llm.backend import make_backend
     from examples.llm.engine import Engine
@@ -65,7 +72,7 @@ def _generate(device: str, count: int, new: int, timer: Any) -> Any:
     config, tokenizer = read_config(reader), Tokenizer(reader)
     model = Llama(config, iter_tensors(reader), backend)
     # No stop tokens: every answer has the full length, so the batch stays full and the figure says what a step costs.
-    engine = Engine(model, PagedKVCache(config, backend, 256, 16), max_batch=count, stop_ids=())
+    engine = Engine(model, PagedKVCache(config, backend, 256, 16), max_batch=count, stop_ids=(), fixed_steps=graph)
     params = SamplingParams(new)
     engine.warm_up([params])
     for prompt in PROMPTS[:count]:

@@ -1,6 +1,7 @@
 // Where results go, and the merge of a tile's KV splits inside the launch that made them, by the last block to arrive.
 #pragma once
 #include "common/attention_variant.cuh"
+#include "common/ptx_sync.cuh"
 #include "common/softmax.cuh"
 
 // A packed row's place in q, out and lse.
@@ -85,19 +86,15 @@ struct BlockSync {
 template <typename Params, typename Sync = BlockSync>
 PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w, const Sync& sync = {}) {
     __shared__ bool last;
-    __threadfence();
     sync();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0) {  // one ordered atomic for all: barriers pass the order on to the other threads, at no thread's cost of a fence
         int32_t* semaphore = p.semaphore + static_cast<int64_t>(w.semaphore) * p.num_kv_heads + w.kv_head;
-        last = atomicAdd(semaphore, 1) == w.num_splits - 1;
+        last = atomic_add_acq_rel(semaphore, 1) == w.num_splits - 1;
         if (last) {
             *semaphore = 0;
         }
     }
     sync();
-    if (last) {
-        __threadfence();
-    }
     return last;
 }
 
@@ -109,6 +106,28 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
     static_assert(THREADS % TILE_Q == 0 || TILE_Q % THREADS == 0, "rows divide among the threads");
     const int64_t row_0 = partial_row<TILE_Q>(p, w, 0);
     const int64_t split_stride = static_cast<int64_t>(p.num_kv_heads) * TILE_Q;
+
+    // A task is 4 columns of a row: neighbouring lanes read 16 bytes each of the same partial row. Of a thread's first task the first splits
+    // are on their way while the rows' sums are made.
+    constexpr int COLUMNS = 4;
+    constexpr int EARLY = 8;
+    const int tasks = w.row_count * (HEAD_DIM / COLUMNS);
+    const auto lse_of = [&](int task, int s) { return __ldcg(p.partial_lse + row_0 + task / (HEAD_DIM / COLUMNS) + s * split_stride); };
+    const auto columns_of = [&](int task, int s) {
+        const int64_t row = row_0 + task / (HEAD_DIM / COLUMNS) + s * split_stride;
+        return __ldcg(reinterpret_cast<const float4*>(p.partial_o + row * HEAD_DIM + task % (HEAD_DIM / COLUMNS) * COLUMNS));
+    };
+    float early_lse[EARLY] = {};
+    float4 early[EARLY] = {};
+    if (static_cast<int>(threadIdx.x) < tasks) {
+#pragma unroll
+        for (int s = 0; s < EARLY; ++s) {
+            if (s < w.num_splits) {
+                early_lse[s] = lse_of(threadIdx.x, s);
+                early[s] = columns_of(threadIdx.x, s);
+            }
+        }
+    }
 
     for (int task = threadIdx.x; task < TILE_Q * GROUP; task += THREADS) {
         const int row = task / GROUP;
@@ -146,26 +165,34 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
     }
     sync();
 
-    // A task is 4 columns of a row: neighbouring lanes read 16 bytes each of the same partial row.
-    constexpr int COLUMNS = 4;
-    for (int task = threadIdx.x; task < w.row_count * (HEAD_DIM / COLUMNS); task += THREADS) {
+    for (int task = threadIdx.x; task < tasks; task += THREADS) {
         const int row = task / (HEAD_DIM / COLUMNS);
         const int column = task % (HEAD_DIM / COLUMNS) * COLUMNS;
-        const float* lse = p.partial_lse + row_0 + row;
-        const float* partial = p.partial_o + (row_0 + row) * HEAD_DIM + column;
         const float reference = total[row] == -infinity() ? 0.0f : total[row];
         float sum[COLUMNS] = {};
-#pragma unroll 8
-        for (int s = 0; s < w.num_splits; ++s) {
+        const auto add = [&](float lse, const float4& o) {
             float weight = 1.0f;
             if constexpr (Normalises<Variant>::value) {
-                weight = exp2_approx(__ldcg(lse + s * split_stride) - reference);
+                weight = exp2_approx(lse - reference);
             }
-            const float4 o = __ldcg(reinterpret_cast<const float4*>(partial + s * split_stride * HEAD_DIM));
             sum[0] = fmaf(weight, o.x, sum[0]);
             sum[1] = fmaf(weight, o.y, sum[1]);
             sum[2] = fmaf(weight, o.z, sum[2]);
             sum[3] = fmaf(weight, o.w, sum[3]);
+        };
+        int first = 0;
+        if (task == static_cast<int>(threadIdx.x)) {
+#pragma unroll
+            for (int s = 0; s < EARLY; ++s) {
+                if (s < w.num_splits) {
+                    add(early_lse[s], early[s]);
+                }
+            }
+            first = EARLY;
+        }
+#pragma unroll 8
+        for (int s = first; s < w.num_splits; ++s) {
+            add(lse_of(task, s), columns_of(task, s));
         }
         const OutputRow at = output_row(p, w, row);
         vec_t<T, COLUMNS> result;

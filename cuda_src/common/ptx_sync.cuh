@@ -14,3 +14,16 @@ PYINFER_DEVICE void pdl_launch_dependents() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+// Adds at device scope and returns the old value. What this thread knows to be written before (by others of its block too, after a barrier) is visible
+// to whoever sees the sum, and the other way round.
+PYINFER_DEVICE int32_t atomic_add_acq_rel(int32_t* p, int32_t x) {
+    int32_t old;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(x) : "memory");
+    return old;
+}
+
+// Starts the fetch of a line into L2. The address must be mapped.
+PYINFER_DEVICE void prefetch_l2(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
