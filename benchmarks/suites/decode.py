@@ -1,4 +1,4 @@
-"""Batch decode over a paged KV cache: head_dim 128, bf16, page 16 unless said otherwise. TB/s and the limit count keys, values, queries and output, each once."""
+"""Batch decode over a paged KV cache: head_dim 128, bf16, page 16 unless said otherwise. TB/s and limit: keys, values, queries and output, each once."""
 
 from __future__ import annotations
 
