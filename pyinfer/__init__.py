@@ -47,6 +47,9 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "page": (
         "append_paged_kv_cache",
         "append_paged_mla_kv_cache",
+        "copy_pages",
+        "gather_paged_kv_cache",
+        "gather_paged_mla_kv_cache",
         "get_batch_indices_positions",
         "get_seq_lens",
     ),
@@ -69,6 +72,10 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "apply_rope_pos_ids_inplace",
         "apply_rope_with_cos_sin_cache",
         "apply_rope_with_cos_sin_cache_inplace",
+        "mla_rope_quantize_fp8",
+        "rope_append_paged_kv_cache",
+        "rope_quantize_fp8",
+        "rope_quantize_fp8_append_paged_kv_cache",
     ),
     "sampling": (
         "chain_speculative_sampling",
@@ -146,6 +153,9 @@ if TYPE_CHECKING:
     from pyinfer.norm import rmsnorm_quant as rmsnorm_quant
     from pyinfer.page import append_paged_kv_cache as append_paged_kv_cache
     from pyinfer.page import append_paged_mla_kv_cache as append_paged_mla_kv_cache
+    from pyinfer.page import copy_pages as copy_pages
+    from pyinfer.page import gather_paged_kv_cache as gather_paged_kv_cache
+    from pyinfer.page import gather_paged_mla_kv_cache as gather_paged_mla_kv_cache
     from pyinfer.page import get_batch_indices_positions as get_batch_indices_positions
     from pyinfer.page import get_seq_lens as get_seq_lens
     from pyinfer.pod import PODWithPagedKVCacheWrapper as PODWithPagedKVCacheWrapper
@@ -165,6 +175,10 @@ if TYPE_CHECKING:
     from pyinfer.rope import apply_rope_pos_ids_inplace as apply_rope_pos_ids_inplace
     from pyinfer.rope import apply_rope_with_cos_sin_cache as apply_rope_with_cos_sin_cache
     from pyinfer.rope import apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace
+    from pyinfer.rope import mla_rope_quantize_fp8 as mla_rope_quantize_fp8
+    from pyinfer.rope import rope_append_paged_kv_cache as rope_append_paged_kv_cache
+    from pyinfer.rope import rope_quantize_fp8 as rope_quantize_fp8
+    from pyinfer.rope import rope_quantize_fp8_append_paged_kv_cache as rope_quantize_fp8_append_paged_kv_cache
     from pyinfer.sampling import chain_speculative_sampling as chain_speculative_sampling
     from pyinfer.sampling import min_p_sampling_from_probs as min_p_sampling_from_probs
     from pyinfer.sampling import sampling_from_logits as sampling_from_logits

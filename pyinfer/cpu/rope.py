@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from pyinfer.core.tensor import TensorView
-from pyinfer.cpu import threads
+from pyinfer.cpu import move, threads
 from pyinfer.cpu.compile import kernel
+from pyinfer.cpu.fp8 import saturate
 from pyinfer.cpu.storage import flat, from_f32, to_f32
 from pyinfer.cpu.vmath import sincos_turns
 
@@ -146,3 +147,59 @@ def positions_of_rows(indptr: np.ndarray, offsets: np.ndarray, rows: int) -> np.
     inside[inside] = row[inside] < indptr[request[inside] + 1]
     positions[inside] = row[inside] - indptr[request[inside]] + offsets[request[inside]]
     return positions
+
+
+@kernel
+def _rope_rounded(
+    begin, end, positions, cos_sin, interleave, factor, sources, targets, heads, pairs, x, x0, x_head, out, o0, o_head
+):
+    rotated = np.empty(2 * pairs, np.float32)
+    for token in range(begin, end):
+        if targets[token] < 0:
+            continue
+        angles = cos_sin[positions[token]]
+        for h in range(heads):
+            at, to = x0 + sources[token] + h * x_head, o0 + targets[token] + h * o_head
+            row = x[at : at + 2 * pairs]
+            for i in range(pairs):
+                first, second = (2 * i, 2 * i + 1) if interleave else (i, pairs + i)
+                a, b = to_f32(row[first]), to_f32(row[second])
+                rotated[first] = a * angles[i] - b * angles[pairs + i]
+                rotated[second] = b * angles[i] + a * angles[pairs + i]
+            target = out[to : to + 2 * pairs]
+            for i in range(2 * pairs):
+                target[i] = saturate(rotated[i] * factor, out)
+
+
+def _target_bases(target: TensorView, places: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+    from pyinfer.cpu.page import cache_bases
+
+    return move.row_bases(target) if places is None else cache_bases(target, places)
+
+
+def rope_rounded(
+    x: TensorView,
+    out: TensorView,
+    positions: np.ndarray,
+    cos_sin_cache: np.ndarray,
+    interleave: bool,
+    factor: float,
+    places: tuple[np.ndarray, np.ndarray] | None,
+) -> None:
+    """Heads x [tokens, heads, rotary_dim] rotated, times a factor, rounded to out's dtype (8-bit floats saturate).
+
+    `out` is as x, or with `places` (page, -1 for nowhere, and slot of every token) a cache [pages, page_size, heads, rotary_dim].
+    """
+    heads, dim = x.shape[1:]
+    threads.run(
+        _rope_rounded, x.shape[0], positions.astype(np.int64, copy=False), np.ascontiguousarray(cos_sin_cache), interleave, np.float32(factor),
+        move.row_bases(x), _target_bases(out, places), heads, dim // 2, *flat(x, move.carrier(x)), x.strides[1],
+        *flat(out, move.carrier(out)), out.strides[-2], grain=max(1, (1 << 13) // max(1, heads * dim)),
+    )  # fmt: skip
+
+
+def move_rounded(
+    x: TensorView, out: TensorView, factor: float, places: tuple[np.ndarray, np.ndarray] | None
+) -> None:
+    """As `rope_rounded`, not rotated."""
+    move.rounded(x, out, move.row_bases(x), _target_bases(out, places), out.strides[-2], np.full(1, factor, np.float32))
