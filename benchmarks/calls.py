@@ -206,3 +206,29 @@ def append(
 
     cache = (a.k, a.v)
     return lambda: write(cache), result
+
+
+def mla(
+    module: Any,
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_len: torch.Tensor,
+    sm_scale: float,
+    **options: Any,
+) -> Run:
+    """Multi-head latent attention, causal: q [tokens, heads, 576], cache [pages, page_size, 576]."""
+    import torch
+
+    wrapper = module.mla.BatchMLAPagedAttentionWrapper(workspace(module, q.device.type), **options)
+    tables = (qo_indptr, kv_indptr, kv_indices, kv_len)
+    if module.__name__ == "flashinfer":  # takes them from the GPU, where its plan() copies them back from
+        tables = tuple(x.to(q.device) for x in tables)
+    wrapper.plan(*tables, q.shape[1], 512, 64, cache.shape[1], True, sm_scale, q.dtype, cache.dtype)
+    out = torch.empty((*q.shape[:2], 512), dtype=q.dtype, device=q.device)
+    parts = (q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:])
+    if module.__name__ == "flashinfer":
+        parts = tuple(x.contiguous() for x in parts[:2]) + parts[2:]
+    return lambda: wrapper.run(*parts, out=out)

@@ -1,4 +1,4 @@
-"""The peers: FlashInfer, FlashAttention-3 (as vLLM ships it), torch SDPA, torch.compile, Triton. What is not there is
+"""The peers: FlashInfer, FlashAttention-3 and FlashMLA (as vLLM ships them), torch SDPA, torch.compile, Triton. What is not there is
 reported, never skipped in silence.
 
 `python -m benchmarks.peers warm MODULE` builds one FlashInfer module by making the very call that is timed later
@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import calls, inputs
 
-NAMES = ("flashinfer", "fa3", "torch", "torch-compile", "triton")
+NAMES = ("flashinfer", "fa3", "flashmla", "torch", "torch-compile", "triton")
 
 
 class Missing(Exception):
@@ -96,6 +96,44 @@ def fa3(a: inputs.Attention) -> calls.Run:
         raise Missing(f"FlashAttention-3's operator has no argument {unknown}: another version than vLLM 0.26.0's")
     arguments = [given.get(name) for name in names]
     return lambda: forward(*arguments)[0]
+
+
+def _flashmla_dense() -> Any:
+    site = _use_site()
+    library = site / "_flashmla_C.abi3.so" if site else None
+    if library is None or not library.exists():
+        raise Missing("FlashMLA is not there (pack_vllm_kernels.sh DIR flashmla, then setup.sh; PYINFER_BENCH_SITE)")
+    import torch
+
+    try:
+        torch.ops.load_library(str(library))
+        return torch.ops._flashmla_C.dense_decode_fwd
+    except Exception as error:  # built for another torch or CUDA
+        raise Missing(f"FlashMLA does not load: {type(error).__name__}: {error}") from error
+
+
+def flashmla(
+    q: Any, cache: Any, qo_indptr: Any, kv_indptr: Any, kv_indices: Any, kv_len: Any, sm_scale: float
+) -> calls.Run:
+    """FlashMLA's dense decode, causal: q [tokens, heads, 576] with equally many tokens a request, cache [pages, 64, 576]."""
+    import torch
+
+    if cache.shape[1] != 64:
+        raise Missing("FlashMLA reads pages of 64")
+    dense = _flashmla_dense()
+    batch = len(kv_len)
+    lengths = (kv_indptr[1:] - kv_indptr[:-1]).tolist()
+    table = torch.zeros((batch, max(lengths)), dtype=torch.int32, device=q.device)
+    for b, n in enumerate(lengths):
+        table[b, :n] = kv_indices[int(kv_indptr[b]) : int(kv_indptr[b]) + n]
+    queries, pages, on_device = q.view(batch, -1, *q.shape[1:]), cache.unsqueeze(2), kv_len.to(q.device)
+    schedule: list[Any] = [None, None]
+
+    def run() -> Any:
+        out, _, *schedule[:] = dense(queries, pages, 512, on_device, table, sm_scale, True, *schedule, None)
+        return out
+
+    return lambda: run().view(*q.shape[:2], 512)
 
 
 def torch_sdpa(a: inputs.Attention, backend: str) -> tuple[calls.Run, calls.Run]:
@@ -181,6 +219,16 @@ def _warm_activation() -> None:
     calls.silu_and_mul(_import_flashinfer(), inputs.randn((4, 8192), "bfloat16", "cuda"))()
 
 
+def _warm_mla() -> None:
+    import torch
+
+    q, cache = inputs.randn((2, 128, 576), "bfloat16", "cuda"), inputs.randn((2, 64, 576), "bfloat16", "cuda")
+    ones = torch.arange(3, dtype=torch.int32)
+    calls.mla(
+        _import_flashinfer(), q, cache, ones, ones, ones[:2], torch.full((2,), 64, dtype=torch.int32), 0.1, backend="fa3"
+    )()
+
+
 MODULES: dict[str, Callable[[], None]] = {
     "decode": _warm_decode,
     "prefill_fa2": lambda: _warm_prefill("fa2"),
@@ -190,6 +238,7 @@ MODULES: dict[str, Callable[[], None]] = {
     "sampling": _warm_sampling,
     "rope": _warm_rope,
     "page": _warm_page,
+    "mla_fa3": _warm_mla,
 }
 
 
@@ -231,6 +280,9 @@ def version(name: str) -> str:
             return str(_import_flashinfer().__version__)
         if name == "fa3":
             _fa3_forward()
+            return "vLLM 0.26.0's build"
+        if name == "flashmla":
+            _flashmla_dense()
             return "vLLM 0.26.0's build"
         if name == "triton":
             import triton

@@ -41,6 +41,9 @@ class PagedMla(BatchAttention):
     """What the two wrappers share: from a checked page table to a plan, and the run."""
 
     _heads_arg = "num_heads"
+    _backend = "auto"
+    _config: Any = None  # of the plan, on a GPU: mla.MlaConfig or mla_sm90.MlaSm90Config
+    _next_config: Any = None  # of the plan in the making
     _ckv_arg, _kpe_arg, _dim_arg = "ckv_cache", "kpe_cache", "head_dim_ckv"
 
     def _check_kernel(self, device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int) -> None:
@@ -166,7 +169,7 @@ class PagedMla(BatchAttention):
         if indices is not None:
             used = _used_pages(indices, kv_indptr, kv_len, page_size)
             max_page = int(used.max()) if len(used) else -1
-        tiles = _tiles(device, max(rows, num_heads))
+        tiles = _tiles(device, max(rows, num_heads), page_size, self._backend)
         capacity = None
         if self._use_cuda_graph:
             max_pages = self._buffers[self._indices_arg].shape[0]
@@ -182,7 +185,7 @@ class PagedMla(BatchAttention):
             if total > most:
                 fix = "In CUDA graph mode the first plan fixes the most; plan the largest batch first."
                 fail(self._op, "qo_indptr", "has more query rows than the first plan", total, f"at most {most}", fix)
-        tile_q, tile_kv, num_sms, ctas_per_sm = tiles
+        tile_q, tile_kv, num_sms, ctas_per_sm, self._next_config = tiles
         return build_plan(
             self._op, qo_indptr, qo_len, kv_indptr, kv_len, indices, num_qo_heads=num_heads, num_kv_heads=1, head_dim_qk=dim_qk, head_dim_vo=dim_vo,
             page_size=page_size, tile_q=tile_q, tile_kv=tile_kv, num_sms=num_sms, ctas_per_sm=ctas_per_sm, causal=causal, window_left=window_left,
@@ -192,7 +195,21 @@ class PagedMla(BatchAttention):
     def _prepare(self, plan: AttentionPlan, device: int) -> None:
         from pyinfer.jit.mla import prepare_mla
 
-        prepare_mla(device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0)
+        self._config = self._next_config
+        prepare_mla(device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0, self._config)
+
+    def _leave_sm90(self, arg: str, cache: TensorView) -> AttentionPlan:
+        """The plan anew, for the sm80 family: TMA cannot read this cache."""
+        plan = self._plan
+        assert plan is not None
+        if self._backend == "fa3" or self._use_cuda_graph:
+            got = f"shape {tuple(cache.shape)}, strides {tuple(cache.strides)}"
+            wanted = "pages, and strides above 0 and below 2^40 bytes"
+            fail(self._op, arg, "is not covered by backend 'fa3'", got, wanted, "Make the wrapper with backend='fa2'.")
+        self._backend = "fa2"
+        self._adopt(self._replan(cache.device, plan.window_left, plan.causal), cache.device)
+        assert self._plan is not None
+        return self._plan
 
     # ---- run
     def _tensor(self, arg: str, x: Any, like: TensorView | None) -> TensorView:
@@ -248,12 +265,15 @@ class PagedMla(BatchAttention):
                     fail(op, "lse", "is not contiguous", f"strides {tuple(lse_view.strides)}", "a contiguous tensor")
         numbers: dict[str, Any] = {"sm_scale": sm_scale, "logits_soft_cap": self._soft_cap, "lse_base_e": base_e}
         if q.device >= 0:
-            from pyinfer.jit.mla import launch_mla
+            from pyinfer.jit.mla import covers, launch_mla
 
+            for arg, cache in ((self._ckv_arg, c), (self._kpe_arg, k)):
+                if not covers(self._config, cache):
+                    plan = self._leave_sm90(arg, cache)
             pdl = self._pdl_default if enable_pdl is None else common.use_pdl(q.device, enable_pdl)
             launch_mla(
                 q.device, current_stream(q), self._plan_ptr, plan, q, pe, c, k, self._indices_ptr, out_view, lse_view, self._workspace_ptr,
-                pdl=pdl, **numbers,
+                pdl=pdl, config=self._config, **numbers,
             )  # fmt: skip
         else:
             from pyinfer.cpu.mla import run_mla
@@ -278,14 +298,18 @@ def _used_pages(indices: np.ndarray, kv_indptr: np.ndarray, kv_len: np.ndarray, 
     return indices[starts + np.arange(len(starts)) - np.repeat(np.cumsum(needed) - needed, needed)]
 
 
-def _tiles(device: int, max_packed_rows: int) -> tuple[int, int, int, int]:
-    """(tile_q, tile_kv, processors, blocks per processor) for the scheduler."""
+def _tiles(device: int, max_packed_rows: int, page_size: int, backend: str) -> tuple[int, int, int, int, Any]:
+    """(tile_q, tile_kv, processors, blocks per processor, configuration) for the scheduler; a cluster counts as one processor."""
     if device < 0:
         from pyinfer.cpu.mla import config
 
-        return (*config(max_packed_rows), 1)
+        return (*config(max_packed_rows), 1, None)
     from pyinfer.core.device import arch_number_of, num_sms
-    from pyinfer.jit.mla import FEW_ROWS, mla_config
+    from pyinfer.jit.mla import choose_config
+    from pyinfer.jit.mla_sm90 import MlaSm90Config
 
-    chosen = mla_config(arch_number_of(device), min(max_packed_rows, FEW_ROWS + 1))
-    return chosen.tile_q, chosen.tile_kv, num_sms(device), chosen.ctas_per_sm
+    chosen = choose_config(arch_number_of(device), max_packed_rows, page_size, backend)
+    processors = num_sms(device)
+    if isinstance(chosen, MlaSm90Config):
+        processors = max(processors // chosen.cluster, 1)
+    return chosen.tile_q, chosen.tile_kv, processors, chosen.ctas_per_sm, chosen

@@ -10,6 +10,7 @@ from pyinfer import _attention as common
 from pyinfer._attention import host_metadata
 from pyinfer._paged_mla import CUDA_DIMS, PagedMla, one_dtype
 from pyinfer.core.errors import fail
+from pyinfer.jit.mla import BACKENDS
 from pyinfer.torch_ops import attach
 
 __all__ = ["BatchDecodeMlaWithPagedKVCacheWrapper", "BatchMLAPagedAttentionWrapper"]
@@ -30,7 +31,7 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
     qo_indptr, kv_indptr, kv_indices, kv_len_arr
         int32 [batch + 1], [batch + 1], [most pages ever], [batch]: plan() copies its arguments there. They fix the batch size.
     backend
-        "auto" or "fa2".
+        "auto"; or the kernel family: "fa2" runs everywhere, "fa3" on Hopper with pages of a multiple of 8 tokens. "auto" takes it there.
     """
 
     _op = "BatchMLAPagedAttentionWrapper"
@@ -47,7 +48,10 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
         backend: str = "auto",
     ) -> None:
         buffers = {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_indices": kv_indices, "kv_len_arr": kv_len_arr}
-        super().__init__(float_workspace_buffer, "NHD", use_cuda_graph, backend, None, buffers)
+        if backend not in BACKENDS:
+            fail(self._op, "backend", "is not available", repr(backend), "'auto', 'fa2' or 'fa3'")
+        super().__init__(float_workspace_buffer, "NHD", use_cuda_graph, "auto", None, buffers)
+        self._backend = backend
 
     def plan(
         self,

@@ -1,4 +1,7 @@
-"""The kernel of multi-head latent attention (sm80 family): configurations, parameters, spec, launch."""
+"""The kernels of multi-head latent attention: configurations, parameters, spec and launch of the sm80 family, and the choice of the family.
+
+The sm90 family is in `mla_sm90`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, DType, canonical_dtype
 from pyinfer.core.params import ParamStruct, f32, i32, i64, ptr, u32
 from pyinfer.jit.attention import smem_limits
+from pyinfer.jit.mla_sm90 import (
+    MlaSm90Config,
+    PreparedMlaSm90,
+    box_rows,
+    encodable,
+    gen_mla_sm90,
+    launch_mla_sm90,
+    mla_sm90_config,
+    prepare_mla_sm90,
+)
 from pyinfer.jit.spec import JitModule, JitSpec
 
 if TYPE_CHECKING:
@@ -23,6 +36,7 @@ DTYPES = (FLOAT16, BFLOAT16)
 FEW_ROWS = 16
 """Packed rows (query tokens x heads of a request) up to which the small tile is taken: 16 heads at decode."""
 
+BACKENDS = ("auto", "fa2", "fa3")
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
@@ -67,6 +81,27 @@ def candidate_configs(arch: int, max_packed_rows: int) -> tuple[MlaConfig, ...]:
 def mla_config(arch: int, max_packed_rows: int) -> MlaConfig:
     """The configuration for an architecture number and the largest qo_len * num_heads of the requests."""
     return candidate_configs(arch, max_packed_rows)[0]
+
+
+def choose_config(
+    arch: int, max_packed_rows: int, page_size: int, backend: str = "auto"
+) -> MlaConfig | MlaSm90Config:
+    """The configuration of the family that is faster, or that `backend` names: "fa2" is sm80's, "fa3" sm90's.
+
+    Raises
+    ------
+    ValueError
+        If "fa3" is asked for where it cannot run.
+    """
+    from pyinfer.core.errors import fail
+
+    possible = arch == 90 and box_rows(page_size) > 0
+    if backend == "fa3" and not possible:
+        op = "BatchMLAPagedAttentionWrapper"
+        if arch != 90:
+            fail(op, "backend", "needs a Hopper GPU", f"'fa3' on architecture {arch}", "'auto' or 'fa2'")
+        fail(op, "page_size", "is not covered by backend 'fa3'", page_size, "a multiple of 8", "Pass backend='auto'.")
+    return mla_sm90_config(max_packed_rows) if possible and backend != "fa2" else mla_config(arch, max_packed_rows)
 
 
 PARAMS = ParamStruct(
@@ -153,7 +188,17 @@ def all_specs(archs: Iterable[int] = (80, 89, 90)) -> list[JitSpec]:
             for dtype in DTYPES:
                 for soft_cap in (False, True):
                     found[gen_mla(mla_config(arch, rows), dtype, soft_cap)] = None
-    return list(found)
+    return list(found) + hopper_specs()
+
+
+def hopper_specs() -> list[JitSpec]:
+    """Every spec of the sm90 family, for 9.0a alone."""
+    return [
+        gen_mla_sm90(MlaSm90Config(cluster), dtype, soft_cap)
+        for cluster in (1, 2)
+        for dtype in DTYPES
+        for soft_cap in (False, True)
+    ]
 
 
 def gen_batch_mla_module(
@@ -176,18 +221,29 @@ def gen_batch_mla_module(
             )
     if canonical_dtype(dtype_idx, op, "dtype_idx") is not INT32:
         fail_type(op, "dtype_idx", "has no CUDA kernel", dtype_idx, "int32")
-    if backend not in ("auto", "fa2"):
-        fail(op, "backend", "is not available", repr(backend), "'auto' or 'fa2'")
+    if backend not in BACKENDS:
+        fail(op, "backend", "is not available", repr(backend), "'auto', 'fa2' or 'fa3'")
     if (head_dim_ckv, head_dim_kpe) != (HEAD_DIM_CKV, HEAD_DIM_KPE):
         fail(op, "head_dim", "has no CUDA kernel", f"{head_dim_ckv} (ckv), {head_dim_kpe} (kpe)", "512 and 64")
     if use_profiler:
         fail(op, "use_profiler", "is not supported yet", True, False)
     specs: dict[JitSpec, None] = {}
-    for arch in env.default_archs():
-        for rows in (FEW_ROWS, FEW_ROWS + 1):
-            for soft_cap in (False, True):
-                specs[gen_mla(mla_config(env.arch_number(arch), rows), dtype, soft_cap)] = None
+    for number in map(env.arch_number, env.default_archs()):
+        for soft_cap in (False, True):
+            if backend != "fa3":
+                for rows in (FEW_ROWS, FEW_ROWS + 1):
+                    specs[gen_mla(mla_config(number, rows), dtype, soft_cap)] = None
+            if backend != "fa2" and number == 90:
+                for cluster in (1, 2):
+                    specs[gen_mla_sm90(MlaSm90Config(cluster), dtype, soft_cap)] = None
+    if not specs:
+        fail(op, "backend", "needs a Hopper GPU", repr(backend), "'auto' or 'fa2'")
     return JitModule(f"batch_mla_{dtype.short}", tuple(specs))
+
+
+def covers(config: MlaConfig | MlaSm90Config, cache: TensorView) -> bool:
+    """Whether a configuration's kernel can read a cache. Rows that are not aligned are not its business: the launch refuses them in both families."""
+    return isinstance(config, MlaConfig) or encodable(cache)
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------------------
@@ -213,13 +269,15 @@ def prepare_mla(
     plan_buffer_ptr: int,
     dtype: DType,
     soft_cap: bool,
-    config: MlaConfig | None = None,
-) -> PreparedMla:
-    """Fetch (or compile) a plan's kernel and fill in what stays the same from run to run."""
+    config: MlaConfig | MlaSm90Config | None = None,
+) -> PreparedMla | PreparedMlaSm90:
+    """Fetch (or compile) a plan's kernel and fill in what stays the same from run to run. `config` None: the sm80 family's."""
     from pyinfer.core.device import arch_number_of
     from pyinfer.core.errors import fail
     from pyinfer.jit.attention_launch import divisor
 
+    if isinstance(config, MlaSm90Config):
+        return prepare_mla_sm90(device, plan, plan_buffer_ptr, dtype, soft_cap, config)
     config = config or mla_config(arch_number_of(device), plan.tile_q)
     if config.tile_q != plan.tile_q:
         fail("mla", "plan", "was made for another tile", plan.tile_q, f"tile_q {config.tile_q} of {config.tag}")
@@ -258,7 +316,7 @@ def launch_mla(
     logits_soft_cap: float = 0.0,
     lse_base_e: bool = False,
     pdl: bool = False,
-    config: MlaConfig | None = None,
+    config: MlaConfig | MlaSm90Config | None = None,
 ) -> None:
     """Run a plan on checked tensors.
 
@@ -274,11 +332,13 @@ def launch_mla(
         float32 [tokens, heads], contiguous; None: not wanted. `lse_base_e`: natural logarithm instead of base 2.
     workspace_ptr
         plan.workspace_bytes bytes, 16-byte aligned; not read if nothing is split.
+    config
+        What the plan was made for; None: the sm80 family's.
 
     Raises
     ------
     ValueError
-        If a pointer or stride is no multiple of 16 bytes.
+        If a pointer or stride is no multiple of 16 bytes, or a cache is none that TMA can read (sm90; `covers` says so before).
     """
     from pyinfer.jit.attention_launch import ALIGNMENT, _check_alignment
 
@@ -293,7 +353,13 @@ def launch_mla(
         logit_scale, cap = 2.0 * LOG2_E * sm_scale / logits_soft_cap, LOG2_E * logits_soft_cap
     else:
         logit_scale, cap = LOG2_E * sm_scale, 0.0
-    pointers = (q_nope.ptr, q_pe.ptr, ckv.ptr, kpe.ptr, out.ptr, lse.ptr if lse is not None else 0, kv_indices_ptr)
-    partials = (workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
+    lse_ptr = lse.ptr if lse is not None else 0
     scales = (logit_scale, cap, LN_2 if lse_base_e else 1.0)
+    if isinstance(ready, PreparedMlaSm90):
+        launch_mla_sm90(
+            ready, stream, q_nope, q_pe, ckv, kpe, kv_indices_ptr, out, lse_ptr, workspace_ptr, scales, pdl
+        )
+        return
+    pointers = (q_nope.ptr, q_pe.ptr, ckv.ptr, kpe.ptr, out.ptr, lse_ptr, kv_indices_ptr)
+    partials = (workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
     ready.kernel(stream, ready.grid, pointers + partials + strides + scales + ready.constants, pdl)

@@ -1,0 +1,56 @@
+// More of sm_90's instructions, one function each: boxes of 3-D tensors, to one block or to all of a cluster, barriers of other blocks, stmatrix.
+#pragma once
+#include "common/ptx_cluster.cuh"
+#include "common/ptx_mbarrier.cuh"
+
+// A box of a 3-D tensor into shared memory; x is the contiguous axis. What lies outside the tensor becomes zeros and counts as bytes.
+PYINFER_DEVICE void tma_load_3d(uint32_t destination, const TensorMap* map, uint32_t barrier, int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(destination),
+                 "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+// The same box to the blocks of the cluster whose bits `blocks` has: at this destination, and counted by the barrier at this address, in each of them.
+PYINFER_DEVICE void tma_load_3d_multicast(uint32_t destination, const TensorMap* map, uint32_t barrier, int x, int y, int z, uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(
+            destination),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(blocks)
+        : "memory");
+}
+
+// Whether the phase of this parity has ended, without waiting.
+PYINFER_DEVICE bool mbarrier_test(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+// Arrives at the barrier that stands at this address of block `rank` of the cluster.
+PYINFER_DEVICE void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "}\n" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements from one warp's registers into shared memory: the inverse of ldmatrix_x4, lane l gives the address of row l % 8 of
+// matrix l / 8.
+PYINFER_DEVICE void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+// The matrix descriptor of a tile that is not swizzled, contiguous along the contraction: pieces of 8 rows x 16 bytes, 128 bytes in one; `leading` bytes
+// from one to the next along the contraction, `stride` along the rows. (Swizzled ones: ptx_wgmma.cuh.)
+PYINFER_DEVICE uint64_t wgmma_descriptor_plain(uint32_t address, uint32_t leading, uint32_t stride) {
+    return static_cast<uint64_t>(address >> 4) | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32;
+}
