@@ -244,7 +244,9 @@ class Draw:
         """The options of the reference that all requests share. A mask replaces causality, multi-item scoring includes it."""
         c = self.case
         rope = c.pos == "ROPE_LLAMA"
-        epsilon = 2.0**-21 + (2 * EPSILON[c.dtype] if rope and self.device == "cuda" else 0)  # the GPU rounds what it rotated
+        epsilon = 2.0**-21 + (
+            2 * EPSILON[c.dtype] if rope and self.device == "cuda" else 0
+        )  # the GPU rounds what it rotated
         return {
             "causal": {"none": c.causal, "items": True}.get(c.mask, False), "window_left": c.window, "logits_soft_cap": c.cap, "alibi": c.pos == "ALIBI",
             "rope": ROPE if rope else None, "score_epsilon": epsilon,
@@ -342,7 +344,15 @@ def single_decode(d: Draw) -> Prepared:
 
     def run(**results: Any) -> Any:
         got = pyinfer.single_decode_with_kv_cache(
-            q[0], k, v, kv_layout=c.layout, window_left=c.window, logits_soft_cap=c.cap, sm_scale=d.sm_scale, **arguments, **results
+            q[0],
+            k,
+            v,
+            kv_layout=c.layout,
+            window_left=c.window,
+            logits_soft_cap=c.cap,
+            sm_scale=d.sm_scale,
+            **arguments,
+            **results,
         )
         return (got[0][None], got[1][None]) if results else got[None]
 
@@ -389,7 +399,9 @@ def decode(d: Draw) -> Prepared:
     )  # fmt: skip
     arguments = {**d.scales("q_scale", "k_scale", "v_scale"), "sinks": sinks}
     want = d.expect(q64, qo, t.k, t.v, sinks=sinks64, **{**d.options(), **d.scaled(d.sm_scale, "q", "k", "v")})
-    run = d.call(lambda **results: w.run(q, t.cache, **arguments, **results), (len(lens), c.heads, c.dims[1]), c.out_dtype)
+    run = d.call(
+        lambda **results: w.run(q, t.cache, **arguments, **results), (len(lens), c.heads, c.dims[1]), c.out_dtype
+    )
     return Prepared(run, [Wanted(want, c.out_dtype)])
 
 
@@ -405,7 +417,9 @@ def paged(d: Draw) -> Prepared:
     )  # fmt: skip
     arguments = {**d.scales("q_scale", "k_scale", "v_scale"), "sinks": sinks}
     want = d.expect(q64, qo, t.k, t.v, each, sinks=sinks64, **{**d.options(), **d.scaled(d.sm_scale, "q", "k", "v")})
-    run = d.call(lambda **results: w.run(q, t.cache, **arguments, **results), (sum(qo), c.heads, c.dims[1]), c.out_dtype)
+    run = d.call(
+        lambda **results: w.run(q, t.cache, **arguments, **results), (sum(qo), c.heads, c.dims[1]), c.out_dtype
+    )
     return Prepared(run, [Wanted(want, c.out_dtype)])
 
 
@@ -466,7 +480,10 @@ def cascade(d: Draw) -> Prepared:
         sm_scale=d.sm_scale, logits_soft_cap=c.cap, **_types(c),
     )  # fmt: skip
     q, q64 = d.queries(sum(qo))
-    chains = [[int(a) + next(i for i, g in enumerate(level) if r in g) for a, level in zip(at, groups, strict=False)] for r in range(n)]
+    chains = [
+        [int(a) + next(i for i, g in enumerate(level) if r in g) for a, level in zip(at, groups, strict=False)]
+        for r in range(n)
+    ]
     k, v = ([np.concatenate([x[i] for i in chain]) for chain in chains] for x in (t.k, t.v))
     each = []
     for rows_, keys, mine in zip(qo, k, own, strict=True):
@@ -646,10 +663,14 @@ def mla_decode(d: Draw) -> Prepared:
         warnings.simplefilter("ignore", DeprecationWarning)
         w = pyinfer.mla.BatchDecodeMlaWithPagedKVCacheWrapper(d.workspace(), use_tensor_cores=True)
     tables = [d.metadata(x) for x in (t.indptr, t.indices, t.last)]
-    w.plan(*tables, c.heads, c.dims[1], c.page, MLA_SCALE, window_left=c.window, logits_soft_cap=c.cap, data_type=c.dtype)
+    w.plan(
+        *tables, c.heads, c.dims[1], c.page, MLA_SCALE, window_left=c.window, logits_soft_cap=c.cap, data_type=c.dtype
+    )
     scales = d.scales("q_scale", "k_scale")
     want = d.expect(q64, qo, t.k, values, **{**d.options(), **d.scaled(MLA_SCALE, "q", "k")})
-    run = d.call(lambda **results: w.run(nope, pe, ckv, kpe, **scales, **results), (sum(qo), c.heads, c.dims[1]), c.dtype)
+    run = d.call(
+        lambda **results: w.run(nope, pe, ckv, kpe, **scales, **results), (sum(qo), c.heads, c.dims[1]), c.dtype
+    )
     return Prepared(run, [Wanted(want, c.dtype)])
 
 
@@ -658,7 +679,11 @@ def _prefix(d: Draw, decode_only: bool) -> Prepared:
     qo, lens = d.lengths(decode=decode_only)
     t, (q, q64) = d.paged(lens), d.queries(sum(qo))
     k, v, k64, v64 = d.dense(0 if d.empty else 70)
-    name = "BatchDecodeWithSharedPrefixPagedKVCacheWrapper" if decode_only else "BatchPrefillWithSharedPrefixPagedKVCacheWrapper"
+    name = (
+        "BatchDecodeWithSharedPrefixPagedKVCacheWrapper"
+        if decode_only
+        else "BatchPrefillWithSharedPrefixPagedKVCacheWrapper"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         w = getattr(pyinfer, name)(d.workspace(), c.layout)
@@ -701,15 +726,21 @@ def check(d: Draw, wanted: Wanted, out: Any, lse: Any, name: str) -> float:
     """Fail unless a result is within the rounding that its types bring; returns the share of rows about which the reference decides."""
     c, exact = d.case, wanted.exact
     got = d.b.float64(out)
-    assert d.b.is_own(out) and got.shape == exact.out.shape, f"{name}: {type(out)} {got.shape}, expected {exact.out.shape}"
-    assert d.b.numpy(out).dtype == (NUMPY_DTYPES.get(wanted.dtype) or np.dtype(wanted.dtype)), f"{name}: {d.b.numpy(out).dtype}"
+    assert d.b.is_own(out) and got.shape == exact.out.shape, (
+        f"{name}: {type(out)} {got.shape}, expected {exact.out.shape}"
+    )
+    assert d.b.numpy(out).dtype == (NUMPY_DTYPES.get(wanted.dtype) or np.dtype(wanted.dtype)), (
+        f"{name}: {d.b.numpy(out).dtype}"
+    )
     unseen = np.isneginf(exact.lse)
     assert np.isfinite(got).all(), f"{name}: not finite at {np.argwhere(~np.isfinite(got))[:4].tolist()}"
     assert (got[unseen] == 0).all(), f"{name}: a row without keys is not zero"
     own = EPSILON[c.dtype]
     weights = exact.weight_error + (2 * own if d.device == "cuda" else 0) + wanted.roundings * own + 4e-6
     decided = np.isfinite(weights)
-    bound = 1.02 * EPSILON[wanted.dtype] * np.abs(exact.out) + np.where(decided, weights, 0)[..., None] * exact.mean + 2e-6
+    bound = (
+        1.02 * EPSILON[wanted.dtype] * np.abs(exact.out) + np.where(decided, weights, 0)[..., None] * exact.mean + 2e-6
+    )
     excess = np.where(decided[..., None], np.abs(got - exact.out) - bound, -1)
     if (excess > 0).any():
         at = tuple(int(i) for i in np.unravel_index(int(excess.argmax()), excess.shape))
@@ -721,7 +752,11 @@ def check(d: Draw, wanted: Wanted, out: Any, lse: Any, name: str) -> float:
         assert found.shape == exact.lse.shape and d.b.numpy(lse).dtype == np.float32, f"{name}: lse {found.shape}"
         assert (np.isneginf(found) == unseen).all(), f"{name}: -inf in the lse elsewhere than expected"
         seen = ~unseen
-        room = exact.score_error[seen] / math.log(2) + 4e-6 * np.abs(exact.lse[seen]) + (1e-3 if d.device == "cuda" else 3e-5)
+        room = (
+            exact.score_error[seen] / math.log(2)
+            + 4e-6 * np.abs(exact.lse[seen])
+            + (1e-3 if d.device == "cuda" else 3e-5)
+        )
         off = np.abs(found[seen] - exact.lse[seen]) - room
         assert (off <= 0).all(), f"{name}: lse off by {off.max():.3e} more than allowed; got {found[seen][off.argmax()]}, expected {exact.lse[seen][off.argmax()]}"  # fmt: skip
     return float(decided.mean()) if decided.size else 1.0

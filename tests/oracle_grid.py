@@ -163,14 +163,13 @@ KERNEL = ("dtype", "kv", "out", "pos", "mask", "sinks")
 """What makes a kernel of its own on the CPU, beside the phase."""
 KERNELS = (
     ("float32", "same", "same", "NONE", "none", False),
-    ("bfloat16", "same", "same", "NONE", "none", False),
     ("float16", "float8_e4m3fn", "same", "NONE", "none", False),
     ("bfloat16", "same", "same", "ROPE_LLAMA", "none", False),
-    ("float16", "same", "float32", "ALIBI", "none", True),
+    ("float16", "same", "same", "ALIBI", "none", True),
     ("float16", "same", "same", "ALIBI", "bool", False),
     ("float16", "same", "same", "ALIBI", "packed", False),
-    ("bfloat16", "float8_e5m2", "same", "NONE", "packed", True),
-    ("bfloat16", "same", "same", "NONE", "items", True),
+    ("bfloat16", "float8_e5m2", "float32", "NONE", "packed", True),
+    ("float16", "same", "same", "NONE", "items", True),
 )
 
 
