@@ -5,6 +5,7 @@ from __future__ import annotations
 NAMES = (
     "decode",
     "prefill",
+    "variants",
     "cascade",
     "mla",
     "memory_bound",

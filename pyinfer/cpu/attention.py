@@ -102,7 +102,7 @@ def _merge_tiles(
             value, scale = finish_row(top, total, q_head, sinks)
             if user is not None:
                 if user[LINEAR] != 0:
-                    scale = np.float32(total)
+                    scale = np.float32(1)
             scale *= v_scale
             if user is not None:
                 qo_len = np.int64(qo_indptr[request + 1]) - token0

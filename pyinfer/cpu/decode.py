@@ -261,6 +261,9 @@ def decode_items(
                     for i in range(dv):
                         partial_o[cell * dv + i] = o[src + i] * scale
                     partial_lse[cell] = lse_of(m[j], total[j])
+                    if user is not None:
+                        if user[LINEAR] != 0:
+                            partial_lse[cell] = 0  # weighs 1 in the merge
                 else:
                     token = U(token0 + (row0 + r) // group)
                     q_head = U((head0 + h) * group + (row0 + r) % group)
