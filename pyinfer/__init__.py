@@ -14,7 +14,17 @@ __version__ = "0.1.0"
 # Operator family -> its names at the top level. TYPE_CHECKING below repeats it for type checkers and editors;
 # tests/test_import.py fails when the two, or a family's __all__, part ways.
 _FAMILIES: dict[str, tuple[str, ...]] = {
-    "activation": ("gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"),
+    "activation": (
+        "gelu_and_mul",
+        "gelu_and_mul_dynamic_quant",
+        "gelu_and_mul_quant",
+        "gelu_tanh_and_mul",
+        "gelu_tanh_and_mul_dynamic_quant",
+        "gelu_tanh_and_mul_quant",
+        "silu_and_mul",
+        "silu_and_mul_dynamic_quant",
+        "silu_and_mul_quant",
+    ),
     "attention": ("BatchAttention", "BatchAttentionWithAttentionSinkWrapper"),
     "cascade": (
         "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
@@ -116,8 +126,14 @@ if TYPE_CHECKING:
     from pyinfer._flashinfer import install_as_flashinfer as install_as_flashinfer
     from pyinfer._support import support as support
     from pyinfer.activation import gelu_and_mul as gelu_and_mul
+    from pyinfer.activation import gelu_and_mul_dynamic_quant as gelu_and_mul_dynamic_quant
+    from pyinfer.activation import gelu_and_mul_quant as gelu_and_mul_quant
     from pyinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
+    from pyinfer.activation import gelu_tanh_and_mul_dynamic_quant as gelu_tanh_and_mul_dynamic_quant
+    from pyinfer.activation import gelu_tanh_and_mul_quant as gelu_tanh_and_mul_quant
     from pyinfer.activation import silu_and_mul as silu_and_mul
+    from pyinfer.activation import silu_and_mul_dynamic_quant as silu_and_mul_dynamic_quant
+    from pyinfer.activation import silu_and_mul_quant as silu_and_mul_quant
     from pyinfer.attention import BatchAttention as BatchAttention
     from pyinfer.attention import BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper
     from pyinfer.cascade import (

@@ -9,7 +9,7 @@ from pyinfer.core.calls import Calls
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import check_dtype, check_same_device, check_shape, fail
 from pyinfer.core.rows import row_layout, vector_length
-from pyinfer.core.scales import FP8, Scale, fp8_dtype, given_scale, is_number
+from pyinfer.core.scales import FP8, Scale, check_row_scales, fp8_dtype, given_scale, is_number
 from pyinfer.core.tensor import TensorView, empty, view
 
 if TYPE_CHECKING:
@@ -92,10 +92,7 @@ def dynamic_quant(
     if scale is None:
         scale = empty(x, shape, FLOAT32)
     s = view(scale, op, "scale")
-    check_dtype(op, "scale", s, (FLOAT32,))
-    check_shape(op, "scale", s, shape)
-    if not s.is_contiguous():
-        fail(op, "scale", "is not contiguous", f"strides {tuple(s.strides)}", "a dense tensor", "Leave it out.")
+    check_row_scales(op, s, shape)
     if s.device != x.device:
         check_same_device(op, {"input": x, "scale": s})
     if not x.shape[-1] and 0 not in x.shape[:-1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from pyinfer.core.dtypes import FLOAT8_E4M3, FLOAT8_E5M2, FLOAT32, DType, canonical_dtype
-from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, device_name, fail, fail_type
+from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, check_shape, device_name, fail, fail_type
 from pyinfer.core.tensor import TensorView, view
 
 FP8 = (FLOAT8_E4M3, FLOAT8_E5M2)
@@ -76,6 +76,14 @@ def given_scale(op: str, arg: str, scale: Any, like: TensorView, heads: int = 1)
         got, wanted = device_name(v.device), f"{device_name(like.device)}, where the data is"
         fail(op, arg, "is on another device", got, wanted, "Move it once, outside the loop, or pass a number.")
     return Scale(v, 1.0, v.size)
+
+
+def check_row_scales(op: str, scale: TensorView, shape: tuple[int, ...]) -> None:
+    """Where each row's own scale is written: float32, dense, of that shape."""
+    check_dtype(op, "scale", scale, (FLOAT32,))
+    check_shape(op, "scale", scale, shape)
+    if not scale.is_contiguous():
+        fail(op, "scale", "is not contiguous", f"strides {tuple(scale.strides)}", "a dense tensor", "Leave it out.")
 
 
 def fp8_dtype(op: str, arg: str, dtype: Any, *outputs: TensorView | None) -> DType:

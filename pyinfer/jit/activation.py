@@ -7,26 +7,37 @@ from dataclasses import dataclass
 
 from pyinfer.core.dtypes import canonical_dtype
 from pyinfer.core.errors import fail
-from pyinfer.core.params import ParamStruct, i32, i64, ptr, u32
+from pyinfer.core.params import ParamStruct, f32, i32, i64, ptr, u32
+from pyinfer.jit.norm import RowConfig, row_config
 from pyinfer.jit.spec import JitModule, JitSpec
 
-ACT_AND_MUL = ParamStruct(
-    "ActAndMulParams",
-    ptr(
-        "x",
-        "const scalar_t",
-        "[rows, 2 * width], row r at (r / inner) * x_outer + (r % inner) * x_inner: gate, then factor",
-    ),
-    ptr("out", "scalar_t", "[rows, width]"),
-    i64("x_outer", "strides in elements"),
-    i64("x_inner"),
-    i64("out_outer"),
-    i64("out_inner"),
-    u32("rows"),
-    u32("inner", ">= 1"),
-    u32("chunks", "blocks per row"),
-    i32("width", "a multiple of VEC"),
-)
+_SCALE = {
+    "": (),
+    "tensor": (ptr("scale", "const float", "[1], or null: scale_value"),),
+    "row": (ptr("scales", "float", "[rows]: written"),),
+}
+
+
+@functools.cache
+def act_params(quantize: str = "") -> ParamStruct:
+    """The parameter struct, with results of one kind (`pyinfer.jit.norm.QUANTIZE`)."""
+    x = "[rows, 2 * width], row r at (r / inner) * x_outer + (r % inner) * x_inner: gate, then factor"
+    return ParamStruct(
+        "ActAndMulParams",
+        ptr("x", "const scalar_t", x),
+        ptr("out", "out_t", "[rows, width]"),
+        *_SCALE[quantize],
+        i64("x_outer", "strides in elements"),
+        i64("x_inner"),
+        i64("out_outer"),
+        i64("out_inner"),
+        u32("rows"),
+        u32("inner", ">= 1"),
+        *((u32("chunks", "blocks per row"),) if quantize != "row" else ()),
+        i32("width", "a multiple of VEC"),
+        *((f32("scale_value"),) if quantize == "tensor" else ()),
+    )
+
 
 act_func_def_str: dict[str, str] = {
     "silu": '#include "activation/silu.cuh"',
@@ -110,7 +121,12 @@ def act_candidates(vectors: int) -> list[ActConfig]:
 
 @functools.cache
 def gen_act_and_mul(
-    act: str, dtype: str, width: int, vec: int | None = None, config: ActConfig | None = None
+    act: str,
+    dtype: str,
+    width: int,
+    vec: int | None = None,
+    config: ActConfig | None = None,
+    out: str | None = None,
 ) -> JitSpec:
     """The kernel for rows of `width` results (and others that share its configuration).
 
@@ -124,14 +140,19 @@ def gen_act_and_mul(
         Elements per access; default: what `width` allows if pointers and strides are multiples of 16 bytes.
     config
         One of `act_candidates`; default `act_config`.
+    out
+        The 8-bit dtype of results divided by one scale; None: they are of `dtype`.
     """
     if act not in act_func_def_str:
         fail("gen_act_and_mul", "act", "is unknown", repr(act), "one of " + ", ".join(act_func_def_str))
     d = canonical_dtype(dtype)
     v = vec or min(16 // d.itemsize, width & -width)
     config = config or act_config(width // v)
+    o = canonical_dtype(out or dtype)
     constants = (
         ("scalar_t", d.ctype),
+        ("out_t", o.ctype),
+        ("QUANTIZE", out is not None),
         ("VEC", v),
         ("LANES", config.lanes),
         ("ROWS", config.rows),
@@ -141,10 +162,43 @@ def gen_act_and_mul(
         ("STORE", config.store),
         ("activation", act_func_def_str[act]),
     )
-    name = f"{act}_and_mul_{d.short}_v{v}_{config.lanes}x{config.rows}_{config.short}"
+    result = f"_{o.short}" if out else ""
+    name = f"{act}_and_mul_{d.short}{result}_v{v}_{config.lanes}x{config.rows}_{config.short}"
     return JitSpec(
-        name, "activation/act_and_mul.cu.jinja", ACT_AND_MUL, constants, block=(config.lanes, config.rows, 1)
+        name,
+        "activation/act_and_mul.cu.jinja",
+        act_params("tensor" if out else ""),
+        constants,
+        block=(config.lanes, config.rows, 1),
     )
+
+
+def act_rows_config(vectors: int) -> RowConfig:
+    """How a row is spread that one block must see whole: two vectors of results a thread, kept as floats."""
+    return row_config(vectors, 2, (512, 6))
+
+
+@functools.cache
+def gen_act_and_mul_rows(act: str, dtype: str, out: str, width: int, vec: int | None = None) -> JitSpec:
+    """The kernel whose results are divided by a scale of each row's own; parameters as `gen_act_and_mul`."""
+    if act not in act_func_def_str:
+        fail("gen_act_and_mul_rows", "act", "is unknown", repr(act), "one of " + ", ".join(act_func_def_str))
+    d, o = canonical_dtype(dtype), canonical_dtype(out)
+    v = vec or min(16 // d.itemsize, width & -width)
+    config = act_rows_config(width // v)
+    constants = (
+        ("scalar_t", d.ctype),
+        ("out_t", o.ctype),
+        ("VEC", v),
+        ("LANES", config.lanes),
+        ("ROWS", config.rows),
+        ("SLOTS", config.slots),
+        ("REREAD", config.reread),
+        ("activation", act_func_def_str[act]),
+    )
+    name = f"{act}_and_mul_{d.short}_{o.short}_rows_v{v}_{config.short}"
+    template = "activation/act_and_mul_rows.cu.jinja"
+    return JitSpec(name, template, act_params("row"), constants, block=(config.lanes, config.rows, 1))
 
 
 _WIDTHS = (1536, 8192, 14336)  # SmolLM2, Llama 3 1B, 8B
@@ -165,5 +219,11 @@ def all_specs() -> list[JitSpec]:
         gen_act_and_mul("gelu", "bfloat16", 4),
         gen_act_and_mul("gelu_tanh", "float16", 4096, 1),
         *(gen_act_and_mul("silu", "bfloat16", 8192, config=c) for c in act_candidates(1024)),
+        *(gen_act_and_mul(a, "bfloat16", 14336, out="float8_e4m3fn") for a in act_func_def_str),
+        gen_act_and_mul("silu", "float16", 20, out="float8_e5m2"),
+        *(gen_act_and_mul_rows(a, "bfloat16", "float8_e4m3fn", 14336) for a in act_func_def_str),
+        *(gen_act_and_mul_rows("silu", "bfloat16", "float8_e4m3fn", w) for w in (1536, 8192, 65536)),
+        gen_act_and_mul_rows("silu", "float32", "float8_e5m2", 4096),
+        gen_act_and_mul_rows("silu", "float16", "float8_e4m3fn", 8, 1),
     ]
     return list(dict.fromkeys(specs))
