@@ -11,6 +11,7 @@ import pytest
 import pyinfer
 from pyinfer.jit import compiler, env
 from pyinfer.jit.attention import SOURCES, attention_config, gen_attention
+from pyinfer.jit.attention_config import wide_decode_config
 from pyinfer.jit.warmup import ModelConfig, model_specs, warmup
 
 SMOLLM2 = ModelConfig(num_qo_heads=9, num_kv_heads=3, head_dim=64, hidden_size=576, intermediate_size=1536)
@@ -42,7 +43,10 @@ def test_every_attention_configuration_is_covered(model, arch):
     reachable = {
         gen_attention(c, model.dtype, model.head_dim, model.head_dim, s).name for c in configs for s in SOURCES
     }
-    assert {n for n in names if n.startswith(("decode", "prefill"))} == reachable
+    wide = wide_decode_config(arch, model.head_dim, model.head_dim)  # for few requests, from plans
+    if wide is not None and group <= 16:
+        reachable.add(gen_attention(wide, model.dtype, model.head_dim, model.head_dim, "plan").name)
+    assert {n for n in names if n.startswith(("decode_sm", "prefill"))} == reachable
 
 
 def test_specs_of_a_model():
@@ -52,6 +56,7 @@ def test_specs_of_a_model():
     everything = {"rmsnorm", "fused_add_rmsnorm", "act_and_mul", "rope", "append", "batch_positions", "seq_lens"}
     everything |= {
         "decode_sm80",
+        "replan",
         "prefill_sm80",
         "merge_state",
         "merge_states",

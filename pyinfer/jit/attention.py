@@ -22,6 +22,7 @@ from pyinfer.jit.attention_config import (  # most callers know them from here
     attention_config,
     candidate_configs,
     smem_limits,
+    wide_decode_config,
 )
 from pyinfer.jit.attention_options import PLAIN, AttentionOptions
 from pyinfer.jit.spec import JitModule, JitSpec
@@ -274,6 +275,10 @@ def all_specs(archs: Collection[int] = (80, 89, 90)) -> list[JitSpec]:
                     for source in SOURCES:
                         for variant in VARIANTS:
                             found[gen_attention(config, dtype, dim, dim, source, variant)] = None
+            wide = wide_decode_config(arch, dim, dim)
+            if wide is not None:
+                for dtype in DTYPES:
+                    found[gen_attention(wide, dtype, dim, dim)] = None
     # Options once, cut for the smallest shared memory: that fits all of the architectures.
     found |= dict.fromkeys(option_specs(min(archs, key=smem_limits)))
     return list(found)

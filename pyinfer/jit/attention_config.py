@@ -261,6 +261,19 @@ def _prefill_candidates(
 
 
 @functools.cache
+def wide_decode_config(
+    arch: int, head_dim_qk: int, head_dim_vo: int, kv_itemsize: int = 2, options: AttentionOptions = PLAIN
+) -> AttentionConfig | None:
+    """The decode configuration of one block of 8 warps per multiprocessor; None where there is no room for it.
+
+    It is for batches whose requests and heads do not fill the device: half as many blocks as with two on each multiprocessor, so half as many splits to be
+    merged, or none.
+    """
+    found = candidate_configs(arch, head_dim_qk, head_dim_vo, DECODE_ROWS, kv_itemsize, options)
+    return next((c for c in found if c.num_warps == 8 and c.ctas_per_sm == 1), None)
+
+
+@functools.cache
 def attention_config(
     arch: int,
     dtype: DType | str,

@@ -178,7 +178,9 @@ def model_specs(model: ModelConfig, arch: int) -> list[JitSpec]:
 
 def _attention(model: ModelConfig, arch: int) -> list[JitSpec]:
     from pyinfer.jit.attention import DECODE_ROWS, SOURCES, attention_config, gen_attention
+    from pyinfer.jit.attention_config import wide_decode_config
     from pyinfer.jit.cascade import gen_merge_state, gen_merge_states
+    from pyinfer.jit.replan import all_specs as all_replan_specs
 
     group = model.num_qo_heads // model.num_kv_heads
     dim, variant = model.head_dim, "softcap" if model.logits_soft_cap > 0 else "plain"
@@ -186,6 +188,10 @@ def _attention(model: ModelConfig, arch: int) -> list[JitSpec]:
     sizes = [rows for rows in (DECODE_ROWS, 64) if rows >= group] + [1 << 20]
     configs = [attention_config(arch, model.dtype, dim, dim, rows) for rows in sizes]
     specs = [gen_attention(c, model.dtype, dim, dim, source, variant) for c in configs for source in SOURCES]
+    wide = wide_decode_config(arch, dim, dim)
+    if wide is not None and group <= DECODE_ROWS:
+        specs.append(gen_attention(wide, model.dtype, dim, dim, "plan", variant))
+    specs += all_replan_specs()
     return [*specs, gen_merge_state(model.dtype, dim), gen_merge_states(model.dtype, dim)]
 
 
