@@ -48,7 +48,7 @@ class Pairs:
         return [self.index[f, row[f]] for f in self.names]
 
     def complete(self, start: Sequence[int], weight: np.ndarray, rng: random.Random) -> list[int] | None:
-        """A whole row that holds the values `start`, preferring at every step the value with the most `weight` [values, values] to those chosen; None if none."""
+        """A whole row that holds the values `start`, at every step the value with the most `weight` [values, values] to those chosen; None if there is none."""
         free = np.ones(len(self.values), bool)
         for i in start:
             free &= self.together[i]

@@ -132,6 +132,24 @@ OPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "prefix_prefill": _op("layout", "causal", "scale", "index", "workspace", form=("plain", "combined", "strided"), **_PAGED),
 }  # fmt: skip
 
+NAMES = {  # of the public functions and wrappers
+    "single_decode": "single_decode_with_kv_cache",
+    "single_prefill": "single_prefill_with_kv_cache",
+    "decode": "BatchDecodeWithPagedKVCacheWrapper",
+    "paged": "BatchPrefillWithPagedKVCacheWrapper",
+    "ragged": "BatchPrefillWithRaggedKVCacheWrapper",
+    "batch_attention": "BatchAttention",
+    "cascade": "MultiLevelCascadeAttentionWrapper",
+    "cascade_one": "MultiLevelCascadeAttentionWrapper",
+    "pod": "PODWithPagedKVCacheWrapper",
+    "block_sparse": "BlockSparseAttentionWrapper",
+    "variable_sparse": "VariableBlockSparseAttentionWrapper",
+    "mla": "BatchMLAPagedAttentionWrapper",
+    "mla_decode": "BatchDecodeMlaWithPagedKVCacheWrapper",
+    "prefix_decode": "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
+    "prefix_prefill": "BatchPrefillWithSharedPrefixPagedKVCacheWrapper",
+}
+
 _EXCLUDED = (
     # A request of one row sees its last key, or is the last of a causal mask: nothing is left to see of what these say.
     (("shape", "decode"), ("mask", "items")),

@@ -491,6 +491,8 @@ def test_machine_description_names_no_host():
 
 JUNIT = """<testsuites><testsuite><testcase classname="tests.test_norm" name="test_a[1]" time="0.5"/>
 <testcase classname="tests.test_norm.TestX" name="test_b" time="0.25"><failure message="boom">x</failure></testcase>
+<testcase classname="tests.test_oracle_grid" name="test_grid[3-paged-float16-d64x64]" time="0"/>
+<testcase classname="tests.test_decode" name="test_d[torch-1]" time="0"/>
 <testcase classname="tests.jit.test_cache" name="test_c" time="0"><skipped type="pytest.skip" message="needs two GPUs"/></testcase></testsuite></testsuites>"""
 
 
@@ -515,7 +517,7 @@ def test_gpu_record(tmp_path):
     (path,) = tmp_path.glob("*_ptx.json")
     found = json.loads(path.read_text())
     assert (
-        found["totals"] == {"passed": 1, "failed": 1, "skipped": 1}
+        found["totals"] == {"passed": 3, "failed": 1, "skipped": 1}
         and found["complete"]
         and found["whole_suite"]
         and found["seed"] == 3
@@ -526,6 +528,10 @@ def test_gpu_record(tmp_path):
     )
     assert found["failures"] == [{"test": "tests/test_norm.py::test_b", "message": "boom"}] and found["skips"] == {
         "needs two GPUs": 1
+    }
+    assert found["wrappers"] == {
+        "BatchPrefillWithPagedKVCacheWrapper": {"passed": 1},
+        "BatchDecodeWithPagedKVCacheWrapper": {"passed": 1},
     }
     assert found["command"] == "PYINFER_CUDA_ARCH_LIST=8.0+PTX pytest --device cuda"
     (tmp_path / "j.xml").write_text(JUNIT[:200])  # cut off

@@ -1,6 +1,7 @@
 """Every operator of attention against float64: a grid in which every two values of its options meet, and random cases beside it.
 
-On the CPU a cut of the grid runs (`oracle_grid.KERNELS`: each combination of options is a kernel to compile); with PYINFER_FULL_GRID=1, and on a GPU, all of it.
+On the CPU a cut of the grid runs (`oracle_grid.KERNELS`: each combination of options is a kernel to compile); all of it with PYINFER_FULL_GRID=1, and on a
+GPU.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def test_random_cases(device, part):
 def _plain(op: str, device: str, **changes) -> oracle_grid.Case:
     row = {f: values[0] for f, values in oracle_grid.OPS[op].items()}
     row |= {"op": op, "dtype": "float32" if device == "cpu" else "bfloat16", "shape": "mixed", "results": "both"}
-    return oracle_grid.case_of({**row, **oracle_grid.OFF, "results": "both"}, {})._replace(**changes)
+    scale = oracle_grid.OPS[op]["scale"][-1]
+    return oracle_grid.case_of({**row, **oracle_grid.OFF, "results": "both", "scale": scale}, {})._replace(**changes)
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -128,12 +130,20 @@ def test_every_page_size(rng, device, op, part):
         run(_plain(op, device, dims=(64, 64), group=2, kv_heads=1, page=page, shape="mixed", causal=op == "paged"), rng, device)  # fmt: skip
 
 
+@pytest.mark.parametrize("op", ["mla", "mla_decode"])
+def test_many_mla_heads(rng, device, op):
+    """MLA's heads are rows of a tile: there is no largest number of them."""
+    for heads in (129, 160, 256):
+        run(_plain(op, device, dims=(576, 512), group=heads, kv_heads=1, page=64, shape="short", causal=op == "mla"), rng, device)  # fmt: skip
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("op", ["decode", "paged"])
 def test_every_head_dimension(rng, device, op):
     """On the CPU a head dimension is a number like any other; the grid has every one that a GPU has."""
     for dim in range(1, MAX_HEAD_DIM + 1):
-        run(_plain(op, device, dims=(dim, MAX_HEAD_DIM + 1 - dim if op == "paged" else dim), group=2, kv_heads=1, page=16, shape="short"), rng, device)  # fmt: skip
+        dims = (dim, MAX_HEAD_DIM + 1 - dim if op == "paged" else dim)
+        run(_plain(op, device, dims=dims, group=2, kv_heads=1, page=16, shape="short"), rng, device)
 
 
 # ---- the grid itself -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Write the record of a GPU test run, fit for tests/gpu_results/: what ran where, counts per file, every failure and skip reason.
+"""Write the record of a GPU test run, fit for tests/gpu_results/: what ran where, counts per file and per wrapper, every failure and skip reason.
 
 python tools/gpu/record.py --name native --junit junit_native.xml --out DIR [--arch-list 8.0+PTX] [--exit-code 0] [--seed 1]
 
@@ -20,10 +20,34 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import machine  # noqa: E402 - the checkout need not be installed
+from tests.oracle_grid import NAMES  # noqa: E402
+
+# What a file tests, where that is one wrapper. The oracle grid's tests name theirs: test_grid[3-paged-float16-…].
+WRAPPERS = {
+    "tests/test_decode.py": "BatchDecodeWithPagedKVCacheWrapper",
+    "tests/test_batch_attention.py": "BatchAttention",
+    "tests/test_cascade_wrappers.py": "MultiLevelCascadeAttentionWrapper",
+    "tests/test_pod.py": "PODWithPagedKVCacheWrapper",
+}
+OF_TESTS = {  # by the start of a test's parameters
+    **NAMES,
+    "prefill": "BatchPrefillWithPagedKVCacheWrapper",
+    "variable": "VariableBlockSparseAttentionWrapper",
+    "block": "BlockSparseAttentionWrapper",
+}
+
+
+def wrapper_of(file: str, test: str) -> str | None:
+    """The operator or wrapper that a test is about, None if it says of none or of several."""
+    _, bracket, parameters = test.partition("[")
+    words = [word for word in parameters.rstrip("]").replace(" ", "-").split("-") if not word.isdecimal()]
+    if bracket and words and words[0] in OF_TESTS and file.startswith("tests/test_"):
+        return OF_TESTS[words[0]]
+    return WRAPPERS.get(file)
 
 
 def read_junit(path: Path) -> dict[str, Any]:
-    """Counts per test file, failures and skip reasons of a JUnit file. `complete` is False if there is none or it is cut off."""
+    """Counts per test file and wrapper, failures and skip reasons of a JUnit file. `complete` is False if there is none or it is cut off."""
     try:
         cases = list(ElementTree.parse(path).iter("testcase"))
     except (OSError, ElementTree.ParseError) as error:
@@ -32,6 +56,7 @@ def read_junit(path: Path) -> dict[str, Any]:
             "problem": f"{type(error).__name__}: {error}",
             "totals": {},
             "files": {},
+            "wrappers": {},
             "failures": [],
             "skips": {},
         }
@@ -39,6 +64,7 @@ def read_junit(path: Path) -> dict[str, Any]:
     totals: collections.Counter[str] = collections.Counter()
     skips: collections.Counter[str] = collections.Counter()
     failures = []
+    wrappers: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for case in cases:
         # classname is the module path, with the class behind it if there is one: "tests.test_norm.TestX"
         parts = case.get("classname", "").split(".")
@@ -57,6 +83,9 @@ def read_junit(path: Path) -> dict[str, Any]:
         files[file][outcome] += 1
         files[file]["seconds"] += float(case.get("time") or 0)  # type: ignore[assignment] - a Counter adds floats as well
         totals[outcome] += 1
+        wrapper = wrapper_of(file, case.get("name", ""))
+        if wrapper is not None:
+            wrappers[wrapper][outcome] += 1
     return {
         "complete": True,
         "totals": dict(totals),
@@ -64,6 +93,7 @@ def read_junit(path: Path) -> dict[str, Any]:
             name: {k: round(v, 1) if k == "seconds" else v for k, v in counts.items()}
             for name, counts in sorted(files.items())
         },
+        "wrappers": {name: dict(counts) for name, counts in sorted(wrappers.items())},
         "failures": failures,
         "skips": dict(skips.most_common()),
     }
