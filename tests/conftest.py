@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 import pytest
 
+from tests import compiled
 from tests.arrays import Backend
 
 GPU_MISSING = "needs a GPU: run with --device cuda"
@@ -30,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if not cuda_available():
             raise pytest.UsageError("--device cuda: CuPy finds no GPU here. `pyinfer doctor` says why.")
+    if compiled.wanted():
+        compiled.install()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -39,6 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=GPU_MISSING))
         if ("cpu" in item.keywords or "compile" in item.keywords) and on_gpu:
             item.add_marker(pytest.mark.skip(reason="runs in the CPU suite"))
+        if compiled.wanted() and getattr(item, "originalname", "") in compiled.TORCH_BUGS:
+            item.add_marker(pytest.mark.skip(reason=compiled.TORCH_BUGS[item.originalname]))
 
 
 @pytest.fixture(scope="session")

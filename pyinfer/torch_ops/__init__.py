@@ -5,16 +5,21 @@ be switched on: a public function carries what torch.compile is to trace in its 
 does so by hand, for programs that name `torch.ops.pyinfer` themselves (an exported one, say).
 
 Limits: a generator cannot be passed in compiled code (pass `seed` and `offset`), `plan()` is called outside of it, and a wrapper's compiled `run()` belongs
-to that wrapper: another one compiles anew, another plan of the same dtypes does not.
+to that wrapper: another one compiles anew, another plan of the same dtypes does not. `torch.compile(wrapper.run)` sees the method's own code; compile a
+function that calls it. `functools.wraps(pyinfer.rmsnorm)` copies the attribute to the wrapper, which then is not traced itself: pass `updated=()`.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["register"]
+
+eager: dict[str, Callable[..., Any]] = {}
+"""The public functions and methods, by their names in the table, as their modules defined them."""
 
 
 def register() -> None:
@@ -32,11 +37,15 @@ def attach(module: str) -> None:
     family = module.rpartition(".")[2]
     names: Any = vars(sys.modules[module])
     for public, op in FUNCTIONS.get(family, {}).items():
-        names[public]._torchdynamo_inline = traced(public, op, names[public])
+        function = eager[public] = names[public]
+        function._torchdynamo_inline = function._torchdynamo_orig_callable = traced(public, op, function)
+        function._torchdynamo_wrapper_id = id(
+            function
+        )  # with the line above: torch.compile(function) itself compiles what is traced
     for public, op in METHODS.get(family, {}).items():
         cls_name, method = public.split(".")
         cls = names[cls_name]
-        function = getattr(cls, method)
+        function = eager[public] = getattr(cls, method)
         function._torchdynamo_inline = traced(public, op, function)
         if "_remembered" not in vars(cls):
             _remember_instances(cls)

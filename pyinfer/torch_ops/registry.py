@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from pyinfer.torch_ops import eager
 from pyinfer.torch_ops.signature import flat, parse, public_arguments, schema
 from pyinfer.torch_ops.table import FUNCTIONS, METHODS, Operator
 from pyinfer.torch_ops.trace import operator_name, subsets
@@ -97,10 +98,8 @@ def _implementation(
     family: str, public: str, arguments: Any, names: list[str], fixed: dict[str, bool] | None
 ) -> Callable[..., Any]:
     """The eager call behind a registered operator. `fixed`: values of the flags in its name; None: it writes to given outputs."""
-    module = importlib.import_module(f"pyinfer.{family}")
-    function: Any = module
-    for part in public.split("."):
-        function = getattr(function, part)
+    importlib.import_module(f"pyinfer.{family}")
+    function = eager[public]
     counters = {a.name for a in arguments if a.kind == "counter"}
 
     def run(*args: Any) -> Any:

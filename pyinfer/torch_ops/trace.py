@@ -36,7 +36,7 @@ def _refuse(op: str, argument: str) -> None:
         fix = "Pass seed and offset: numbers, or tensors that a graph may update."
     else:
         fix = "Leave it out, or call outside the compiled region."
-    raise TypeError(f"{op}: {argument} is not supported under torch.compile: got a value, wanted None. {fix}")
+    raise TypeError(f"{op}: {argument} is not supported under torch.compile: got a value, wanted its default. {fix}")
 
 
 def _tensor(x: Any) -> Any:
@@ -62,13 +62,20 @@ def _int64(x: Any) -> Any:
 def _indices(x: Any) -> Any:
     import torch
 
-    return x if isinstance(x, torch.Tensor) else torch.tensor(x)
+    return x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.int64)
 
 
 def _dtype(x: Any) -> Any:
     import torch
 
     return getattr(torch, x) if isinstance(x, str) else x
+
+
+_rules: dict[str, Any] = {}
+
+
+def _allocate(public: str, arguments: dict[str, Any]) -> Any:
+    return _rules[public](arguments)
 
 
 def _counter(target_probs: Any) -> Any:
@@ -88,7 +95,9 @@ def _planned(wrapper: Any) -> Any:
     return None if ours is None else getattr(torch, ours.name)
 
 
-_HELPERS = {f.__name__: f for f in (_ready, _refuse, _tensor, _number, _int64, _indices, _dtype, _counter, _planned)}
+_HELPERS = {
+    f.__name__: f for f in (_ready, _refuse, _tensor, _number, _int64, _indices, _dtype, _allocate, _counter, _planned)
+}
 
 
 def _flat_values(a: Argument, with_out: bool) -> list[str]:
@@ -139,6 +148,13 @@ def source(public: str, op: Operator, signature: inspect.Signature) -> str:
             lines += [f"    if {a.name}:", f"        _refuse({public!r}, {'*' + a.name!r})"]
         elif a.kind == "counter":
             lines += [f"    if {a.name} is None:", f"        {a.name} = _counter(target_probs)"]
+    known = {a.name for a in arguments}
+    for parameter in signature.parameters.values():
+        if parameter.name not in known:  # newer than the table: not taken and ignored
+            lines += [
+                f"    if {parameter.name} is not {parameter.default!r}:",
+                f"        _refuse({public!r}, {parameter.name!r})",
+            ]
     name = operator_name(public)
     flags = [a.name for a in arguments if a.kind == "flag"]
     outs = [a.name for a in arguments if a.kind == "out"]
@@ -148,7 +164,7 @@ def source(public: str, op: Operator, signature: inspect.Signature) -> str:
         call = ", ".join(v for a in arguments for v in _flat_values(a, True))
         lines += [
             f"    if {' or '.join(f'{x} is not None' for x in outs)}:",
-            f"        made = _rule({{{names}{planned}}})",
+            f"        made = _allocate({public!r}, {{{names}{planned}}})",
         ]
         for i, x in enumerate(outs):
             lines += [f"        if {x} is None and len(made) > {i}:", f"            {x} = made[{i}]"]
@@ -174,7 +190,8 @@ def traced(public: str, op: Operator, function: Callable[..., Any]) -> Callable[
     """The function to trace in the place of `function`."""
     text = source(public, op, inspect.signature(function))
     file = f"<pyinfer.torch_ops {public}>"
-    names: dict[str, Any] = {**_HELPERS, "_rule": op.rule, "__name__": __name__}
+    _rules[public] = op.rule
+    names: dict[str, Any] = {**_HELPERS, "__name__": __name__}
     exec(compile(text, file, "exec"), names)
     linecache.cache[file] = (len(text), None, text.splitlines(True), file)  # tracebacks show the line
     return names["traced"]
