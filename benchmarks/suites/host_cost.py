@@ -2,13 +2,16 @@
 
 run() and operators: the GPU is kept busy ahead of them by a spin, and few calls are in flight, so that no launch
 waits for a place in the queue; each call is timed alone, medians are given. plan(): the GPU is idle when it starts,
-as in BASELINES.md; `plan busy` starts it behind a spin of 3 ms, so that a plan that waits for the GPU shows. Nothing
-here has TFLOP/s or a limit; × peer is the best peer's time over ours.
+as in BASELINES.md; `plan busy` starts it behind a spin of 3 ms, so that a plan that waits for the GPU shows. `plan
+many` has a large page table and no cache: 256 requests, then 4096, share 65,536 pages, whose numbers are on the host
+(and travel with the plan) or on the device (and stay there). Nothing here has TFLOP/s or a limit; × peer is the best
+peer's time over ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks import calls, peers
@@ -49,7 +52,29 @@ def run(ctx: Context) -> None:
         prefill = {f"flashinfer {b}": (f"prefill_{b}", {"backend": b}) for b in ("fa2", "fa3")}
         _plans(ctx, spec, a, make, prefill)
         _runs(ctx, f"run {spec}", lambda m, o, a=a: calls.prefill(m, a, **o), prefill)
+    for n in (4, 16) if tiny else (256, 4096):
+        for where in ("host", "device"):
+            table: Any = _page_table(n, 256 if tiny else 65536, ctx.device, where)
+            table.num_qo_heads, table.num_kv_heads, table.head_dim, table.dtype = *heads, dim, dtype
+            spec = f"b{n} {len(table.kv_indices)} pages on the {where}"
+            peer = {"flashinfer fa2": ("prefill_fa2", {"use_tensor_cores": True, "backend": "fa2"})}
+            _plans(ctx, f"many decode {spec}", table, calls.plan_decode, peer)
+            peer = {"flashinfer fa2": ("prefill_fa2", {"backend": "fa2"})}
+            _plans(ctx, f"many prefill {spec}", table, calls.plan_paged_prefill, peer)
     _operators(ctx, dtype, dim, heads)
+
+
+def _page_table(batch: int, pages: int, device: str, where: str) -> SimpleNamespace:
+    """What plan() wants of an `Attention`: requests of random lengths that have all of the pages, in any order, one query each."""
+    import torch
+
+    cuts = torch.randperm(pages - 1)[: batch - 1].add(1).sort().values
+    kv_indptr = torch.cat([torch.zeros(1, dtype=torch.long), cuts, torch.tensor([pages])]).int()
+    indices = torch.randperm(pages, dtype=torch.int32)
+    return SimpleNamespace(
+        qo_indptr=torch.arange(batch + 1, dtype=torch.int32), kv_indptr=kv_indptr, kv_indices=indices.to(device) if where == "device" else indices,
+        last_page_len=torch.randint(1, 17, (batch,), dtype=torch.int32), page_size=16, causal=True, kv_dtype="", device=device,
+    )  # fmt: skip
 
 
 def _operators(ctx: Context, dtype: str, dim: int, heads: tuple[int, int]) -> None:
