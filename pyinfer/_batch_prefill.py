@@ -15,8 +15,6 @@ from pyinfer.core.errors import fail
 from pyinfer.schedulers.plan import AttentionPlan, PlanShape, plan_batch, plan_shape
 from pyinfer.schedulers.prefill import EXTRA_SLOTS, prefill_capacity
 
-Tiles = tuple[int, int, int, int]  # tile_q, tile_kv, num_sms, ctas_per_sm
-
 
 @common.remembered
 def prefill_key(
@@ -53,10 +51,18 @@ def prefill_key(
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
-def _shape(op: str, device: int, key: PlanKey, tiles: Tiles, room: tuple[int, int, int] | None = None) -> PlanShape:
-    """All of a plan but the batch; room: batch, query rows and pages (ragged: tokens) of the largest, in CUDA graph mode."""
-    tile_q, tile_kv, num_sms, ctas_per_sm = tiles
+@functools.lru_cache(maxsize=1024)
+def _shape(
+    op: str, device: int, key: PlanKey, rows: int, total_rows: int, room: tuple[int, int, int] | None = None
+) -> PlanShape:
+    """All of a plan but the batch.
+
+    rows and total_rows are the packed rows of the longest request and of all (which the CPU's tiles depend on); room: batch, query rows and pages (ragged:
+    tokens) of the largest plan, in CUDA graph mode.
+    """
+    tile_q, tile_kv, num_sms, ctas_per_sm = common.batch_tiles(
+        device, key.q_data_type, key.head_dim_qk, key.head_dim_vo, rows, total_rows, key.num_kv_heads, key.kv_data_type, key.options
+    )  # fmt: skip
     capacity = None
     if room is not None:
         bound = prefill_capacity(
@@ -95,7 +101,6 @@ class BatchPrefill(BatchAttention):
         """Plan a batch. `key` needs no more checks but of the heads, `items` are the four arguments of multi-item scoring."""
         op = self._op
         qo_indptr, kv_indptr, last_page_len = host
-        key = self._with_variant(key)
         mask = mask_view(op, custom_mask, packed_custom_mask)
         found = items_of(op, *items, max(len(qo_indptr) - 1, 0))
         if found is not None:
@@ -143,17 +148,15 @@ class BatchPrefill(BatchAttention):
         batch = max(len(qo_indptr) - 1, 0)
         total = int(qo_indptr[-1]) if batch else 0
         # A result that must not depend on the batch needs a tile that does not: the largest.
-        invariant = key.disable_split_kv or key.fixed_split_size is not None
-        longest_rows, total_rows = (
-            (1 << 24, 1 << 30) if invariant else (max(_longest(qo_indptr), 1) * group, max(total, 1) * group)
-        )
-        tiles = common.batch_tiles(
-            device, key.q_data_type, key.head_dim_qk, key.head_dim_vo, longest_rows, total_rows, key.num_kv_heads, key.kv_data_type, key.options
-        )  # fmt: skip
+        if key.disable_split_kv or key.fixed_split_size is not None:
+            rows, total_rows = 1 << 24, 1 << 30
+        else:
+            rows, total_rows = max(_longest(qo_indptr), 1) * group, max(total, 1) * group
+        tiles = (rows, total_rows) if device < 0 else (min(rows, common.MANY_ROWS), 0)
         if not self._use_cuda_graph:
-            return plan_batch(op, _shape(op, device, key, tiles), qo_indptr, kv_indptr, indices, last)
+            return plan_batch(op, _shape(op, device, key, *tiles), qo_indptr, kv_indptr, indices, last)
         max_kv = self._buffers[self._indices_arg].shape[0] if self._paged else int(kv_indptr[-1])
-        shape, most = self._fixed(device, key, lambda: (_shape(op, device, key, tiles, (batch, total, max_kv)), total))
+        shape, most = self._fixed(device, key, lambda: (_shape(op, device, key, *tiles, (batch, total, max_kv)), total))
         if total > most:
             fail(
                 op, "qo_indptr", "has more query rows than the first plan", total, f"at most {most}",
