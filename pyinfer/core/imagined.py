@@ -25,12 +25,22 @@ class Reached(BaseException):
 
 
 class Imagined:
-    """A contiguous tensor without memory. Only operators called within `imagining()` may see one."""
+    """A tensor without memory, contiguous unless `strides` (in elements) says otherwise. Only checks get to see one."""
 
-    __slots__ = ("device", "dtype", "shape")
+    __slots__ = ("device", "dtype", "shape", "strides")
 
-    def __init__(self, shape: Sequence[int], dtype: Any, device: int, op: str = "support", arg: str = "tensor") -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: Any,
+        device: int,
+        op: str = "support",
+        arg: str = "tensor",
+        strides: Sequence[int] | None = None,
+    ) -> None:
         self.shape = tuple(shape)
+        dense = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
+        self.strides = tuple(dense if strides is None else strides)
         self.dtype: DType = canonical_dtype(dtype, op, arg)
         self.device = device
 
@@ -40,8 +50,7 @@ class Imagined:
 
 
 def _view(x: Imagined, op: str, arg: str) -> TensorView:
-    strides = [math.prod(x.shape[i + 1 :]) for i in range(len(x.shape))]
-    return TensorView(x, 0, x.shape, tuple(strides), x.dtype, x.device, FRAMEWORK)
+    return TensorView(x, 0, x.shape, x.strides, x.dtype, x.device, FRAMEWORK)
 
 
 tensor._viewers[Imagined] = _view
