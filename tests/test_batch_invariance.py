@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_split_sizes_do_change_bits(rng, backend_arrays, device):
 
 @pytest.mark.parametrize("op", ["single_prefill", "decode", "paged", "batch_attention", "cascade", "pod", "block_sparse", "mla"])  # fmt: skip
 def test_repeated_runs(rng, device, op):
-    """Splits arrive in any order at their merge: it does not show."""
+    """Splits arrive in any order at their merge: it does not show. PYINFER_REPEATS: how often, under a tool that slows runs down."""
     from tests import oracle_cases
 
     row = {f: values[0] for f, values in OPS[op].items()} | OFF
@@ -103,7 +104,8 @@ def test_repeated_runs(rng, device, op):
     d = oracle_cases.Draw(case_of(row, {}), rng, device)
     prepared = oracle_cases.RUNNERS[op](d)
     first = [[d.b.numpy(x).copy() for x in pair] for pair in prepared.run()]
-    for i in range(100 if device == "cuda" else 4):
+    repeats = int(os.environ.get("PYINFER_REPEATS", "0")) or (100 if device == "cuda" else 4)
+    for i in range(repeats):
         for pair, want in zip(prepared.run(), first, strict=True):
             for x, y in zip(pair, want, strict=True):
                 assert_same_bits(d.b.numpy(x), y, f"{op}, run {i + 2}")
