@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 
-from tests import compiled
+from tests import compiled, error_sites
 from tests.arrays import Backend
 
 GPU_MISSING = "needs a GPU: run with --device cuda"
@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    error_sites.install()
     if config.getoption("--device") == "cuda":
         from pyinfer.core.device import cuda_available
 

@@ -223,7 +223,9 @@ def test_nothing_is_allocated_compiled_or_launched(monkeypatch):
 
 
 def test_questions_that_make_no_sense():
-    with pytest.raises(ValueError, match="support: op is no operator: got 'attention', wanted one of BatchAttention, "):
+    with pytest.raises(
+        ValueError, match="support: op is no operator: got 'attention', wanted one of .*BatchAttention, "
+    ):
         pyinfer.support("attention")
     with pytest.raises(ValueError, match="support: device is no device: got 'tpu', wanted 'cpu', 'cuda' or 'cuda:N'"):
         pyinfer.support(PREFILL, device="tpu")
