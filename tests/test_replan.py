@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import pyinfer
+from pyinfer import _replan as replan_module
 from pyinfer.decode import CUDAGraphBatchDecodeWithPagedKVCacheWrapper
 from pyinfer.jit import replan as jit
 from pyinfer.schedulers import _kernels
 from tests import attention_cases as cases
+from tests import stub_driver
 from tests.arrays import Backend, assert_close, assert_same_bits
 from tests.attention_cases import Shape
 
@@ -284,3 +286,67 @@ def test_a_capacity_can_be_too_large_for_the_kernel():
         match=r"plan's capacity is too large to be scheduled on the device: got 2051 work items, wanted at most",
     ):
         jit.replan_spec("replan", plan)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """The launches of the GPU path on CPU tensors; the device is a Hopper GPU of 132 multiprocessors."""
+    pytest.importorskip("torch")
+    from pyinfer import decode
+    from pyinfer.core import device
+    from pyinfer.jit import attention_launch as launch
+    from tests import stub_runtime
+
+    caches = (
+        decode._shape, launch.device_config, launch.device_wide_config, launch.hopper_config, launch.prepare_attention, launch._planned, launch._kernel,
+        replan_module._kernel,
+    )  # fmt: skip
+    _, launches = stub_runtime.install(monkeypatch)
+    monkeypatch.setattr(device, "arch_number_of", lambda index: 90)
+    for cache in caches:
+        cache.cache_clear()
+    yield launches
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.cpu
+def test_what_is_launched(stub, rng, backend_arrays):
+    """The scheduling kernel gets the caller's buffers and the sections of the plan, on the caller's stream, one block, with the plan's numbers."""
+    b = backend_arrays
+    t = Tables(rng, b, 3, 10, 16)
+    t.wrapper.plan(*t.compact(np.array([5, 60, 160])), 8, 2, 128, 16, q_data_type="bfloat16", window_left=40)
+    for kv_len in (None, t.kv_len):
+        stub.clear()
+        t.wrapper.replan(kv_len)
+        ((name, grid, params, stream, _),) = stub
+        plan, at = t.wrapper.plan_info, t.wrapper.plan_info.offsets
+        values = stub_driver.fields(jit.REPLAN, params)
+        assert (name, grid, stream) == ("decode_replan_512", (1, 1, 1), 77)
+        assert values["plan"] == t.wrapper._plan_ptr and values["kv_len"] == (
+            0 if kv_len is None else kv_len.data_ptr()
+        )
+        assert [values[x] for x in ("kv_indptr", "last_page_len")] == [t.buffers[0].data_ptr(), t.buffers[2].data_ptr()]
+        assert [values[x] for x in ("at_work", "at_kv_indptr", "at_kv_len")] == [at.work, at.kv_indptr, at.kv_len]
+        counts = [values[x] for x in ("max_work", "batch", "max_pages", "page_size", "rows", "tile_q", "window_left")]
+        assert counts == [plan.capacity.max_work, 3, 30, 16, 4, 16, 40]
+        # 6 requests' heads of 132 multiprocessors: one block of 8 warps and 128 keys on each, 66 items a round
+        assert [values[x] for x in ("unit", "slots", "extra_items", "chunk")] == [128, 66, 132, -1]
+
+
+@pytest.mark.cpu
+def test_few_requests_take_the_wide_kernel(stub, rng, backend_arrays):
+    """Up to a block for each multiprocessor, and the plan is cut for the kernel that runs it."""
+    b = backend_arrays
+    for batch, wide in ((1, True), (16, True), (17, False), (40, False)):
+        t = Tables(rng, b, batch, 70, 16)
+        t.wrapper.plan(*t.compact(np.full(batch, 1100)), 32, 8, 128, 16, q_data_type="float16")
+        q, cache = b.full((batch, 32, 128), 0, "float16"), b.full((1, 2, 16, 8, 128), 0, "float16")
+        t.wrapper._plan.__dict__["max_page"] = 0  # a cache of one page will do: nothing runs
+        stub.clear()
+        t.wrapper.run(q, cache)
+        ((name, *_),) = stub
+        assert name.endswith("_w8_c1_s3_qreg" if wide else "_w4_c2_s3_qreg")
+        plan = t.wrapper.plan_info
+        assert plan.shape.numbers[3:5].tolist() == ([128, 16] if wide else [64, 33])
+        assert (plan.n_work, plan.num_partials) == (16, 0) or batch != 16  # one round, nothing to merge
