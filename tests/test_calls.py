@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pyinfer
-from pyinfer import _page, _rope, activation, norm, page
+from pyinfer import _norm_quant, _page, _rope, _rope_quant, activation, norm, page
 from pyinfer.core import calls
 from tests import stub_driver
 
@@ -25,6 +25,9 @@ def forget():
     stores += [_page.append_calls, page._position_calls, page._length_calls]
     caches = [norm._rmsnorm_kernel, norm._fused_add_rmsnorm_kernel, activation._act_and_mul_kernel, _rope._rope_kernel]
     caches += [page._kernel, _page._append_kernel]
+    stores += [norm._layer_calls, _norm_quant._static_calls, _norm_quant._dynamic_calls, _rope_quant._calls]
+    stores += [activation._quant_calls, activation._dynamic_calls]
+    caches += [norm._layernorm_kernel, _norm_quant._kernel, _rope_quant._kernel, activation._rows_kernel]
 
     def clear():
         for x in stores:
@@ -64,7 +67,8 @@ def operators():
     pair = (bf16(3, 4, 2, 64), bf16(3, 4, 2, 64))
     both = bf16(3, 2, 2, 4, 64)
     pages, indptr, last = ints(2, 0, 1), ints(0, 3), ints(2)
-    table = torch.randn(100, 64)
+    table, angles, both_nhd = torch.randn(100, 64), torch.randn(100, 32), bf16(3, 2, 4, 2, 64)
+    fp8 = lambda *shape: torch.zeros(*shape).to(torch.float8_e4m3fn)  # noqa: E731
     clone = lambda t: t.clone()  # noqa: E731
 
     def make(f, *tensors):
@@ -104,6 +108,46 @@ def operators():
             pyinfer.append_paged_mla_kv_cache,
             x, x[:, :32], where, pos, bf16(3, 4, 64), bf16(3, 4, 32), pages, indptr, last,
         ),
+        "layernorm": make(pyinfer.layernorm, x, torch.randn(64), torch.randn(64)),
+        "rmsnorm quant": make(lambda o, x, w: pyinfer.rmsnorm_quant(o, x, w, 0.5), fp8(6, 64), x, w),
+        "rmsnorm quant by a tensor": make(pyinfer.rmsnorm_quant, fp8(6, 64), x, w, torch.ones(1)),
+        "fused add quant": make(lambda o, x, r, w: pyinfer.fused_add_rmsnorm_quant(o, x, r, w, 2.0), fp8(6, 64), x, r, w),
+        "rmsnorm dynamic": make(pyinfer.rmsnorm_dynamic_quant, x, w),
+        "rmsnorm dynamic out": make(lambda x, w, o, s: pyinfer.rmsnorm_dynamic_quant(x, w, 1e-6, o, s), x, w, fp8(6, 64), torch.ones(6, 1)),
+        "fused add dynamic": make(pyinfer.fused_add_rmsnorm_dynamic_quant, x, r, w),
+        "silu quant": make(lambda o, x: pyinfer.silu_and_mul_quant(o, x, 0.5), fp8(6, 64), wide),
+        "silu quant by a tensor": make(pyinfer.silu_and_mul_quant, fp8(6, 64), wide, torch.ones(())),
+        "silu dynamic": make(pyinfer.silu_and_mul_dynamic_quant, wide),
+        "append rounded": make(
+            lambda k, v, b, p, kc, vc, *rest: pyinfer.append_paged_kv_cache(k, v, b, p, (kc, vc), *rest),
+            k, k, where, pos, fp8(3, 4, 2, 64), fp8(3, 4, 2, 64), pages, indptr, last,
+        ),
+        "append rounded by scales": make(
+            lambda k, v, b, p, c, i, n, l, s: pyinfer.append_paged_kv_cache(k, v, b, p, c, i, n, l, "NHD", 0.5, s),
+            k, k, where, pos, fp8(3, 2, 4, 2, 64), pages, indptr, last, torch.ones(2),
+        ),
+        "rope quantize": make(
+            lambda q, k, t, p: pyinfer.rope_quantize_fp8(q[..., :32], k[..., :32], q[..., 32:], k[..., 32:], t, p), q, k, angles, pos
+        ),
+        "rope quantize whole out": make(
+            lambda q, k, t, p, a, b, c, d: pyinfer.rope_quantize_fp8(q, k, None, None, t, p, True, None, 1.0, 1.0, a, b, c, d),
+            q, k, table, pos, fp8(6, 4, 64), fp8(6, 2, 64), fp8(6, 4, 0), fp8(6, 2, 0),
+        ),
+        "rope quantize append": make(
+            lambda q, k, v, t, p, kc, vc, *rest: pyinfer.rope_quantize_fp8_append_paged_kv_cache(
+                q[..., :32], k[..., :32], q[..., 32:], k[..., 32:], v, t, p, (kc, vc), *rest, page_size=4),
+            q, k, k, angles, pos, fp8(3, 4, 2, 64), fp8(3, 4, 2, 64), pages, indptr, where, pos,
+        ),
+        "rope quantize append latent": make(
+            lambda q, k, t, p, c, r, *rest: pyinfer.rope_quantize_fp8_append_paged_kv_cache(
+                q[..., :32], k[:, 0, :32], q[..., 32:], k[:, 0, 32:], None, t, p, (c, r), *rest, page_size=4),
+            q, k, angles, pos, fp8(3, 4, 32), fp8(3, 4, 32), pages, indptr, where, pos,
+        ),
+        "rope append": make(pyinfer.rope_append_paged_kv_cache, q, k, k, angles, pos, both_nhd, pages, indptr, where, pos),
+        "rope append pair in place": make(
+            lambda q, k, v, t, p, kc, vc, *rest: pyinfer.rope_append_paged_kv_cache(q, k, v, t, p, (kc, vc), *rest, q_out=q),
+            q, k, k, angles, pos, *pair, pages, indptr, where, pos,
+        ),
         "positions": make(lambda a, b: pyinfer.get_batch_indices_positions(a, b, 6), ints(0, 6), ints(9)),
         "positions out": make(
             lambda a, b, c, d: pyinfer.get_batch_indices_positions(a, b, 6, c, d), ints(0, 6), ints(9), where, pos
@@ -123,7 +167,7 @@ def test_second_call_launches_what_the_full_path_would(launches, monkeypatch, na
     assert not launches
     call = fresh()
     with monkeypatch.context() as patch:
-        for module in (norm, activation, _rope, page):
+        for module in (norm, activation, _rope, page, _norm_quant, _rope_quant, _page):
             patch.setattr(module, "view", lambda *_: pytest.fail("the full path was taken"))
         got = call()
     second = launches.pop()
@@ -135,6 +179,10 @@ def test_second_call_launches_what_the_full_path_would(launches, monkeypatch, na
     spec = next(s for s in _specs() if s.name == full[0])
     a, b = (stub_driver.fields(spec.params, launch[2]) for launch in (second, full))
     allocated = {"out", "q_out", "k_out", "batch_indices", "positions", "seq_lens"} if want is not None else set()
+    if "dynamic" in name:
+        allocated |= {"scales"}
+    if name.startswith("rope ") and want is not None:
+        allocated |= {"q_rope_out", "k_rope_out", "q_nope_out", "k_nope_out"}
     assert a.keys() == b.keys() and all(a[f] == b[f] for f in a if f not in allocated)
     for x, y in zip(_flat(got), _flat(want), strict=True):
         assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
