@@ -1,6 +1,6 @@
 """Time the candidate configurations of the memory-bound operators beside FlashInfer's kernels, checked against float64.
 
-`python3 tools/gpu/time_ops.py [silu|add|append|rope …]` (in common.sh's environment, after warm_flashinfer.sh wait): one line per
+`python3 tools/gpu/time_ops.py [rms|silu|add|append|rope|quant|fused …]` (in common.sh's environment, after warm_flashinfer.sh wait): one line per
 candidate: median microseconds, TB/s, percent of this run's copy bandwidth, FlashInfer's time over ours. The first is the operator's own.
 """
 
@@ -37,7 +37,7 @@ class Bench:
         try:
             runs.append(("flashinfer", peer()))
         except peers.Missing as problem:
-            print(f"  (no flashinfer: {problem})")
+            print(f"  (no flashinfer: {problem})") if str(problem) != "not asked" else None
         samples = self.timer.measure([run for _, run in runs])
         reference = samples[-1].us if runs[-1][0] == "flashinfer" else float("nan")
         best = min(s.us for s in samples[: len(variants)])
@@ -208,9 +208,134 @@ def rope(bench: Bench) -> None:
         )
 
 
+def rms(bench: Bench, quantize: str = "") -> None:
+    """rmsnorm, plain or with 8-bit results and each row's own scale."""
+    import torch
+
+    from pyinfer.core.device import num_sms, pdl_supported
+    from pyinfer.jit.norm import gen_rmsnorm, rmsnorm_candidates
+
+    for rows, hidden in SHAPES[1:]:
+        x, weight = randn((rows, hidden), "bfloat16", "cuda"), randn((hidden,), "bfloat16", "cuda")
+        out = torch.empty((rows, hidden), dtype=torch.float8_e4m3fn if quantize else torch.bfloat16, device="cuda")
+        scales = torch.empty((rows, 1), device="cuda")
+        wide = x.double()
+        want = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+        del wide
+        variants: list[Variant] = []
+        for c in rmsnorm_candidates(hidden // 8, quantize):
+            kernel = gen_rmsnorm("bfloat16", hidden, quantize=quantize, config=c).build_and_load(0)
+            pointers = (x.data_ptr(), weight.data_ptr(), out.data_ptr(), *((scales.data_ptr(),) if quantize else ()))
+            values = (*pointers, 0, hidden, 0, hidden, rows, rows, hidden, 1.0 / hidden, 1e-6)
+            grid = c.grid(rows, num_sms(0))
+
+            def run(kernel: Any = kernel, grid: int = grid, values: Any = values) -> None:
+                kernel(stream(), grid, values, pdl_supported(0))
+
+            out.view(torch.uint8).fill_(0x7F)
+            run()
+            if quantize:
+                error = ((out.double() * scales.double() - want).abs() / want.abs().amax(-1, keepdim=True)).max()
+                if not float(error) <= 2.0**-5 + 1e-3:
+                    raise SystemExit(f"{kernel.spec.name}: WRONG, error {float(error):.3e}")
+            else:
+                close(out, want, kernel.spec.name)
+            registers = kernel.resources.registers
+            variants.append((f"{kernel.spec.name} ({registers} regs, {kernel.blocks_per_sm()}/SM)", run))
+        del want
+        bench.table(
+            f"rmsnorm{' by rows' if quantize else ''} {rows}x{hidden}",
+            (3.0 if quantize else 4.0) * rows * hidden,
+            variants,
+            lambda x=x, w=weight: calls.rmsnorm(peers.flashinfer("norm"), x, w),
+        )
+
+
+def quant(bench: Bench) -> None:
+    """Operators with 8-bit results, as their callers call them."""
+    import torch
+
+    import pyinfer
+
+    rms(bench, "row")
+    bench.timer.seconds = 0.2  # one variant a table
+    for rows, hidden in SHAPES[1:]:
+        x, residual, weight = (randn(s, "bfloat16", "cuda") for s in ((rows, hidden), (rows, hidden), (hidden,)))
+        wide = randn((rows, 2 * hidden), "bfloat16", "cuda")
+        out = torch.empty((rows, hidden), dtype=torch.float8_e4m3fn, device="cuda")
+        scale, scales = torch.full((1,), 0.01, device="cuda"), torch.empty((rows, 1), device="cuda")
+        beta = randn((hidden,), "float32", "cuda")
+        plain = torch.empty_like(x)
+        n = float(rows * hidden)
+        for name, moved, run in (
+            ("rmsnorm_quant", 3 * n, lambda: pyinfer.rmsnorm_quant(out, x, weight, scale)),
+            ("fused_add_rmsnorm_quant", 7 * n, lambda: pyinfer.fused_add_rmsnorm_quant(out, x, residual, weight, scale)),
+            ("fused_add_rmsnorm_dynamic_quant", 7 * n, lambda: pyinfer.fused_add_rmsnorm_dynamic_quant(x, residual, weight, 1e-6, out, scales)),
+            ("silu_and_mul_quant", 5 * n, lambda: pyinfer.silu_and_mul_quant(out, wide, scale)),
+            ("silu_and_mul_dynamic_quant", 5 * n, lambda: pyinfer.silu_and_mul_dynamic_quant(wide, out, scales)),
+            ("layernorm", 4 * n, lambda: pyinfer.layernorm(x, beta, beta, out=plain)),
+        ):  # fmt: skip
+            bench.table(f"{name} {rows}x{hidden}", moved, [("pyinfer", run)], _no_peer)
+
+
+def _no_peer() -> Callable[[], Any]:
+    raise peers.Missing("not asked")
+
+
+def fused(bench: Bench) -> None:
+    """Rotation with rounding, with the append, page moves: as their callers call them."""
+    import torch
+
+    import pyinfer
+
+    bench.timer.seconds = 0.2  # one variant a table
+    fp8 = torch.float8_e4m3fn
+    for tokens in (128, 4096, 16384):
+        pages = -(-tokens // 16) + 1
+        ints = lambda v: torch.as_tensor(v, dtype=torch.int32, device="cuda")  # noqa: E731
+        index = (torch.randperm(pages, device="cuda").int(), ints([0, pages]), torch.zeros(tokens, dtype=torch.int32, device="cuda"), torch.arange(tokens, device="cuda").int())  # fmt: skip
+        angles = torch.randn((32768, 64), device="cuda")
+        table = torch.cat([angles.cos(), angles.sin()], 1)
+        pos = torch.randperm(32768, device="cuda")[:tokens].int()
+        q, k, v = (randn((tokens, h, 128), "bfloat16", "cuda") for h in (32, 8, 8))
+        cache = torch.zeros((pages, 2, 16, 8, 128), dtype=torch.bfloat16, device="cuda")
+        small = (
+            torch.zeros((pages, 16, 8, 128), device="cuda").to(fp8),
+            torch.zeros((pages, 16, 8, 128), device="cuda").to(fp8),
+        )
+        q_out = torch.empty_like(q)
+        q8, empty8 = torch.empty_like(q, dtype=fp8), torch.empty((tokens, 32, 0), dtype=fp8, device="cuda")
+        last = ints([1])
+        moved = 48 * 128.0 * tokens
+        latent_q, latent_k = randn((tokens, 128, 576), "bfloat16", "cuda"), randn((tokens, 576), "bfloat16", "cuda")
+        ckv, kpe = (
+            torch.zeros((pages, 16, 512), device="cuda").to(fp8),
+            torch.zeros((pages, 16, 64), device="cuda").to(fp8),
+        )
+        lq, lp = (
+            torch.empty((tokens, 128, 64), dtype=fp8, device="cuda"),
+            torch.empty((tokens, 128, 512), dtype=fp8, device="cuda"),
+        )
+        half = torch.cat([angles[:, :32].cos(), angles[:, :32].sin()], 1)
+        at = (*index[2:], small, *index[:2], last)
+        flat = (q.view(tokens, -1), k.view(tokens, -1))
+        gathered = (torch.empty_like(k), torch.empty_like(v))
+        pairs = (index[0][: pages // 2], index[0][pages // 2 : pages // 2 * 2])
+        for name, bytes_moved, run in (
+            ("rope_append", 4 * moved, lambda: pyinfer.rope_append_paged_kv_cache(q, k, v, table, pos, cache, *index, q_out=q_out)),
+            ("  rope in place, then append", 4 * moved, lambda: (pyinfer.apply_rope_with_cos_sin_cache_inplace(pos, *flat, 128, table), pyinfer.append_paged_kv_cache(k, v, *index[2:], cache, *index[:2], last))),
+            ("rope_quantize_fp8_append", 3 * moved, lambda: pyinfer.rope_quantize_fp8_append_paged_kv_cache(q, k, None, None, v, table, pos, small, *index, q_rope_out=q8, q_nope_out=empty8)),
+            ("rope_quantize_fp8_append, latent", 3 * 129 * 576.0 * tokens, lambda: pyinfer.rope_quantize_fp8_append_paged_kv_cache(latent_q[..., 512:], latent_k[:, 512:], latent_q[..., :512], latent_k[:, :512], None, half, pos, (ckv, kpe), *index, q_rope_out=lq, q_nope_out=lp)),
+            ("append_paged_kv_cache to 8 bits", 3 * 16 * 128.0 * tokens, lambda: pyinfer.append_paged_kv_cache(k, v, *at, "NHD", 0.5, 0.5)),
+            ("gather_paged_kv_cache", 4 * 16 * 128.0 * tokens, lambda: pyinfer.gather_paged_kv_cache(*index[2:], cache, *index[:2], out=gathered)),
+            ("copy_pages", 4 * 16 * 128.0 * (pages // 2 * 16), lambda: pyinfer.copy_pages(cache, *pairs)),
+        ):  # fmt: skip
+            bench.table(f"{name} {tokens} tokens", bytes_moved, [("pyinfer", run)], _no_peer)
+
+
 def main() -> None:
     """Run what was named, everything by default."""
-    operators = {"silu": silu, "add": add, "append": append, "rope": rope}
+    operators = {"rms": rms, "silu": silu, "add": add, "append": append, "rope": rope, "quant": quant, "fused": fused}
     bench = Bench()
     for name in sys.argv[1:] or operators:
         operators[name](bench)
