@@ -123,7 +123,7 @@ def test_single_launch(hopper):
 
 
 @pytest.mark.parametrize(
-    "case", [dict(page_size=1), dict(page_size=20), dict(dim=256), dict(out_dtype="float32"), dict(offset=1)]
+    "case", [dict(page_size=1), dict(page_size=20), dict(dim=56), dict(out_dtype="float32"), dict(offset=1)]
 )
 def test_falls_back(hopper, case):
     """What the kernel does not cover runs on the sm80 kernel, with the same plan."""
@@ -164,13 +164,17 @@ def test_choice(monkeypatch):
         assert chosen(arch, BFLOAT16, 128, 128, 1000) is None
     for case in (
         (FLOAT32, 128, 128, 1000),
-        (BFLOAT16, 256, 256, 1000),
-        (BFLOAT16, 128, 64, 1000),
+        (BFLOAT16, 264, 264, 1000),
+        (BFLOAT16, 128, 56, 1000),
+        (BFLOAT16, 100, 100, 1000),
         (BFLOAT16, 128, 128, 64),
     ):
         assert chosen(90, *case) is None
     assert chosen(90, BFLOAT16, 128, 128, 1000, FLOAT16) is None
-    assert chosen(90, BFLOAT16, 128, 128, 1000, None, AttentionOptions(alibi=True)) is None
+    assert chosen(90, BFLOAT16, 128, 128, 1000, None, AttentionOptions(rope=(1.0, 1e4))) is None
+    plain, masked = (chosen(90, BFLOAT16, 128, 128, 1000, None, AttentionOptions(mask=m)) for m in (False, True))
+    assert masked.tile_kv < plain.tile_kv and masked.tile_q == plain.tile_q
+    assert [chosen(90, BFLOAT16, *d, 1000).head_dim_vo for d in ((192, 128), (256, 256), (96, 96))] == [128, 256, 96]
     attention_sm90.enabled.cache_clear()
 
 

@@ -6,6 +6,7 @@ the PTX ISA: with the 128-byte swizzle, bits 4-6 of an address are xored with it
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -109,17 +110,18 @@ def test_queries(kernel):
     config, source, constants, descriptor = kernel
     dim = config.head_dim_qk
     offset = expression(
-        source,
-        r"const uint32_t place = (chunk / 8 \* Q_BLOCK) \+ swizzled_offset<128>\(row % 64, chunk % 8\);",
+        source, r"const uint32_t place = (chunk / 8 \* Q_BLOCK) \+ swizzled_offset<128>\(row, chunk % 8\);"
     )
+    rows_at = expression(source, r"const uint32_t rows = to \+ (first / 64 \* \(64 \* Q_ROW\) \+ first % 64 \* 128);")
     swizzled = (SOURCES / "common" / "swizzle.cuh").read_text()
     assert "row * ROW_BYTES + ((chunk ^ (row & 7)) << 4)" in swizzled
     base, memory = 3 * 1024, Memory(64 * 1024)
     values = np.arange(64 * dim).reshape(64, dim)
-    for row in range(64):
+    for first, row in itertools.product((0, 32), range(32)):
         for chunk in range(dim // 8):
-            at = base + offset(chunk=chunk, Q_BLOCK=constants["Q_BLOCK"]) + row * 128 + ((chunk % 8 ^ row & 7) << 4)
-            memory.data[at // 2 : at // 2 + 8] = values[row, chunk * 8 : chunk * 8 + 8]
+            at = base + rows_at(first=first, Q_ROW=2 * dim) + offset(chunk=chunk, Q_BLOCK=constants["Q_BLOCK"])
+            at += row * 128 + ((chunk % 8 ^ row & 7) << 4)
+            memory.data[at // 2 : at // 2 + 8] = values[first + row, chunk * 8 : chunk * 8 + 8]
     step_offset = expression(source, r"wgmma_ss\(score, q_tile \+ (\(.+?\) / 16), k_tile")
     for step in range(dim // 16):
         at = descriptor("q_tile", base) + step_offset(step=step, **constants)

@@ -99,8 +99,8 @@ PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w, const S
 }
 
 // out = sum_s 2^(lse_s - lse) O_s, lse = log2 sum_s 2^lse_s, always summed in split order, so that the bits do not depend on who came last.
-// `total`: TILE_Q floats of shared memory. THREADS threads from threadIdx.x 0 on take part.
-template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, bool ALIGNED = true, typename Params, typename Variant, typename Sync = BlockSync>
+// `total`: TILE_Q floats of shared memory. THREADS threads from threadIdx.x 0 on take part. EARLY: splits fetched ahead, 5 registers each.
+template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, bool ALIGNED = true, int EARLY = 8, typename Params, typename Variant, typename Sync = BlockSync>
 PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const Variant& variant, float* total, const Sync& sync = {}) {
     constexpr int GROUP = max_of(1, min_of(32, THREADS / TILE_Q));  // neighbouring lanes that share a row's splits
     static_assert(THREADS % TILE_Q == 0 || TILE_Q % THREADS == 0, "rows divide among the threads");
@@ -110,7 +110,6 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
     // A task is 4 columns of a row: neighbouring lanes read 16 bytes each of the same partial row. Of a thread's first task the first splits
     // are on their way while the rows' sums are made.
     constexpr int COLUMNS = 4;
-    constexpr int EARLY = 8;
     const int tasks = w.row_count * (HEAD_DIM / COLUMNS);
     const auto lse_of = [&](int task, int s) { return __ldcg(p.partial_lse + row_0 + task / (HEAD_DIM / COLUMNS) + s * split_stride); };
     const auto columns_of = [&](int task, int s) {

@@ -9,6 +9,7 @@ from pyinfer.core.dtypes import DType
 from pyinfer.core.errors import fail
 from pyinfer.jit import attention_sm90
 from pyinfer.jit.attention import AttentionConfig, attention_config, gen_attention
+from pyinfer.jit.attention_config import wide_decode_config
 from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, AttentionOptions, check_extras
 from pyinfer.jit.attention_sm90 import BoundSm90, Sm90Config
 from pyinfer.jit.rope import frequency_bytes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 LOG2_E = 1.4426950408889634
 ALIGNMENT = 16  # bytes of one copy
+TILE_KV = 3  # its place in PlanShape.numbers (schedulers/_kernels.py names them)
 _UNSEEN = 1 << 30  # a window no key lies outside of; larger ones could overflow an index
 
 
@@ -78,6 +80,21 @@ def device_config(
 
 
 @functools.cache
+def device_wide_config(
+    device: int,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    kv_itemsize: int = 2,
+    options: AttentionOptions = PLAIN,
+) -> AttentionConfig | None:
+    """`wide_decode_config` for the architecture that is built for a CUDA device."""
+    from pyinfer.core.device import arch_number_of
+
+    arch = arch_number_of(device)
+    return wide_decode_config(arch, head_dim_qk, head_dim_vo, kv_itemsize, _shape_options(options))
+
+
+@functools.cache
 def hopper_config(
     device: int,
     dtype: DType,
@@ -110,7 +127,7 @@ class PreparedAttention(NamedTuple):
     rope: tuple[bytes, ...]  # RoPE's table of frequencies, if any
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def prepare_attention(
     device: int,
     plan: AttentionPlan,
@@ -178,6 +195,9 @@ def _planned(
         config = hopper_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
         if config is None or out_dtype is not dtype or not attention_sm90.box_rows(config, shape.page_size):
             config = device_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
+            wide = device_wide_config(device, dim_qk, dim_vo, kv_dtype.itemsize, options)
+            if wide is not None and (wide.tile_q, wide.tile_kv) == (shape.tile_q, int(shape.numbers[TILE_KV])):
+                config = wide
     if config.tile_q != shape.tile_q:
         fail("attention", "plan", "was made for another tile", shape.tile_q, f"tile_q {config.tile_q} of {config.tag}")
     variant = "softcap" if soft_cap else "plain"
@@ -185,7 +205,7 @@ def _planned(
     most_blocks = 1 << 31
     if isinstance(config, Sm90Config):
         most_blocks = attention_sm90.grid(config, device, most_blocks)
-        kernel = attention_sm90.kernel_of(device, config, dtype, "plan", variant)
+        kernel = attention_sm90.kernel_of(device, config, dtype, "plan", variant, options)
         tail = (attention_sm90.box_rows(config, shape.page_size),)
     else:
         kernel = _kernel(device, config, dtype, dim_qk, dim_vo, "plan", variant, kv_dtype, out_dtype, options, aligned)
@@ -354,7 +374,7 @@ def launch_single(
         maps = attention_sm90.kv_maps(config, k, v, kv_layout, 0, k.ptr, v.ptr)
         request = (qo_len, kv_len, kv_chunk, num_splits, attention_sm90.box_rows(config, 0))
         values = (*values[:5], *partials[:3], *maps, partials[3], *values[5:], *shape, *request)
-        kernel = attention_sm90.kernel_of(device, config, q.dtype, "single", variant)
+        kernel = attention_sm90.kernel_of(device, config, q.dtype, "single", variant, options)
         kernel(stream, attention_sm90.grid(config, device, tiles * num_splits * num_kv_heads), values, pdl)
         return
     kernel = _kernel(device, config, q.dtype, dim_qk, dim_vo, "single", variant, k.dtype, out.dtype, options, aligned)

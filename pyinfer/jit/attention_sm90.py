@@ -24,6 +24,7 @@ from pyinfer.jit.attention import (
     SOURCES,
     VARIANTS,
     _features,
+    option_fields,
 )
 from pyinfer.jit.attention_options import PLAIN, AttentionOptions
 from pyinfer.jit.spec import JitSpec
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 DTYPES = (BFLOAT16, FLOAT16)
 HEAD_DIMS = (64, 128)
+"""The usual head dimensions."""
+MIN_HEAD_DIM, MAX_HEAD_DIM = 64, 256
 MIN_ROWS = 65  # packed query rows of the largest request: below, the sm80 family's tiles of 64 and 16 rows waste less
 COLUMNS = 64  # of a TMA box: 128 bytes
 SLACK = 1024  # bytes for aligning the shared memory
@@ -55,7 +58,7 @@ class Sm90Config:
     stages
         Tiles in the rings of K and V.
     ping_pong
-        Two warpgroups take turns at issuing products.
+        Two warpgroups take turns at issuing products: 1 passes the turn when they are issued, 2 when the scores are there. 0: no turns.
     q_buffers
         Tiles of queries in shared memory. With 2 the next work item's first product runs while this one's output is written.
     persistent
@@ -64,6 +67,8 @@ class Sm90Config:
         Blocks of a persistent grid take the next item when they are free (plans only: the counter is in the plan's header); otherwise in a fixed order.
     overlap
         Exponentials are kept in front of the wait for the product with V.
+    trace
+        Block 0 writes what its warps do, and when, to the partials (tools/gpu/trace_sm90.py; plans without splits).
     """
 
     head_dim_qk: int
@@ -71,11 +76,12 @@ class Sm90Config:
     tile_kv: int
     consumers: int = 2
     stages: int = 2
-    ping_pong: bool = False
+    ping_pong: int = 0
     q_buffers: int = 1
     persistent: bool = True
     dynamic: bool = False
     overlap: bool = True
+    trace: bool = False
     kind: str = "prefill_sm90"
     ctas_per_sm: int = 1
 
@@ -92,51 +98,81 @@ class Sm90Config:
     @property
     def smem(self) -> int:
         """Dynamic shared memory per block in bytes: queries, the rings, barriers."""
-        q = self.q_buffers * self.tile_q * max(self.head_dim_qk, self.head_dim_vo) * 2
-        ring = self.stages * self.tile_kv * (self.head_dim_qk + self.head_dim_vo) * 2
+        qk, vo = (-(-dim // 64) * 128 for dim in (self.head_dim_qk, self.head_dim_vo))  # bytes of a row
+        q = self.q_buffers * self.tile_q * max(qk, vo)
+        ring = self.stages * self.tile_kv * (qk + vo)
         control = WORKS * WORK_BYTES + (4 * self.stages + 2 * self.q_buffers + 2 * WORKS) * 8
         return -(-(q + ring + control) // 1024) * 1024 + SLACK
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Of a producer's and of a consumer's thread: with those of all others they make up 64 Ki."""
-        return (40, 232) if self.consumers == 2 else (32, 160)
+        """Of a producer's and of a consumer's thread: with those of all others (one consumer: of two blocks) at most 64 Ki."""
+        return {1: (40, 216), 2: (40, 232), 3: (32, 160)}[self.consumers]
 
     @property
     def tag(self) -> str:
         """Short form for kernel names."""
         flags = (
-            "pp" * self.ping_pong,
+            f"pp{self.ping_pong}" * (self.ping_pong > 0),
             "q2" * (self.q_buffers == 2),
             "dyn" * self.dynamic,
             "late" * (not self.overlap),
+            "trace" * self.trace,
             "grid" * (not self.persistent),
         )
         return "_".join((f"q{self.tile_q}_kv{self.tile_kv}_s{self.stages}", *filter(None, flags)))
 
 
-def candidates(head_dim: int) -> tuple[Sm90Config, ...]:
-    """The configurations worth timing, the preferred one first."""
-    make = functools.partial(Sm90Config, head_dim, head_dim)
-    if head_dim == 128:
+@functools.cache
+def candidates(
+    head_dim_qk: int, head_dim_vo: int | None = None, max_packed_rows: int = 128, wide: bool = False
+) -> tuple[Sm90Config, ...]:
+    """The configurations worth timing, the preferred one first.
+
+    Parameters
+    ----------
+    head_dim_qk, head_dim_vo
+        Head dimensions, multiples of 8 from 64 to 256; None: equal.
+    max_packed_rows
+        Of the largest request: up to 64 takes one consumer, two blocks a multiprocessor.
+    wide
+        Options look at the place of every score: tiles of fewer keys, for registers and code.
+    """
+    vo = head_dim_qk if head_dim_vo is None else head_dim_vo
+    make = functools.partial(Sm90Config, head_dim_qk, vo)
+    largest = max(head_dim_qk, vo)
+    if wide and max_packed_rows > 64:
+        if largest <= 128:
+            return (make(96 if largest > 64 else 128, stages=2 if largest > 64 else 4, q_buffers=2),)
+        return (make(64, q_buffers=2) if head_dim_qk <= 192 and vo <= 128 else make(48),)
+    if max_packed_rows <= 64:
+        small = functools.partial(make, consumers=1, ctas_per_sm=2)
+        if largest <= 64:
+            return (small(128, stages=2, q_buffers=2), small(64, stages=4, q_buffers=2))
+        return (small(64, q_buffers=2), small(64), small(48, q_buffers=2)) if largest <= 128 else ()
+    if largest <= 64:
+        return (
+            make(128, stages=4, q_buffers=2),
+            make(128, stages=3, q_buffers=2, consumers=3),
+            make(112, stages=3, q_buffers=2, consumers=3),
+            make(128, stages=3, q_buffers=2, consumers=3, dynamic=True),
+            make(192, stages=3, q_buffers=2, ping_pong=2),
+        )
+    if largest <= 128:
         return (
             make(128, q_buffers=2),
             make(128, q_buffers=2, dynamic=True),
-            make(128, q_buffers=2, ping_pong=True),
-            make(144, q_buffers=2),
+            make(128, q_buffers=2, ping_pong=2),
+            make(144, q_buffers=2, ping_pong=2),
             make(128, q_buffers=2, overlap=False),
-            make(128, q_buffers=2, persistent=False),
-            make(144, q_buffers=2, ping_pong=True),
-            make(64, q_buffers=1, consumers=3, stages=4),
-        )
-    return (
-        make(128, stages=4, q_buffers=2),
-        make(128, stages=4, q_buffers=2, ping_pong=True),
-        make(192, stages=3, q_buffers=2, ping_pong=True),
-        make(192, stages=3, q_buffers=2),
-        make(128, stages=3, q_buffers=2, consumers=3),
-        make(128, stages=4, q_buffers=2, overlap=False),
-    )
+            make(80, consumers=3, stages=2, q_buffers=2),
+            make(64, consumers=3, stages=3, q_buffers=2),
+        )[: 8 if head_dim_qk == vo == 128 else 1]
+    if head_dim_qk <= 192 and vo <= 128:
+        return (make(128), make(96, q_buffers=2), make(128, ping_pong=2))
+    if largest <= 192:
+        return (make(96), make(80))
+    return (make(80), make(80, ping_pong=2))
 
 
 @functools.cache
@@ -159,18 +195,23 @@ def config_for(
         not enabled(arch)
         or dtype not in DTYPES
         or (kv_dtype is not None and kv_dtype is not dtype)
-        or head_dim_qk != head_dim_vo
-        or head_dim_qk not in HEAD_DIMS
+        or not all(d % 8 == 0 and MIN_HEAD_DIM <= d <= MAX_HEAD_DIM for d in (head_dim_qk, head_dim_vo))
         or max_packed_rows < MIN_ROWS
-        or options._replace(sinks=False) != PLAIN
+        or not _supported(options)
     ):
         return None
-    return candidates(head_dim_qk)[0]
+    wide = options.alibi or options.mask or options.multi_item
+    return candidates(head_dim_qk, head_dim_vo, max_packed_rows, wide)[0]
+
+
+def _supported(options: AttentionOptions) -> bool:
+    """Whether the kernel has the options: all that act on scores and outputs, not those that act on operands."""
+    return options.rope is None and options.user is None
 
 
 # ---- specs -----------------------------------------------------------------------------------------------------------------------
 @functools.cache
-def sm90_params(source: str) -> ParamStruct:
+def sm90_params(source: str, options: AttentionOptions = PLAIN) -> ParamStruct:
     """The sm80 family's fields, with the tensor maps behind the first eight pointers and the box height at the end."""
     maps = (tensor_map("k_map", "4-D: head_dim, token, head, page"), tensor_map("v_map"))
     fields = (
@@ -178,6 +219,7 @@ def sm90_params(source: str) -> ParamStruct:
         *maps,
         *_RUN_FIELDS[_POINTERS:],
         *_SCALE_FIELDS,
+        *option_fields(options),
         *_SHAPE_FIELDS,
         *_SOURCE_FIELDS[source],
     )
@@ -187,7 +229,13 @@ def sm90_params(source: str) -> ParamStruct:
 
 
 @functools.cache
-def gen_prefill_sm90(config: Sm90Config, dtype: DType | str, source: str = "plan", variant: str = "plain") -> JitSpec:
+def gen_prefill_sm90(
+    config: Sm90Config,
+    dtype: DType | str,
+    source: str = "plan",
+    variant: str = "plain",
+    options: AttentionOptions = PLAIN,
+) -> JitSpec:
     """The spec of one kernel.
 
     Parameters
@@ -196,11 +244,11 @@ def gen_prefill_sm90(config: Sm90Config, dtype: DType | str, source: str = "plan
         From `config_for` or `candidates`.
     dtype
         Of q, k, v and out: float16 or bfloat16.
-    source, variant
-        As in `attention.gen_attention`.
+    source, variant, options
+        As in `attention.gen_attention`; no RoPE and no functions of a user's.
     """
     dt = canonical_dtype(dtype)
-    features, name = _features(VARIANTS[variant], PLAIN)
+    features, name = _features(VARIANTS[variant], options)
     producer, consumer = config.registers
     constants = {
         "scalar_t": dt.ctype,
@@ -214,16 +262,19 @@ def gen_prefill_sm90(config: Sm90Config, dtype: DType | str, source: str = "plan
         "PING_PONG": config.ping_pong,
         "dynamic": config.dynamic and source == "plan",
         "overlap": config.overlap,
+        "trace": config.trace,
         "PRODUCER_REGISTERS": producer,
         "CONSUMER_REGISTERS": consumer,
         "smem": config.smem,
         "source": source,
         "FEATURES": features,
+        "CTAS_PER_SM": config.ctas_per_sm,
     }
+    dims = f"d{config.head_dim_qk}" + (f"x{config.head_dim_vo}" if config.head_dim_vo != config.head_dim_qk else "")
     return JitSpec(
-        name=f"prefill_sm90_{dt.short}_d{config.head_dim_qk}_{source}_{name}_{config.tag}",
+        name=f"prefill_sm90_{dt.short}_{dims}_{source}_{name}_{config.tag}",
         template="prefill/prefill_sm90.cu.jinja",
-        params=sm90_params(source),
+        params=sm90_params(source, options),
         constants=tuple(constants.items()),
         block=config.block,
         smem=config.smem,
@@ -244,9 +295,11 @@ def hopper_specs() -> list[JitSpec]:
 
 
 @functools.cache
-def kernel_of(device: int, config: Sm90Config, dtype: DType, source: str, variant: str) -> Kernel:
+def kernel_of(
+    device: int, config: Sm90Config, dtype: DType, source: str, variant: str, options: AttentionOptions = PLAIN
+) -> Kernel:
     """The loaded kernel of a CUDA device."""
-    return gen_prefill_sm90(config, dtype, source, variant).build_and_load(device)
+    return gen_prefill_sm90(config, dtype, source, variant, options).build_and_load(device)
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------------------
@@ -289,7 +342,7 @@ def covers(
     size = k.dtype.itemsize
     return (
         aligned
-        and options == PLAIN
+        and _supported(options)
         and k.dtype is q.dtype is v.dtype is out.dtype
         and box_rows(config, page_size) > 0
         and all(tensormap.encodable(x.ptr, *tma_view(x, kv_layout), size) for x in (k, v))

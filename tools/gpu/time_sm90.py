@@ -1,6 +1,6 @@
 """The sm90 prefill kernel on a Hopper GPU: correctness in stages that say which part is wrong, then times of its configurations beside the peers.
 
-usage: python tools/gpu/time_sm90.py [check] [time] [--quick] [--no-peers] [--all | --first]      (neither word: both)
+usage: python tools/gpu/time_sm90.py [check] [time] [trace] [--quick] [--no-peers] [--all | --first]      (neither word: both)
 --all: every configuration in every case, --first: the preferred one alone
 
 A kernel that does not end within 10 s (a barrier nobody arrives at) is reported with its case, and the process ends with code 3.
@@ -32,14 +32,23 @@ from pyinfer.schedulers.plan import SINGLE_SEMAPHORE_BYTES
 from pyinfer.schedulers.prefill import prefill_plan
 
 failures = 0
-wrong: set[tuple[int, str]] = set()  # (head_dim, tag) of configurations that failed
+workspaces: list[Any] = []  # of traced runs
+wrong: set[str] = set()  # configurations that failed
 
 
-def chosen(dim: int) -> list[Any]:
+DIMS = ((128, 128), (64, 64), (256, 256), (192, 128), (96, 96))
+
+
+def chosen(dim: tuple[int, int], rows: int = 128) -> list[Any]:
     """The configurations asked for."""
-    found = attention_sm90.candidates(dim)
+    found = attention_sm90.candidates(*dim, rows)
     count = 1 if "--first" in sys.argv else len(found) if "--all" in sys.argv else 6
-    return [c for c in found[:count] if (dim, c.tag) not in wrong]
+    return [c for c in found[:count] if name_of(c) not in wrong]
+
+
+def name_of(config: Any) -> str:
+    """How a configuration is called here."""
+    return f"d{config.head_dim_qk}x{config.head_dim_vo} {config.tag}"
 
 
 def synchronize(what: str, seconds: float = 10.0) -> None:
@@ -128,8 +137,8 @@ def bad_rows(found: Any, wanted: Any, limit: float) -> str:
 
 def stages(config: Any, dtype: Any) -> None:
     """One block; each stage adds one part of the kernel to those that are known to work."""
-    dim, rows = config.head_dim_qk, config.tile_q
-    name = f"{dtype} d{dim} {config.tag}".removeprefix("torch.")
+    dim, dim_v, rows = config.head_dim_qk, config.head_dim_vo, config.tile_q
+    name = f"{dtype} {name_of(config)}".removeprefix("torch.")
 
     def normal(*shape: int) -> Any:
         return torch.randn(shape, device="cuda").to(dtype)
@@ -139,7 +148,8 @@ def stages(config: Any, dtype: Any) -> None:
         torch.zeros(rows, 1, dim, dtype=dtype, device="cuda"),
         torch.zeros(config.tile_kv, 1, dim, dtype=dtype, device="cuda"),
     )
-    out, lse = single(q, k, torch.ones_like(k), config, name + " 1 flow")
+    ones = torch.ones(config.tile_kv, 1, dim_v, dtype=dtype, device="cuda")
+    out, lse = single(q, k, ones, config, name + " 1 flow")
     report(
         name + " 1 flow", bool((out == 1).all()), f"out 1, got {out.float().min().item()} to {out.float().max().item()}"
     )
@@ -150,8 +160,8 @@ def stages(config: Any, dtype: Any) -> None:
     )
     # 2 Q K^T alone: the LSE of random scores, values 1; then column by column
     q, k = normal(rows, 1, dim), normal(config.tile_kv, 1, dim)
-    out, lse = single(q, k, torch.ones_like(k), config, name + " 2 QK")
-    want = reference(q, k, torch.ones_like(k), False, -1, 0.0)[1]
+    out, lse = single(q, k, ones, config, name + " 2 QK")
+    want = reference(q, k, ones, False, -1, 0.0)[1]
     report(
         name + " 2 QK",
         lse_error(lse, want) < 1e-2,
@@ -162,12 +172,12 @@ def stages(config: Any, dtype: Any) -> None:
         for block in range(0, dim, 16):  # which dims of the contraction count?
             one = torch.zeros_like(q)
             one[..., block : block + 16] = q[..., block : block + 16]
-            got, expected = single(one, k, torch.ones_like(k), config, name)[1], reference(one, k, k, False, -1, 0.0)[1]
+            got, expected = single(one, k, ones, config, name)[1], reference(one, k, ones, False, -1, 0.0)[1]
             print(f"      dims {block:3d}..{block + 15}: lse error {lse_error(got, expected):.2e}")
     # 3 P V alone: uniform weights, value = a number that names its column, then its key
     zero = torch.zeros_like(q)
-    columns = torch.arange(dim, device="cuda", dtype=torch.float32).to(dtype)
-    v = columns.expand(config.tile_kv, 1, dim).contiguous()
+    columns = torch.arange(dim_v, device="cuda", dtype=torch.float32).to(dtype)
+    v = columns.expand(config.tile_kv, 1, dim_v).contiguous()
     out = single(zero, k, v, config, name + " 3 PV columns")[0]
     report(name + " 3 PV columns", bool((out == columns).all()), "", lambda: f"row 0: {out[0, 0, :24].tolist()} ...")
     q1 = torch.zeros_like(q)
@@ -179,7 +189,7 @@ def stages(config: Any, dtype: Any) -> None:
         k1[key, 0, 0] = 16.0
         v = (
             torch.arange(config.tile_kv, device="cuda", dtype=torch.float32)[:, None, None]
-            .expand(-1, 1, dim)
+            .expand(-1, 1, dim_v)
             .to(dtype)
             .contiguous()
         )
@@ -206,7 +216,7 @@ def stages(config: Any, dtype: Any) -> None:
         ("8 many splits", 600, 3000, 16, 4, dict(chunk=512)),
     ]
     for label, m, n, heads, kv_heads, options in cases:
-        q, k, v = normal(m, heads, dim), normal(n, kv_heads, dim), normal(n, kv_heads, dim)
+        q, k, v = normal(m, heads, dim), normal(n, kv_heads, dim), normal(n, kv_heads, dim_v)
         out, lse = single(q, k, v, config, f"{name} {label}", **options)
         wanted, wanted_lse = reference(
             q, k, v, options.get("causal", False), options.get("window", -1), options.get("cap", 0.0)
@@ -222,18 +232,29 @@ def stages(config: Any, dtype: Any) -> None:
         )
 
 
+def case(dim_v: int, *arguments: Any) -> inputs.Attention:
+    """Inputs whose values have another head dimension than keys."""
+    a = inputs.Attention(*arguments)
+    a.v = a.v[..., :dim_v].contiguous()
+    return a
+
+
 def planned(a: inputs.Attention, config: Any) -> tuple[Callable[[], None], Any]:
     """A batch by a plan: (run, out)."""
     plan = prefill_plan(
         a.qo_indptr.numpy().astype(np.int32), a.kv_indptr.numpy().astype(np.int32),
         kv_indices=a.kv_indices.cpu().numpy().astype(np.int32) if a.page_size else None,
         last_page_len=np.array([(n - 1) % a.page_size + 1 for n in a.kv_lens], np.int32) if a.page_size else None,
-        num_qo_heads=a.num_qo_heads, num_kv_heads=a.num_kv_heads, head_dim_qk=a.head_dim, page_size=a.page_size, tile_q=config.tile_q,
+        num_qo_heads=a.num_qo_heads, num_kv_heads=a.num_kv_heads, head_dim_qk=a.head_dim, head_dim_vo=a.v.shape[-1], page_size=a.page_size,
+        tile_q=config.tile_q,
         tile_kv=config.tile_kv, num_sms=num_sms(0), ctas_per_sm=config.ctas_per_sm, causal=a.causal,
     )  # fmt: skip
     buffer = torch.from_numpy(plan.pack().copy()).cuda()
-    workspace = torch.empty(plan.workspace_bytes + 16, dtype=torch.uint8, device="cuda")
-    out = torch.full_like(a.q, math.nan)
+    traced = getattr(config, "trace", False)
+    workspace = torch.zeros(plan.workspace_bytes + (6 * 4096 * 8 if traced else 16), dtype=torch.uint8, device="cuda")
+    if traced:
+        workspaces.append(workspace)
+    out = torch.full((*a.q.shape[:2], a.v.shape[-1]), math.nan, dtype=a.q.dtype, device="cuda")
     q, k, v, o = view(a.q), view(a.k), view(a.v), view(out)
     stream, at = torch.cuda.current_stream().cuda_stream, buffer.data_ptr()
     indices = at + 4 * plan.offsets.kv_indices if a.page_size else 0
@@ -261,15 +282,13 @@ def planned(a: inputs.Attention, config: Any) -> tuple[Callable[[], None], Any]:
 
 def batches(config: Any, everything: bool) -> None:
     """Plans: ragged and paged, against the sm80 kernel (which the tests hold to float64)."""
-    dim = config.head_dim_qk
-    sm80 = candidate_configs(90, dim, dim, 128)[0]
+    dim, dim_v = config.head_dim_qk, config.head_dim_vo
+    sm80 = candidate_configs(90, dim, dim_v, 128)[0]
     for page, causal in itertools.product((0, 8, 16, 24, 64, 256) if everything else (16,), (False, True)):
         if page and not attention_sm90.box_rows(config, page):
             continue
-        a = inputs.Attention(
-            [100, 1, 0, 777, 128], [100, 300, 50, 901, 5000], 8, 2, dim, page, causal, "bfloat16", "cuda"
-        )
-        what = f"batch d{dim} {config.tag} page {page} causal {causal}"
+        a = case(dim_v, [100, 1, 0, 777, 128], [100, 300, 50, 901, 5000], 8, 2, dim, page, causal, "bfloat16", "cuda")
+        what = f"batch {name_of(config)} page {page} causal {causal}"
         run, out = planned(a, config)
         run()
         synchronize(what)
@@ -285,10 +304,19 @@ def batches(config: Any, everything: bool) -> None:
         )
     # More items than blocks, and what a second launch finds (counters, semaphores).
     for page, causal in itertools.product((0, 16), (False, True)):
-        a = inputs.Attention(
-            [2000, 1, 0, 777, 3000, 513], [2100, 300, 50, 901, 3000, 600], 16, 4, dim, page, causal, "bfloat16", "cuda"
+        a = case(
+            dim_v,
+            [2000, 1, 0, 777, 3000, 513],
+            [2100, 300, 50, 901, 3000, 600],
+            16,
+            4,
+            dim,
+            page,
+            causal,
+            "bfloat16",
+            "cuda",
         )
-        what = f"many items d{dim} {config.tag} page {page} causal {causal}"
+        what = f"many items {name_of(config)} page {page} causal {causal}"
         run, out = planned(a, config)
         for _ in range(3):
             out.fill_(math.nan)
@@ -305,41 +333,47 @@ def batches(config: Any, everything: bool) -> None:
             lambda o=out, w=wanted: bad_rows(o, w.double(), 0.05),
         )
     # What lies behind a request's keys belongs to others and must not matter.
-    a = inputs.Attention([200, 50], [333, 400], 4, 2, dim, 0, False, "bfloat16", "cuda")
+    a = case(dim_v, [200, 50], [333, 400], 4, 2, dim, 0, False, "bfloat16", "cuda")
     a.k[333:], a.v[333:] = math.nan, math.nan
     run, out = planned(a, config)
     run()
     synchronize("NaN behind")
-    report(f"d{dim} {config.tag} NaN behind the keys", bool(torch.isfinite(out[:200]).all()), "not finite")
+    report(f"{name_of(config)} NaN behind the keys", bool(torch.isfinite(out[:200]).all()), "not finite")
 
 
 def check() -> None:
     """All stages of the configurations; those that fail are not timed."""
-    for dim in attention_sm90.HEAD_DIMS[::-1]:
-        for i, config in enumerate(chosen(dim)):
-            before = failures
-            for dtype in (torch.bfloat16, torch.float16)[: 2 if i < 1 else 1]:
-                stages(config, dtype)
-            batches(config, everything=i < 2)
-            if failures != before:
-                wrong.add((dim, config.tag))
-            print(f"{'ok   ' if failures == before else 'WRONG'} d{dim} {config.tag}", flush=True)
+    for dim in DIMS:
+        for rows in (128, 64):
+            for i, config in enumerate(chosen(dim, rows)):
+                before = failures
+                for dtype in (torch.bfloat16, torch.float16)[: 2 if i < 1 else 1]:
+                    stages(config, dtype)
+                batches(config, everything=i < 2)
+                if failures != before:
+                    wrong.add(name_of(config))
+                print(f"{'ok   ' if failures == before else 'WRONG'} {name_of(config)}", flush=True)
 
 
 # ---- times -----------------------------------------------------------------------------------------------------------------------
 CASES = (
-    # requests, q, kv, heads, kv heads, head_dim, page size, causal
-    (1, 4096, 4096, 32, 8, 128, 0, True),
-    (1, 16384, 16384, 32, 8, 128, 0, True),
-    (1, 16384, 16384, 32, 8, 128, 0, False),
-    (8, 2048, 2048, 32, 8, 128, 0, True),
-    (32, 512, 512, 32, 8, 128, 0, True),
-    (1, 16384, 16384, 32, 8, 128, 16, True),
-    (8, 2048, 2048, 32, 8, 128, 16, True),
-    (16, 512, 8192, 32, 8, 128, 16, True),
-    (1, 16384, 16384, 32, 32, 64, 0, True),
-    (1, 16384, 16384, 32, 32, 64, 0, False),
-    (8, 2048, 2048, 32, 32, 64, 0, True),
+    # requests, q, kv, heads, kv heads, head_dim (of q and k, and of v), page size, causal
+    (1, 4096, 4096, 32, 8, (128, 128), 0, True),
+    (1, 16384, 16384, 32, 8, (128, 128), 0, True),
+    (1, 16384, 16384, 32, 8, (128, 128), 0, False),
+    (8, 2048, 2048, 32, 8, (128, 128), 0, True),
+    (32, 512, 512, 32, 8, (128, 128), 0, True),
+    (1, 16384, 16384, 32, 8, (128, 128), 16, True),
+    (8, 2048, 2048, 32, 8, (128, 128), 16, True),
+    (16, 512, 8192, 32, 8, (128, 128), 16, True),
+    (1, 16384, 16384, 32, 32, (64, 64), 0, True),
+    (1, 16384, 16384, 32, 32, (64, 64), 0, False),
+    (8, 2048, 2048, 32, 32, (64, 64), 0, True),
+    (1, 16384, 16384, 16, 16, (256, 256), 0, True),
+    (1, 16384, 16384, 16, 16, (256, 256), 0, False),
+    (8, 2048, 2048, 16, 16, (256, 256), 0, True),
+    (8, 2048, 2048, 128, 128, (192, 128), 0, True),
+    (64, 16, 8192, 32, 8, (128, 128), 16, True),
 )
 
 
@@ -349,12 +383,17 @@ def times(quick: bool, peers: bool) -> None:
 
     timer = CudaTimer(quick)
     for n, qo, kv, heads, kv_heads, dim, page, causal in CASES:
-        a = inputs.Attention([qo] * n, [kv] * n, heads, kv_heads, dim, page, causal, "bfloat16", "cuda")
-        print(f"\nb{n} q{qo} kv{kv} {heads}/{kv_heads} d{dim} page {page} {'causal' if causal else 'full'}", flush=True)
+        a = case(dim[1], [qo] * n, [kv] * n, heads, kv_heads, dim[0], page, causal, "bfloat16", "cuda")
+        flops = a.flops * sum(dim) / (2 * dim[0])
+        rows = min(128, qo * heads // kv_heads)
+        print(
+            f"\nb{n} q{qo} kv{kv} {heads}/{kv_heads} d{dim[0]}x{dim[1]} page {page} {'causal' if causal else 'full'}",
+            flush=True,
+        )
         runs, labels = [], []
         for config in (
-            *(c for c in chosen(dim) if attention_sm90.box_rows(c, page)),
-            candidate_configs(90, dim, dim, 128)[0],
+            *(c for c in chosen(dim, rows) if attention_sm90.box_rows(c, page)),
+            candidate_configs(90, *dim, rows)[0],
         ):
             run, _ = planned(a, config)
             runs.append(run)
@@ -378,9 +417,49 @@ def times(quick: bool, peers: bool) -> None:
             run()
         synchronize("warm-up")
         for label, sample in zip(labels, timer.measure(runs), strict=True):
-            print(f"  {label:48s} {sample.us:9.1f} us {a.flops / sample.us / 1e6:7.1f} TFLOP/s", flush=True)
+            print(f"  {label:48s} {sample.us:9.1f} us {flops / sample.us / 1e6:7.1f} TFLOP/s", flush=True)
         del a, runs
         torch.cuda.empty_cache()
+
+
+# ---- a look into block 0 ---------------------------------------------------------------------------------------------------------
+EVENTS = {
+    1: "first scores there", 2: "first weights", 3: "values cleared", 4: "K there, QK issued", 5: "V there, PV issued", 6: "scores there", 7: "weights made",
+    8: "PV there", 9: "last PV issued", 10: "next item's QK issued", 11: "last PV there", 12: "output written", 20: "load", 30: "queries begin",
+    31: "queries there", 40: "item found",
+}  # fmt: skip
+
+
+def trace() -> None:
+    """Clocks between the events of block 0's roles (the kernel's `trace`): means over the launch, and two items in full."""
+    import dataclasses
+
+    for n, length, tag in ((32, 512, "b32 512"), (8, 2048, "b8 2k"), (1, 4096, "b1 4k")):
+        config = dataclasses.replace(attention_sm90.candidates(128)[0], trace=True)
+        a = inputs.Attention([length] * n, [length] * n, 32, 8, 128, 0, True, "bfloat16", "cuda")
+        run, _ = planned(a, config)
+        for _ in range(2):
+            run()
+        synchronize("trace")
+        record = workspaces[-1][: 6 * 4096 * 8].view(torch.int32).view(6, 4096, 2).cpu().numpy()
+        print(f"trace {tag}: clocks from event to event, block 0")
+        lines = []
+        for role, name in enumerate(("consumer 0", "consumer 1", "K", "V", "queries", "items")):
+            events = record[role][: max(1, int(np.argmax(record[role, :, 0] == 0)))]
+            steps: dict[tuple[int, int], list[int]] = {}
+            for (e, t), (f, u) in itertools.pairwise(events.tolist()):
+                steps.setdefault((e, f), []).append((u - t) & 0xFFFFFFFF)
+            spent = sum(sum(x) for x in steps.values())
+            print(f" {name}: {len(events)} events in {spent} clocks")
+            for (e, f), x in sorted(steps.items()):
+                print(
+                    f"   {e:2d} -> {f:2d} {EVENTS.get(f, '?'):24s} {len(x):4d} x median {int(np.median(x)):6d} max {max(x):6d} = {100 * sum(x) / spent:4.1f}%"
+                )
+            begin = int(np.argmax(events[:, 0] == 12)) if role < 2 else 0
+            lines += [(int(t) & 0xFFFFFFFF, name, int(e)) for e, t in events[begin : begin + (40 if role < 2 else 24)]]
+        lines.sort()
+        if tag != "b1 4k":
+            print(" in order: " + "; ".join(f"{t - lines[0][0]} {who[0]}{who[-1]} {e}" for t, who, e in lines[:130]))
 
 
 def build(spec: Any) -> str:
@@ -395,8 +474,8 @@ def warm() -> None:
     import multiprocessing
 
     specs = {}
-    for dim in attention_sm90.HEAD_DIMS:
-        for i, config in enumerate(chosen(dim)):
+    for dim, rows in itertools.product(DIMS, (128, 64)):
+        for i, config in enumerate(chosen(dim, rows)):
             for dtype in ("bfloat16", "float16")[: 2 if i < 1 else 1]:
                 for source, variant in (("single", "plain"), ("single", "softcap"), ("plan", "plain")):
                     specs[attention_sm90.gen_prefill_sm90(config, dtype, source, variant)] = None
@@ -407,10 +486,13 @@ def warm() -> None:
 if __name__ == "__main__":
     wanted = [w for w in sys.argv[1:] if not w.startswith("-")] or ["check", "time"]
     print(torch.cuda.get_device_name(0))
-    warm()
+    if wanted != ["trace"]:
+        warm()
     if "check" in wanted:
         check()
         print(f"{failures} failures", flush=True)
+    if "trace" in wanted:
+        trace()
     if "time" in wanted:
         times("--quick" in sys.argv, "--no-peers" not in sys.argv)
     sys.exit(1 if failures else 0)
