@@ -225,7 +225,15 @@ def _warm_mla() -> None:
     q, cache = inputs.randn((2, 128, 576), "bfloat16", "cuda"), inputs.randn((2, 64, 576), "bfloat16", "cuda")
     ones = torch.arange(3, dtype=torch.int32)
     calls.mla(
-        _import_flashinfer(), q, cache, ones, ones, ones[:2], torch.full((2,), 64, dtype=torch.int32), 0.1, backend="fa3"
+        _import_flashinfer(),
+        q,
+        cache,
+        ones,
+        ones,
+        ones[:2],
+        torch.full((2,), 64, dtype=torch.int32),
+        0.1,
+        backend="fa3",
     )()
 
 

@@ -17,6 +17,13 @@ SCALE = (128 + 64) ** -0.5
 DIMS = (512, 64)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`family`: the kernel families to run. "auto" is sm90's on Hopper where that can run, and all there is on the CPU."""
+    if "family" in metafunc.fixturenames:
+        cuda = metafunc.config.getoption("--device") == "cuda"
+        metafunc.parametrize("family", ("auto", "fa2") if cuda else ("auto",))
+
+
 def dtypes(device: str) -> tuple[str, ...]:
     return ("float16", "bfloat16") if device == "cuda" else ("float32", "float16", "bfloat16")
 
@@ -103,7 +110,8 @@ def make(
     return Case(backend, dtype, heads, qo_indptr, indptr, indices, last, kv_len, page_size, *parts)
 
 
-# heads, query lengths, kv lengths, page size, causal: decode and prefill tiles, empty requests, more queries than keys, one key, several tiles and blocks
+# heads, query lengths, kv lengths, page size, causal: decode and prefill tiles, empty requests, more queries than keys, one key, several tiles and blocks;
+# pages that TMA reads and others
 CASES = [
     (16, (1, 1, 1, 1), (1, 40, 0, 77), 16, False),
     (128, (1, 1), (33, 150), 64, True),
@@ -112,14 +120,16 @@ CASES = [
     (5, (30, 1), (30, 300), 3, True),
     (7, (2,), (65,), 2, False),
     (33, (4,), (37,), 100, True),
+    (128, (2, 1), (200, 517), 64, True),
+    (16, (4, 1), (300, 65), 8, False),
 ]
 
 
 @pytest.mark.parametrize(("heads", "qo", "kv", "page_size", "causal"), CASES)
-def test_against_float64(rng, backend, device, heads, qo, kv, page_size, causal):
+def test_against_float64(rng, backend, device, family, heads, qo, kv, page_size, causal):
     dtype = dtypes(device)[int(rng.integers(len(dtypes(device))))]
     case = make(rng, backend, dtype, heads, qo, kv, page_size, joined=bool(rng.integers(2)))
-    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper()
+    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper(backend=family)
     case.plan(wrapper, causal, on_device=bool(rng.integers(2)))
     out, lse = case.run(wrapper, return_lse=True)
     case.check(out, lse, causal=causal)
@@ -128,10 +138,10 @@ def test_against_float64(rng, backend, device, heads, qo, kv, page_size, causal)
 
 
 @pytest.mark.parametrize("heads", [16, 128])
-def test_split_keys(rng, backend_arrays, device, heads):
+def test_split_keys(rng, backend_arrays, device, family, heads):
     """One long request is split, and merged in the launch; natural-log LSE on that path."""
     case = make(rng, backend_arrays, dtypes(device)[0], heads, (1,), (700,), 64)
-    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper()
+    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper(backend=family)
     case.plan(wrapper)
     out, lse = case.run(wrapper, return_lse=True, return_lse_base_on_e=True)
     if device == "cuda":
@@ -158,21 +168,21 @@ def test_split_keys_of_several_tiles(rng, backend_arrays, monkeypatch):
     case.check(out, lse, causal=True, lse_factor=np.log(2))
 
 
-def test_natural_lse_unsplit(rng, backend_arrays, device):
+def test_natural_lse_unsplit(rng, backend_arrays, device, family):
     case = make(rng, backend_arrays, dtypes(device)[-1], 16, (2, 1), (20, 0), 16)
-    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper()
+    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper(backend=family)
     case.plan(wrapper, True)
     out, lse = case.run(wrapper, return_lse=True, return_lse_base_on_e=True)
     case.check(out, lse, causal=True, lse_factor=np.log(2))
 
 
-def test_given_outputs_and_spare_pages(rng, backend_arrays, device):
+def test_given_outputs_and_spare_pages(rng, backend_arrays, device, family):
     """Outputs with odd strides; pages behind kv_len may name anything."""
     backend, dtype = backend_arrays, dtypes(device)[0]
     case = make(rng, backend, dtype, 16, (1, 2), (17, 40), 16, spare=2)
     for b, n in enumerate(case.kv_len):
         case.kv_indices[case.kv_indptr[b] - (-n // 16) : case.kv_indptr[b + 1]] = -1 - b
-    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper()
+    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper(backend=family)
     case.plan(wrapper)
     big = backend.full((3, 17, 520), np.nan, dtype)
     out, lse = big[:, :16, :512], backend.full((3, 16), np.nan, "float32")
@@ -185,10 +195,10 @@ def test_given_outputs_and_spare_pages(rng, backend_arrays, device):
 
 
 @pytest.mark.parametrize("sm_scale", [1e30, 1e4, -0.1, 0.0])
-def test_extreme_scales(rng, backend_arrays, device, sm_scale):
+def test_extreme_scales(rng, backend_arrays, device, family, sm_scale):
     """Finite logits of any size give finite results: with huge ones the largest key alone counts."""
     case = make(rng, backend_arrays, dtypes(device)[0], 16, (1,), (90,), 16)
-    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper()
+    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper(backend=family)
     case.plan(wrapper, sm_scale=sm_scale)
     out = case.run(wrapper)
     if abs(sm_scale) < 1:
@@ -199,8 +209,8 @@ def test_extreme_scales(rng, backend_arrays, device, sm_scale):
             case.check(out, sm_scale=sm_scale)
 
 
-def test_empty_batches(rng, backend_arrays, device):
-    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper()
+def test_empty_batches(rng, backend_arrays, device, family):
+    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper(backend=family)
     for qo, kv in (((), ()), ((0, 0), (3, 0)), ((2, 1), (0, 0))):
         case = make(rng, backend_arrays, dtypes(device)[0], 16, np.asarray(qo, int), kv, 16)
         case.plan(wrapper)
@@ -229,15 +239,16 @@ def test_other_dimensions_on_the_cpu(rng, backend_arrays):
 
 
 # ---- CUDA graph mode -------------------------------------------------------------------------------------------------------------
-def graph_wrapper(backend: Backend, batch: int, pages: int) -> Any:
+def graph_wrapper(backend: Backend, batch: int, pages: int, family: str) -> Any:
     sizes = (batch + 1, batch + 1, pages, batch)
-    return pyinfer.mla.BatchMLAPagedAttentionWrapper(None, True, *(backend.array(np.zeros(n, np.int32)) for n in sizes))
+    buffers = [backend.array(np.zeros(n, np.int32)) for n in sizes]
+    return pyinfer.mla.BatchMLAPagedAttentionWrapper(None, True, *buffers, backend=family)
 
 
-def test_graph_buffers(rng, backend_arrays, device):
+def test_graph_buffers(rng, backend_arrays, device, family):
     """Plans change, buffers and grid stay; buffers hold what was planned."""
     dtype = dtypes(device)[0]
-    wrapper = graph_wrapper(backend_arrays, 3, 60)
+    wrapper = graph_wrapper(backend_arrays, 3, 60, family)
     grids = set()
     for qo, kv in (((4, 4, 4), (300, 20, 1)), ((1, 1, 1), (7, 0, 900)), ((0, 2, 3), (0, 5, 40))):
         case = make(rng, backend_arrays, dtype, 16, qo, kv, 16)
@@ -260,13 +271,13 @@ def test_graph_buffers(rng, backend_arrays, device):
 
 
 @pytest.mark.gpu
-def test_graph_replay(rng, backend_arrays):
+def test_graph_replay(rng, backend_arrays, family):
     """Captured once, replayed over random batches: the bits of eager runs."""
     import torch
 
     heads, batch, dtype = 16, 4, "bfloat16"
-    wrapper = graph_wrapper(backend_arrays, batch, 300)
-    eager = pyinfer.mla.BatchMLAPagedAttentionWrapper()
+    wrapper = graph_wrapper(backend_arrays, batch, 300, family)
+    eager = pyinfer.mla.BatchMLAPagedAttentionWrapper(backend=family)
     rows, pages = 12, 303
     q_nope, q_pe = (torch.zeros(rows, heads, d, dtype=torch.bfloat16, device="cuda") for d in DIMS)
     ckv, kpe = (torch.zeros(pages, 16, d, dtype=torch.bfloat16, device="cuda") for d in DIMS)
@@ -390,7 +401,7 @@ def test_sm_scale_is_required(good):
 
 def test_constructor_and_option_errors(good, device):
     make_wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper
-    with pytest.raises(ValueError, match="backend is not available: got 'cutlass', wanted 'auto' or 'fa2'"):
+    with pytest.raises(ValueError, match="backend is not available: got 'cutlass', wanted 'auto', 'fa2' or 'fa3'"):
         make_wrapper(backend="cutlass")
     with pytest.raises(ValueError, match="kv_len_arr is missing"):
         ints = [good.backend.array(np.zeros(3, np.int32)) for _ in range(3)]

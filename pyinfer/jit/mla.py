@@ -83,9 +83,7 @@ def mla_config(arch: int, max_packed_rows: int) -> MlaConfig:
     return candidate_configs(arch, max_packed_rows)[0]
 
 
-def choose_config(
-    arch: int, max_packed_rows: int, page_size: int, backend: str = "auto"
-) -> MlaConfig | MlaSm90Config:
+def choose_config(arch: int, max_packed_rows: int, page_size: int, backend: str = "auto") -> MlaConfig | MlaSm90Config:
     """The configuration of the family that is faster, or that `backend` names: "fa2" is sm80's, "fa3" sm90's.
 
     Raises
@@ -356,9 +354,7 @@ def launch_mla(
     lse_ptr = lse.ptr if lse is not None else 0
     scales = (logit_scale, cap, LN_2 if lse_base_e else 1.0)
     if isinstance(ready, PreparedMlaSm90):
-        launch_mla_sm90(
-            ready, stream, q_nope, q_pe, ckv, kpe, kv_indices_ptr, out, lse_ptr, workspace_ptr, scales, pdl
-        )
+        launch_mla_sm90(ready, stream, q_nope, q_pe, ckv, kpe, kv_indices_ptr, out, lse_ptr, workspace_ptr, scales, pdl)
         return
     pointers = (q_nope.ptr, q_pe.ptr, ckv.ptr, kpe.ptr, out.ptr, lse_ptr, kv_indices_ptr)
     partials = (workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)

@@ -154,7 +154,9 @@ def tma_view(x: TensorView) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def encodable(x: TensorView) -> bool:
     """Whether TMA can read a cache, were its rows aligned."""
     (_, tokens, pages), strides = tma_view(x)
-    return pages > 0 and all(n == 1 or 0 < s * x.dtype.itemsize < 1 << 40 for n, s in zip((tokens, pages), strides, strict=True))
+    return pages > 0 and all(
+        n == 1 or 0 < s * x.dtype.itemsize < 1 << 40 for n, s in zip((tokens, pages), strides, strict=True)
+    )
 
 
 def cache_map(x: TensorView, rows: int) -> bytes:

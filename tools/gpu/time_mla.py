@@ -7,7 +7,6 @@ A kernel that does not end within 10 s (a barrier nobody arrives at) is reported
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import sys
@@ -46,7 +45,9 @@ def synchronize(what: str, seconds: float = 10.0) -> None:
 class Batch:
     """A batch on the GPU: q [tokens, heads, 576], cache [pages, page_size, 576] with NaN behind every request's keys."""
 
-    def __init__(self, heads: int, qo: list[int], kv: list[int], page: int, dtype: Any, causal: bool = True, fill: Any = None) -> None:
+    def __init__(
+        self, heads: int, qo: list[int], kv: list[int], page: int, dtype: Any, causal: bool = True, fill: Any = None
+    ) -> None:
         self.heads, self.page, self.causal, self.dtype = heads, page, causal, dtype
         pages = [-(-n // page) for n in kv]
         self.qo_indptr = np.concatenate([[0], np.cumsum(qo)]).astype(np.int32)
@@ -90,7 +91,17 @@ class Batch:
 
         def run(_kept: Any = (buffer, workspace)) -> None:
             launch_mla(
-                0, stream, at, plan, *parts, at + 4 * plan.offsets.kv_indices, *results, workspace.data_ptr(), sm_scale=SCALE, config=config, pdl=True
+                0,
+                stream,
+                at,
+                plan,
+                *parts,
+                at + 4 * plan.offsets.kv_indices,
+                *results,
+                workspace.data_ptr(),
+                sm_scale=SCALE,
+                config=config,
+                pdl=True,
             )
 
         return run, out, lse, plan
@@ -135,7 +146,8 @@ def bad(found: Any, wanted: Any, limit: float) -> str:
     if not len(places):
         return "all within the limit"
     at = tuple(places[0].tolist())
-    text = f"{len(places)} of {wrong.numel()} wrong, first {places[:4].tolist()}, last {places[-1].tolist()}; there {found[at].item():.5f} for {wanted[at].item():.5f}"
+    text = f"{len(places)} of {wrong.numel()} wrong, first {places[:4].tolist()}, last {places[-1].tolist()}"
+    text += f"; there {found[at].item():.5f} for {wanted[at].item():.5f}"
     if found.ndim == 3:
         columns = wrong.flatten(0, 1).any(0).nonzero().flatten().tolist()
         text += f"; columns {columns[:6]}..{columns[-3:]} ({len(columns)})"
@@ -160,7 +172,9 @@ def compare(what: str, batch: Batch, config: Any, slots: int = 0, again: int = 1
         lse.fill_(math.nan)
         run()
         synchronize(what + " again")
-        same = bool((out.view(torch.int16) == first.view(torch.int16)).all()) and bool((lse.view(torch.int32) == first_lse.view(torch.int32)).all())
+        same = bool((out.view(torch.int16) == first.view(torch.int16)).all()) and bool(
+            (lse.view(torch.int32) == first_lse.view(torch.int32)).all()
+        )
         if not same:
             report(what, False, f"run {n + 2} gives other bits", lambda: bad(out, first.double(), 0.0))
             break
@@ -176,14 +190,19 @@ def stages(config: Any, dtype: Any) -> None:
     run, out, lse, _ = a.planned(config, 1)
     run()
     synchronize(name + " 1 flow")
-    report(name + " 1 flow", bool((out == 1).all()), f"out 1, got {out.float().min().item()} to {out.float().max().item()}", lambda: bad(out, torch.ones_like(out).double(), 1e-3))
-    report(name + " 1 flow", difference(lse, torch.full_like(lse, 6.0).double()) < 1e-3, f"lse 6, got {lse.flatten()[:4].tolist()}")
+    got = f"out 1, got {out.float().min().item()} to {out.float().max().item()}"
+    report(name + " 1 flow", bool((out == 1).all()), got, lambda: bad(out, torch.ones_like(out).double(), 1e-3))
+    report(
+        name + " 1 flow",
+        difference(lse, torch.full_like(lse, 6.0).double()) < 1e-3,
+        f"lse 6, got {lse.flatten()[:4].tolist()}",
+    )
     # 2 scores alone: the LSE of random queries and keys; if it is wrong, dimension by dimension
     a = Batch(heads, [1], [64], 64, dtype)
     run, out, lse, _ = a.planned(config, 1)
     run()
     synchronize(name + " 2 scores")
-    wanted, wanted_lse = a.reference()
+    _, wanted_lse = a.reference()
     ok = difference(lse, wanted_lse) < 1e-2
     report(name + " 2 scores", ok, f"lse error {difference(lse, wanted_lse):.2e}", lambda: bad(lse, wanted_lse, 1e-2))
     if not ok:
@@ -205,7 +224,12 @@ def stages(config: Any, dtype: Any) -> None:
     run, out, lse, _ = a.planned(config, 1)
     run()
     synchronize(name + " 3 columns")
-    report(name + " 3 columns", bool((out == columns).all()), "", lambda: f"row 0: {out[0, 0, :20].tolist()} .. {out[0, 0, 250:262].tolist()}")
+    report(
+        name + " 3 columns",
+        bool((out == columns).all()),
+        "",
+        lambda: f"row 0: {out[0, 0, :20].tolist()} .. {out[0, 0, 250:262].tolist()}",
+    )
     wrong = []
     a.q[..., 512] = 60.0
     for key in range(0, 64, 5):
@@ -241,7 +265,12 @@ def batches(config: Any, dtype: Any) -> None:
     for kv in (130, 640, 5000):
         compare(f"{name} 9 splits {kv}", Batch(per, [1], [kv], 64, dtype), config, again=20)
     compare(f"{name} 9 splits, few slots", Batch(per, [2, 1, 1], [3000, 129, 900], 64, dtype), config, 6, again=20)
-    compare(f"{name} 9 batch", Batch(128, [1] * 16, [1024] * 8 + [900, 1, 700, 1024, 64, 65, 128, 999], 64, dtype), config, again=5)
+    compare(
+        f"{name} 9 batch",
+        Batch(128, [1] * 16, [1024] * 8 + [900, 1, 700, 1024, 64, 65, 128, 999], 64, dtype),
+        config,
+        again=5,
+    )
     compare(f"{name} 9 batch, 16 heads", Batch(16, [1, 2, 3, 4], [1024, 5000, 3, 900], 64, dtype), config, again=5)
 
 
@@ -273,7 +302,11 @@ CASES = (  # heads, batch, q length, kv length, page size
 
 def variants(heads: int, rows: int) -> list[Any]:
     """What is worth timing."""
-    sm90 = [MlaSm90Config(2), MlaSm90Config(2, turns=False), MlaSm90Config(1)] if rows > 64 else [MlaSm90Config(1), MlaSm90Config(1, turns=False)]
+    sm90 = (
+        [MlaSm90Config(2), MlaSm90Config(2, turns=False), MlaSm90Config(1)]
+        if rows > 64
+        else [MlaSm90Config(1), MlaSm90Config(1, turns=False)]
+    )
     sm80 = [mla_config(90, rows)] if rows > 16 else list(candidate_configs(90, rows)[:2])
     return sm90 + sm80
 
@@ -291,7 +324,7 @@ def times(quick: bool, peers: bool) -> None:
         nbytes = n * kv * 1152 + n * qo * heads * (576 + 512) * 2
         runs, labels = [], []
         for config in variants(heads, qo * heads):
-            run, out, _, plan = a.planned(config)
+            run, _, _, plan = a.planned(config)
             runs.append(run)
             family = "sm80" if isinstance(config, MlaConfig) else "sm90"
             labels.append(f"{family} {config.tag}: {plan.n_work} items, {plan.num_partials} partials")
@@ -300,10 +333,17 @@ def times(quick: bool, peers: bool) -> None:
             from benchmarks import calls
             from benchmarks import peers as others
 
-            arguments = (a.q, a.cache, *(torch.from_numpy(x) for x in (a.qo_indptr, a.kv_indptr)), a.indices, torch.from_numpy(a.kv_len), SCALE)
+            arguments = (
+                a.q,
+                a.cache,
+                *(torch.from_numpy(x) for x in (a.qo_indptr, a.kv_indptr)),
+                a.indices,
+                torch.from_numpy(a.kv_len),
+                SCALE,
+            )
             for label, make in (
-                ("flashmla", lambda: others.flashmla(*arguments)),
-                ("flashinfer fa3", lambda: calls.mla(others.flashinfer("mla_fa3"), *arguments, backend="fa3")),
+                ("flashmla", lambda a=arguments: others.flashmla(*a)),
+                ("flashinfer fa3", lambda a=arguments: calls.mla(others.flashinfer("mla_fa3"), *a, backend="fa3")),
             ):
                 try:
                     run = make()
@@ -312,7 +352,9 @@ def times(quick: bool, peers: bool) -> None:
                     first = a.planned(MlaSm90Config(1 if qo * heads <= 64 else 2))
                     first[0]()
                     synchronize(label)
-                    error = ((found.reshape(first[1].shape).double() - first[1].double()).norm() / first[1].double().norm()).item()
+                    error = (
+                        (found.reshape(first[1].shape).double() - first[1].double()).norm() / first[1].double().norm()
+                    ).item()
                     if error > 1e-2:
                         print(f"  {label} differs by {error:.1e}")
                 except Exception as problem:
@@ -325,7 +367,10 @@ def times(quick: bool, peers: bool) -> None:
         synchronize("warm-up")
         print(f"h{heads} b{n} q{qo} kv{kv} page {page}", flush=True)
         for label, sample in zip(labels, timer.measure(runs), strict=True):
-            print(f"  {label:52s} {sample.us:8.1f} us {flops / sample.us / 1e6:6.1f} TFLOP/s {nbytes / sample.us / 1e6:5.2f} TB/s", flush=True)
+            print(
+                f"  {label:52s} {sample.us:8.1f} us {flops / sample.us / 1e6:6.1f} TFLOP/s {nbytes / sample.us / 1e6:5.2f} TB/s",
+                flush=True,
+            )
         del a, runs, reference
         torch.cuda.empty_cache()
 
