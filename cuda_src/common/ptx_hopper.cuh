@@ -49,6 +49,11 @@ PYINFER_DEVICE void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
 PYINFER_DEVICE void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
+// The address of a product's operand for its descriptor.
+// NOTE: in a cluster, a shared-memory address has the block's rank from bit 24 on; a descriptor's field is 14 bits of address / 16, and more would spill over.
+PYINFER_DEVICE uint32_t operand_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p)) & 0x3ffffu;
+}
 // The matrix descriptor of a tile that is not swizzled, contiguous along the contraction: pieces of 8 rows x 16 bytes, 128 bytes in one; `leading` bytes
 // from one to the next along the contraction, `stride` along the rows. (Swizzled ones: ptx_wgmma.cuh.)
 PYINFER_DEVICE uint64_t wgmma_descriptor_plain(uint32_t address, uint32_t leading, uint32_t stride) {
