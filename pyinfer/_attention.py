@@ -404,9 +404,9 @@ def run_single(
     dv = v.shape[-1]
     values: list[Any] = []
     if variant is not None:
-        from pyinfer.variants import variant_of
+        from pyinfer.variants import check_variant
 
-        variant = variant_of(op, variant)
+        variant = check_variant(op, variant)
         values = variant.check_args(op, variant_args or (), q.device, num_qo_heads, num_kv_heads, 1)
         variant.check_run(op, lse is not None, options.sinks)
         options = options._replace(user=variant.user)

@@ -33,6 +33,7 @@ from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, Att
 if TYPE_CHECKING:
     import numpy as np
 
+    from pyinfer.jit.customize import CustomModule
     from pyinfer.schedulers.plan import AttentionPlan
     from pyinfer.variants import AttentionVariant
 
@@ -78,6 +79,7 @@ class BatchAttention(BatchRun):
     ) -> None:
         self._kv_layout = common.check_layout(self._op, kv_layout)
         self._variant: AttentionVariant | None = None  # the wrappers that take one set it
+        self._jit_module: CustomModule | None = None
         common.check_options(self._op, backend=backend, jit_args=jit_args)
         self._use_cuda_graph = bool(use_cuda_graph)
         self._ref: TensorView | None = None  # stands for the wrapper's device and framework; owns nothing
@@ -137,14 +139,38 @@ class BatchAttention(BatchRun):
 
     def _set_variant(self, variant: Any, jit_args: Any, jit_kwargs: Any) -> None:
         """The wrapper's variant, from its constructor's arguments."""
-        if variant is not None or jit_args is not None or jit_kwargs is not None:
-            from pyinfer.variants import variant_of
+        if jit_args is not None or jit_kwargs is not None:
+            from pyinfer.jit.customize import module_of_jit_args
 
-            self._variant = variant_of(self._op, variant, jit_args, jit_kwargs)
+            if variant is not None:
+                fail(self._op, "variant", "was given twice", "variant and jit_args", "one of them")
+            self._jit_module = module_of_jit_args(self._op, jit_args, jit_kwargs)
+            self._variant = self._jit_module.variant
+        elif variant is not None:
+            from pyinfer.variants import check_variant
 
-    def _with_variant(self, key: PlanKey) -> PlanKey:
-        """A plan's key with the wrapper's variant."""
-        return key if self._variant is None else key._replace(variant=self._variant.user)
+            self._variant = check_variant(self._op, variant)
+
+    def _with_variant(self, key: PlanKey, sm_scale: Any) -> PlanKey:
+        """A plan's key with the wrapper's variant; sm_scale is what plan() was given."""
+        if self._variant is None:
+            return key
+        user = self._variant.user
+        if user.raw_scores:  # such a variant scales, caps and biases by itself
+            self._check_raw(key.logits_soft_cap, key.pos_encoding_mode)
+            assert self._jit_module is not None
+            types = (key.q_data_type, key.kv_data_type, key.o_data_type)
+            self._jit_module.check(self._op, self._jit_module.phase, *types, (key.head_dim_qk, key.head_dim_vo))
+            key = key._replace(sm_scale=1.0 if sm_scale is None else key.sm_scale)
+        return key._replace(variant=user)
+
+    def _check_raw(self, soft_cap: float, pos_encoding_mode: str) -> None:
+        for arg, value, off in (
+            ("logits_soft_cap", soft_cap, 0.0),
+            ("pos_encoding_mode", pos_encoding_mode, "NONE"),
+        ):
+            if value != off:
+                fail(self._op, arg, "does not go with jit_args", value, off, "The variant does that itself.")
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -338,6 +364,9 @@ class BatchAttention(BatchRun):
         window = common.check_window(self._op, window_left)
         self._soft_cap = common.check_soft_cap(self._op, logits_soft_cap)
         self._sm_scale = common.softmax_scale(self._op, sm_scale, plan.head_dim_qk)
+        if self._variant is not None and self._variant.user.raw_scores:
+            self._check_raw(self._soft_cap, mode)
+            self._sm_scale = 1.0 if sm_scale is None else self._sm_scale
         if window != plan.window_left or causal != plan.causal or options != self._options:
             dims = plan.head_dim_qk, plan.head_dim_vo
             common.check_kernel(self._op, self._planned_device, self._dtype, *dims, rope=rope is not None)

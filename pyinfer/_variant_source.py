@@ -139,6 +139,9 @@ def _definition(hook: str, function: Any) -> ast.FunctionDef | ast.Lambda:
     if len(found) > 1:  # several on the line: told apart by their code
         own = [_instructions_in(n, function) for n in found]
         found = [n for n, count in zip(found, own, strict=True) if count == max(own) and count]
+        found = [
+            n for n in found if not any(n is not other and other in ast.walk(n) for other in found)
+        ]  # the innermost
     if len(found) != 1:
         wanted_text = "one function that has not been edited since"
         fail(OP, hook, "cannot be found in its file", function.__qualname__, wanted_text, "Write it with def.")

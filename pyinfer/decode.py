@@ -299,7 +299,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             op, (q_data_type, kv_data_type, data_type, o_data_type), num_qo_heads, num_kv_heads, head_dim, page_size, window_left, logits_soft_cap,
             sm_scale, pos_encoding_mode, rope_scale, rope_theta, fixed_split_size, disable_split_kv,
         )  # fmt: skip
-        key = self._with_variant(key)
+        key = self._with_variant(key, sm_scale)
         host_indptr, host_last = host_metadata(op, strict=strict, indptr=indptr, last_page_len=last_page_len)
         page_indices = self._page_indices(op, indices, host_indptr)
         buffers = {}
@@ -535,6 +535,10 @@ def __getattr__(name: str) -> Any:
         from pyinfer.mla import BatchDecodeMlaWithPagedKVCacheWrapper
 
         return BatchDecodeMlaWithPagedKVCacheWrapper
+    if name == "single_decode_with_kv_cache_with_jit_module":
+        from pyinfer._jit_module import single_decode_with_kv_cache_with_jit_module
+
+        return single_decode_with_kv_cache_with_jit_module
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -261,6 +261,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             op, (q_data_type, kv_data_type, o_data_type), num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, causal, window_left,
             logits_soft_cap, sm_scale, pos_encoding_mode, rope_scale, rope_theta, fixed_split_size, disable_split_kv,
         )  # fmt: skip
+        key = self._with_variant(key, sm_scale)
         qo, kv, last = host_metadata(
             op, strict=strict, qo_indptr=qo_indptr, paged_kv_indptr=paged_kv_indptr, paged_kv_last_page_len=paged_kv_last_page_len
         )  # fmt: skip
@@ -419,6 +420,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             self._op, (q_data_type, kv_data_type, o_data_type), num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, None, causal, window_left,
             logits_soft_cap, sm_scale, pos_encoding_mode, rope_scale, rope_theta, fixed_split_size, disable_split_kv,
         )  # fmt: skip
+        key = self._with_variant(key, sm_scale)
         qo, kv = host_metadata(self._op, strict=strict, qo_indptr=qo_indptr, kv_indptr=kv_indptr)
         items = (prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
         self._plan_batch((qo, kv, None), None, key, custom_mask, packed_custom_mask, items)
@@ -480,6 +482,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         common.deprecated(f"{self._op}.forward", "run")
         self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, bool(causal), rope_scale, rope_theta)
         return self.run(q, k, v, return_lse=return_lse)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "single_prefill_with_kv_cache_with_jit_module":
+        from pyinfer._jit_module import single_prefill_with_kv_cache_with_jit_module
+
+        return single_prefill_with_kv_cache_with_jit_module
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 attach(__name__)  # what torch.compile traces in the place of these functions

@@ -144,6 +144,7 @@ class AttentionVariant:
     _functions: dict[str, tuple[DeviceFunction, ...]] = field(init=False, repr=False)
     _names: dict[str, tuple[str, ...]] = field(init=False, repr=False)
     _declared: tuple[tuple[str, str, str], ...] = field(init=False, repr=False)
+    _optional: frozenset[str] = field(init=False, repr=False, default=frozenset())
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w+", self.name, re.ASCII):
@@ -177,6 +178,17 @@ class AttentionVariant:
         object.__setattr__(self, "_names", names)
         object.__setattr__(self, "_declared", declared)
         object.__setattr__(self, "user", self._user_variant(hooks))
+
+    @classmethod
+    def _of_struct(
+        cls, name: str, params: Mapping[str, str], source: str, use_softmax: bool, optional: frozenset[str]
+    ) -> AttentionVariant:
+        """A struct of FlashInfer's (`jit.customize`), with hooks that call it; tensors in `optional` may be None."""
+        made = cls(name, params=params, use_softmax=use_softmax, cuda_source=source)
+        fields = made._fields("user_")
+        object.__setattr__(made, "user", made.user._replace(fields=fields, raw_scores=True))
+        object.__setattr__(made, "_optional", optional)
+        return made
 
     # ---- CUDA
     def _user_variant(self, hooks: tuple[str, ...]) -> UserVariant:
@@ -222,6 +234,9 @@ class AttentionVariant:
         for (name, kind, index), value in zip(self._declared, args, strict=True):
             if not index:
                 found.append(_number(op, name, kind, value))
+                continue
+            if value is None and name in self._optional:
+                found.append(0)
                 continue
             v = view(value, op, name)
             check_dtype(op, name, v, (FLOAT32 if kind == "f32" else INT32,))
@@ -283,14 +298,8 @@ def _number(op: str, name: str, kind: str, value: Any) -> float | int:
     return number
 
 
-def variant_of(op: str, variant: Any, jit_args: Any = None, jit_kwargs: Any = None) -> AttentionVariant:
-    """The variant that a wrapper or a function was given, in our words or FlashInfer's."""
-    if variant is not None:
-        if jit_args is not None or jit_kwargs is not None:
-            fail(op, "variant", "was given twice", "variant and jit_args", "one of them")
-        if not isinstance(variant, AttentionVariant):
-            fail_type(op, "variant", "is no variant", type(variant).__name__, "a pyinfer.AttentionVariant")
-        return variant
-    from pyinfer.jit.customize import variant_of_jit_args
-
-    return variant_of_jit_args(op, jit_args, jit_kwargs)
+def check_variant(op: str, variant: Any) -> AttentionVariant:
+    """TypeError unless it is a variant."""
+    if not isinstance(variant, AttentionVariant):
+        fail_type(op, "variant", "is no variant", type(variant).__name__, "a pyinfer.AttentionVariant")
+    return variant

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -227,6 +222,6 @@ def test_cuda_source_alone_has_no_cpu_form() -> None:
     x = np.zeros((2, 1, 8), np.float32)
     with pytest.raises(
         ValueError,
-        match="variant is CUDA only: got scaled and tensors on the CPU.*Give the functions in Python as well",
+        match=r"variant is CUDA only: got scaled and tensors on the CPU.*Give the functions in Python as well",
     ):
         pyinfer.single_prefill_with_kv_cache(x, x, x, variant=variant, variant_args=(np.zeros(1, np.float32), 1.0))

@@ -15,7 +15,7 @@
 // A user's source stands in front of the kernel, behind `Params`, and defines the hooks that FEATURES names (p holds its own fields too):
 //   float user_query_transform(const Params& p, float value, const VariantPlace& at, int column)      an element of q; the result is rounded to q's type
 //   float user_logits_transform(const Params& p, float logit, const VariantPlace& at)
-//       natural-log logit, scaled and with ALiBi's bias but not capped, to the same. With USER_RAW: the bare product q·k to a logit in base 2
+//       natural-log logit, scaled and with ALiBi's bias but not capped, to the same. With USER_RAW: scaled only (by 1, if nobody asked), to base 2
 //   bool user_mask(const Params& p, const VariantPlace& at)
 //   float user_output_transform(const Params& p, float value, const VariantPlace& at, int column)
 #pragma once
@@ -68,6 +68,14 @@ PYINFER_DEVICE int length_of(int length, int) {
 template <typename Params>
 PYINFER_DEVICE int kv_length(const Params& p, const VariantPlace& at) {
     return length_of(p.kv_len, at.request);
+}
+template <typename Params>
+PYINFER_DEVICE auto query_length(const Params& p, int request) -> decltype(p.qo_len) {
+    return p.qo_len;
+}
+template <typename Params>
+PYINFER_DEVICE auto query_length(const Params& p, int request) -> decltype(p.qo_indptr[0] - 0) {
+    return p.qo_indptr[request + 1] - p.qo_indptr[request];
 }
 template <typename Params>
 PYINFER_DEVICE int qo_length(const Params& p, const VariantPlace& at) {
@@ -179,7 +187,7 @@ struct AttentionVariant {
 
     PYINFER_DEVICE float logits(float score, const Row& r, int kv_token) const {
         if constexpr (CALLS_LOGITS && RAW_SCORES) {
-            const float logit = user_logits_transform(p, score, r.at(min_of(kv_token, r.last_key)));
+            const float logit = user_logits_transform(p, score * (p.logit_scale * natural_scale()), r.at(min_of(kv_token, r.last_key)));
             return SOFTMAX ? logit : logit * (1.0f / LOG2_E);
         }
         float x;

@@ -13,7 +13,20 @@ _EXPORTS = {
     "JitError": "compiler",
     "clear_cache_dir": "cache",
 }
-FAMILIES = ("norm", "activation", "rope", "page", "cascade", "sampling", "attention", "pod", "mla", "quantization", "replan", "gemm")
+FAMILIES = (
+    "norm",
+    "activation",
+    "rope",
+    "page",
+    "cascade",
+    "sampling",
+    "attention",
+    "pod",
+    "mla",
+    "quantization",
+    "replan",
+    "gemm",
+)
 """Modules of this package that have `all_specs()`."""
 
 
@@ -27,6 +40,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"pyinfer.jit.{_EXPORTS[name]}"), name)
     if name in ("spec", "cache", "compiler", "env", "warmup", *FAMILIES):
         return importlib.import_module(f"pyinfer.jit.{name}")
+    if name.startswith("gen_customize_"):
+        return getattr(importlib.import_module("pyinfer.jit.customize"), name)
     if name.startswith("gen_"):
         for family in FAMILIES:
             module = importlib.import_module(f"pyinfer.jit.{family}")

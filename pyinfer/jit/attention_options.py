@@ -30,7 +30,7 @@ class UserVariant(NamedTuple):
     softmax
         False: logits are weights as they are, the output is their plain weighted sum, and there is no LSE.
     raw_scores
-        The logits hook gets the bare product q·k and gives a logit in base 2.
+        The logits hook gets q·k times what the host passes as sm_scale and gives a logit in base 2; neither ALiBi nor a soft cap goes with it.
     """
 
     name: str

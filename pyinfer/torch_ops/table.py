@@ -215,5 +215,6 @@ NOT_TRACED: dict[str, str] = {
     "BatchDecodeWithSharedPrefixPagedKVCacheWrapper": "deprecated forms of MultiLevelCascadeAttentionWrapper; its forward() plans anew",
     "BatchPrefillWithSharedPrefixPagedKVCacheWrapper": "deprecated forms of MultiLevelCascadeAttentionWrapper; its forward() plans anew",
     "ModelConfig": "a description; takes no tensor",
+    "AttentionVariant": "a description; takes no tensor",
 }
 """Public names without a row, and why."""
