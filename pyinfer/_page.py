@@ -103,7 +103,10 @@ def check_places(
 ) -> Places:
     """Check the index arrays of `rows` (whose first axis is tokens). kv_last_page_len may be None."""
     nnz = rows.shape[0]
-    batch_indices, positions = index_array(op, "batch_indices", batch_indices_), index_array(op, "positions", positions_)
+    batch_indices, positions = (
+        index_array(op, "batch_indices", batch_indices_),
+        index_array(op, "positions", positions_),
+    )
     kv_indices, kv_indptr = index_array(op, "kv_indices", kv_indices_), index_array(op, "kv_indptr", kv_indptr_)
     last = None if kv_last_page_len_ is None else index_array(op, "kv_last_page_len", kv_last_page_len_)
     check_shape(op, "batch_indices", batch_indices, (nnz,))
@@ -148,7 +151,13 @@ Two = tuple[TensorView, TensorView]
 
 
 def append(
-    scalars: Any, tensors: tuple[Any, ...], rows: Two, caches: Two, places: Places, scales: tuple[Scale, Scale] | None, op: str
+    scalars: Any,
+    tensors: tuple[Any, ...],
+    rows: Two,
+    caches: Two,
+    places: Places,
+    scales: tuple[Scale, Scale] | None,
+    op: str,
 ) -> None:
     """Rows [nnz, heads, dim] of keys and of values into caches [pages, page_size, heads, dim] (checked); `scales`: divide by them and round to the caches' dtype.
 
@@ -226,7 +235,15 @@ def _values(
     last: tuple[float, ...] = ()
     if scales is not None:
         last = (scales[0].value, scales[1].value, int(scales[0].size > 1), int(scales[1].size > 1))
-    counts = (places.num_indices, places.num_pages, places.batch, places.page_size, rows[0].shape[1], parts, places.wide)
+    counts = (
+        places.num_indices,
+        places.num_pages,
+        places.batch,
+        places.page_size,
+        rows[0].shape[1],
+        parts,
+        places.wide,
+    )
     return (*pointers, *strides, *counts, *last), len(pointers)
 
 
@@ -325,13 +342,22 @@ def copy_tensor(
         from pyinfer.cpu import page as cpu
 
         pages = as_numpy(source_pages), as_numpy(target_pages)
-        for arg, found, limit in (("source_pages", pages[0], source.shape[0]), ("target_pages", pages[1], target.shape[0])):
+        for arg, found, limit in (
+            ("source_pages", pages[0], source.shape[0]),
+            ("target_pages", pages[1], target.shape[0]),
+        ):
             if len(found) and (int(found.min()) < 0 or int(found.max()) >= limit):
                 bad = int(found.min()) if int(found.min()) < 0 else int(found.max())
                 fail(op, arg, "names no page", bad, f"0 to {limit - 1}")
         doubtful = cpu.doubtful_page(*pages, same)
         if doubtful >= 0:
-            fail(op, "target_pages", "names a page that is a target twice, or a source too", doubtful, "targets apart from each other and from sources")
+            fail(
+                op,
+                "target_pages",
+                "names a page that is a target twice, or a source too",
+                doubtful,
+                "targets apart from each other and from sources",
+            )
         as_numpy(target)[pages[1]] = as_numpy(source)[pages[0]]
         return
     if not pairs or 0 in shape:
@@ -340,7 +366,11 @@ def copy_tensor(
         _runs(op, arg + tag, x) for arg, x in (("cache", source), ("out", target))
     )
     size = source.dtype.itemsize
-    if _runs(op, "out" + tag, target)[:3] != (rows, inner, run):  # dense on one side only: runs of one row of the last axis on both
+    if _runs(op, "out" + tag, target)[:3] != (
+        rows,
+        inner,
+        run,
+    ):  # dense on one side only: runs of one row of the last axis on both
         rows, inner, run, s_outer, s_inner = _runs(op, "cache" + tag, source, True)
         _, _, _, t_outer, t_inner = _runs(op, "out" + tag, target, True)
     strides = [s * size for s in (source.strides[0], s_outer, s_inner, target.strides[0], t_outer, t_inner)]

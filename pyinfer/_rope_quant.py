@@ -289,9 +289,7 @@ def rope_quantize_append(
         v_cache, first = None, k_rope_cache
         second: TensorView = k_nope_cache
     else:
-        k_cache, v_view = (
-            view(c, op, f"paged_kv_cache[{i}]") for i, c in enumerate(paged_kv_cache)
-        )
+        k_cache, v_view = (view(c, op, f"paged_kv_cache[{i}]") for i, c in enumerate(paged_kv_cache))
         dtype = fp8_dtype(op, "quantize_dtype", quantize_dtype, *views, k_cache)
         assert v is not None
         check_like(op, v, q_rope, heads)
@@ -301,12 +299,20 @@ def rope_quantize_append(
         k_nope_cache = part_of(keys, rotary_dim, rotary_dim + nope)
         first, second = keys, v_cache
     if second.shape[:2] != first.shape[:2]:
-        fail(op, "paged_kv_cache[1]", "has other pages than paged_kv_cache[0]", tuple(second.shape[:2]), tuple(first.shape[:2]))
+        fail(
+            op,
+            "paged_kv_cache[1]",
+            "has other pages than paged_kv_cache[0]",
+            tuple(second.shape[:2]),
+            tuple(first.shape[:2]),
+        )
     if first.shape[1] != page_size:
         fix = "Pass page_size as the cache has it."
         fail(op, "page_size", "is not the cache's", page_size, first.shape[1], fix)
     kv_indices, kv_indptr, batch_indices, positions = indices
-    places = check_places(op, q_rope.arg, q_rope.view, batch_indices, positions, kv_indices, kv_indptr, None, first.shape[0], page_size)
+    places = check_places(
+        op, q_rope.arg, q_rope.view, batch_indices, positions, kv_indices, kv_indptr, None, first.shape[0], page_size
+    )
     if first.device != q_rope.view.device or second.device != q_rope.view.device:
         check_same_device(op, {"q_rope": q_rope.view, "paged_kv_cache[0]": first, "paged_kv_cache[1]": second})
     made: list[Any] = []
@@ -326,7 +332,14 @@ def rope_quantize_append(
         targets.append(own)
     out = Outputs(targets[0], targets[1] if q_nope is not None else None, k_rope_cache, k_nope_cache if k_nope is not None else None, v_cache, places)  # fmt: skip
     out_roles = ("q_rope_out", "q_nope_out")
-    m = memory(scalars, (*names, "table", "pos_ids", "cache0", "cache1", *_INDICES, *out_roles), tensors, out_roles, outputs, made)
+    m = memory(
+        scalars,
+        (*names, "table", "pos_ids", "cache0", "cache1", *_INDICES, *out_roles),
+        tensors,
+        out_roles,
+        outputs,
+        made,
+    )
     caches = ("cache1", "cache0", "") if mla else ("cache0", "cache0", "cache1")
     roles = (*names, *out_roles, *caches)
     _launch(op, q_rope, k_rope, q_nope, k_nope, v, table, cache_positions, out, is_neox, scales, enable_pdl, roles, m)
@@ -373,9 +386,17 @@ def rope_append(
     keys = check_cache(op, "paged_kv_cache (K)", k_view, kv_layout, heads, dim, dtype)
     v_cache = check_cache(op, "paged_kv_cache (V)", v_view, kv_layout, heads, values.dim, dtype)
     if keys.shape[:2] != v_cache.shape[:2]:
-        fail(op, "paged_kv_cache (V)", "has other pages than paged_kv_cache (K)", tuple(v_cache.shape[:2]), tuple(keys.shape[:2]))
+        fail(
+            op,
+            "paged_kv_cache (V)",
+            "has other pages than paged_kv_cache (K)",
+            tuple(v_cache.shape[:2]),
+            tuple(keys.shape[:2]),
+        )
     kv_indices, kv_indptr, batch_indices, where = indices
-    places = check_places(op, "q", q_all.view, batch_indices, where, kv_indices, kv_indptr, None, keys.shape[0], keys.shape[1])
+    places = check_places(
+        op, "q", q_all.view, batch_indices, where, kv_indices, kv_indptr, None, keys.shape[0], keys.shape[1]
+    )
     if not keys.device == v_cache.device == q_all.view.device:
         check_same_device(op, {"q": q_all.view, "paged_kv_cache (K)": keys, "paged_kv_cache (V)": v_cache})
     obj = empty(q_all.view, q_all.view.shape) if q_out is None else q_out
@@ -444,7 +465,11 @@ def _launch(
         pairs = ((q_rope, out.q_rope, None), (k_rope, out.k_rope, bases))
         for (source, target, at), scale in zip(pairs, scales, strict=True):
             cpu.rope_rounded(source.view, target, where, as_numpy(table), not is_neox, scale, at)
-        moves = ((q_nope, out.q_nope, None, scales[0]), (k_nope, out.k_nope, bases, scales[1]), (v, out.v, bases, scales[1]))
+        moves = (
+            (q_nope, out.q_nope, None, scales[0]),
+            (k_nope, out.k_nope, bases, scales[1]),
+            (v, out.v, bases, scales[1]),
+        )
         for source_or_none, target_or_none, at, scale in moves:
             if source_or_none is not None and target_or_none is not None:
                 cpu.move_rounded(source_or_none.view, target_or_none, scale, at)

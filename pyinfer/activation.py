@@ -327,9 +327,7 @@ def _access(
 
 
 @functools.cache
-def _rows_kernel(
-    device: int, act: str, dtype: str, out: str, width: int, vec: int
-) -> tuple[Kernel, int, bool]:
+def _rows_kernel(device: int, act: str, dtype: str, out: str, width: int, vec: int) -> tuple[Kernel, int, bool]:
     """Kernel, rows per block, whether it was built for programmatic dependent launch."""
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.activation import gen_act_and_mul_rows

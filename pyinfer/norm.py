@@ -177,9 +177,7 @@ def rmsnorm_dynamic_quant(
     """
     from pyinfer._norm_quant import dynamic_quant
 
-    return dynamic_quant(
-        "rmsnorm_dynamic_quant", input, None, weight, eps, out, scale, quantize_dtype, enable_pdl
-    )
+    return dynamic_quant("rmsnorm_dynamic_quant", input, None, weight, eps, out, scale, quantize_dtype, enable_pdl)
 
 
 def fused_add_rmsnorm_dynamic_quant(

@@ -298,7 +298,8 @@ def gather_paged_kv_cache(
     kv_indices: Any,
     kv_indptr: Any,
     kv_layout: str = "NHD",
-    out: tuple[Any, Any] | None = None,
+    k_out: Any = None,
+    v_out: Any = None,
     k_scale: Any = None,
     v_scale: Any = None,
     dtype: Any = None,
@@ -314,12 +315,12 @@ def gather_paged_kv_cache(
         int32 or int64 [nnz], see `get_batch_indices_positions` (with kv lengths as both arguments' lengths it lists every token of every request).
     paged_kv_cache, kv_indices, kv_indptr, kv_layout
         As in `append_paged_kv_cache`.
-    out
-        Where to write: (keys, values), [nnz, num_kv_heads, head_dim]. Allocated if None.
+    k_out, v_out
+        Where to write, [nnz, num_kv_heads, head_dim]. Allocated if None.
     k_scale, v_scale
         For a cache of 8-bit floats and results of another dtype: what values are multiplied by, as in `append_paged_kv_cache`; 1 if None.
     dtype
-        Of the results: the cache's if None; float16, bfloat16 or float32 where the cache holds 8-bit floats.
+        Of the results: that of the outputs given, or the cache's, if None; float16, bfloat16 or float32 where the cache holds 8-bit floats.
 
     Returns
     -------
@@ -334,9 +335,9 @@ def gather_paged_kv_cache(
     check_layout(op, kv_layout)
     caches = paged_views(op, paged_kv_cache, kv_layout, 1)
     heads = caches[0].shape[2 if kv_layout == "NHD" else 1]
-    names = ("out[0]", "out[1]"), ("paged_kv_cache (K)", "paged_kv_cache (V)"), ("k_scale", "v_scale")
+    names = ("k_out", "v_out"), ("paged_kv_cache (K)", "paged_kv_cache (V)"), ("k_scale", "v_scale")
     indices = (batch_indices, positions, kv_indices, kv_indptr)
-    return _gather(op, names, caches, kv_layout, heads, indices, out, (k_scale, v_scale), dtype)
+    return _gather(op, names, caches, kv_layout, heads, indices, (k_out, v_out), (k_scale, v_scale), dtype)
 
 
 def gather_paged_mla_kv_cache(
@@ -346,7 +347,8 @@ def gather_paged_mla_kv_cache(
     kpe_cache: Any,
     kv_indices: Any,
     kv_indptr: Any,
-    out: tuple[Any, Any] | None = None,
+    ckv_out: Any = None,
+    kpe_out: Any = None,
     ckv_scale: Any = None,
     kpe_scale: Any = None,
     dtype: Any = None,
@@ -355,8 +357,8 @@ def gather_paged_mla_kv_cache(
     op = "gather_paged_mla_kv_cache"
     indices = (batch_indices, positions, kv_indices, kv_indptr)
     caches = view(ckv_cache, op, "ckv_cache"), view(kpe_cache, op, "kpe_cache")
-    names = ("out[0]", "out[1]"), ("ckv_cache", "kpe_cache"), ("ckv_scale", "kpe_scale")
-    return _gather(op, names, caches, "MLA", 1, indices, out, (ckv_scale, kpe_scale), dtype)
+    names = ("ckv_out", "kpe_out"), ("ckv_cache", "kpe_cache"), ("ckv_scale", "kpe_scale")
+    return _gather(op, names, caches, "MLA", 1, indices, (ckv_out, kpe_out), (ckv_scale, kpe_scale), dtype)
 
 
 def copy_pages(cache: Any, source_pages: Any, target_pages: Any, out: Any = None) -> None:
@@ -422,7 +424,9 @@ def _one_head(x: TensorView) -> TensorView:
 _Names = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]
 
 
-def _checked_caches(op: str, names: tuple[str, str], caches: Two, layout: str, heads: int, dims: tuple[int, int]) -> Two:
+def _checked_caches(
+    op: str, names: tuple[str, str], caches: Two, layout: str, heads: int, dims: tuple[int, int]
+) -> Two:
     """Both as [pages, page_size, heads, dim], of one dtype and equal pages."""
     dtype = (caches[0].dtype,)
     first = check_cache(op, names[0], caches[0], layout, heads, dims[0], dtype)
@@ -440,9 +444,13 @@ def _scales(
         for name, scale in zip(names, given, strict=True):
             if scale is not None:
                 fix = "Leave it out; the attention takes it."
-                fail(op, name, "is given where nothing is rounded", scale if is_number(scale) else "a tensor", None, fix)
+                fail(
+                    op, name, "is given where nothing is rounded", scale if is_number(scale) else "a tensor", None, fix
+                )
         return None
-    first, second = (given_scale(op, n, 1.0 if s is None else s, like, heads) for n, s in zip(names, given, strict=True))
+    first, second = (
+        given_scale(op, n, 1.0 if s is None else s, like, heads) for n, s in zip(names, given, strict=True)
+    )
     return first, second
 
 
@@ -483,26 +491,30 @@ def _gather(
     layout: str,
     heads: int,
     indices: tuple[Any, Any, Any, Any],
-    out: tuple[Any, Any] | None,
+    outputs: tuple[Any, Any],
     scales: tuple[Any, Any],
     dtype: Any,
 ) -> tuple[Any, Any]:
-    if out is not None and (type(out) is not tuple or len(out) != 2):
-        fail(op, "out", "is no pair", type(out).__name__, "a tuple (keys, values)")
     checked = _checked_caches(op, names[1], caches, layout, heads, (caches[0].shape[-1], caches[1].shape[-1]))
     cache = checked[0]
-    given = None if out is None else (view(out[0], op, names[0][0]), view(out[1], op, names[0][1]))
-    wanted = (cache.dtype if given is None else given[0].dtype) if dtype is None else canonical_dtype(dtype, op, "dtype")
+    given = [None if o is None else view(o, op, arg) for o, arg in zip(outputs, names[0], strict=True)]
+    like = next((i for i, row in enumerate(given) if row is not None), None)
+    if dtype is not None:
+        wanted, source = canonical_dtype(dtype, op, "dtype"), "dtype"
+    else:
+        wanted, source = (cache.dtype, "dtype") if like is None else (given[like].dtype, names[0][like])  # type: ignore[union-attr]
     convert = wanted is not cache.dtype
     if convert and not (cache.dtype in FP8 and wanted in _FLOATS):
         fix = "Only 8-bit floats are converted, to float16, bfloat16 or float32."
-        fail_type(op, "dtype" if given is None else names[0][0], "cannot be made", wanted.name, cache.dtype.name, fix)
+        fail_type(op, source, "cannot be made", wanted.name, cache.dtype.name, fix)
     nnz = index_array(op, "batch_indices", indices[0]).shape[0]
     rows, results = [], []
     for i, c in enumerate(checked):
         shape = (nnz, c.shape[3]) if layout == "MLA" else (nnz, heads, c.shape[3])
-        result = empty(cache, shape, wanted) if out is None else out[i]
-        row = view(result) if given is None else given[i]
+        row, result = given[i], outputs[i]
+        if row is None:
+            result = empty(cache, shape, wanted)
+            row = view(result)
         check_dtype(op, names[0][i], row, (wanted,))
         check_shape(op, names[0][i], row, shape)
         check_last_dim_contiguous(op, names[0][i], row)

@@ -29,6 +29,7 @@ __all__ = [
     "rope_quantize_fp8_append_paged_kv_cache",
 ]
 
+
 def apply_rope(
     q: Any,
     k: Any,
@@ -430,7 +431,9 @@ def rope_append_paged_kv_cache(
 
     indices = (kv_indices, kv_indptr, batch_indices, positions)
     op = "rope_append_paged_kv_cache"
-    return rope_append(op, q, k, v, cos_sin_cache, pos_ids, paged_kv_cache, indices, is_neox, kv_layout, q_out, enable_pdl)
+    return rope_append(
+        op, q, k, v, cos_sin_cache, pos_ids, paged_kv_cache, indices, is_neox, kv_layout, q_out, enable_pdl
+    )
 
 
 attach(__name__)  # what torch.compile traces in the place of these functions

@@ -87,7 +87,9 @@ def test_empty(backend: Backend) -> None:
 def test_errors(backend: Backend) -> None:
     b = backend
     x, out = b.full((2, 16), 1.0, "float16"), b.full((2, 8), 0.0, "float8_e4m3fn")
-    with pytest.raises(ValueError, match=r"silu_and_mul_quant: out has the wrong shape: got \(2, 16\), wanted \(2, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"silu_and_mul_quant: out has the wrong shape: got \(2, 16\), wanted \(2, 8\)"
+    ):
         pyinfer.silu_and_mul_quant(b.full((2, 16), 0.0, "float8_e4m3fn"), x, 1.0)
     with pytest.raises(TypeError, match=r"gelu_and_mul_quant: out has the wrong dtype: got float16"):
         pyinfer.gelu_and_mul_quant(x, x, 1.0)

@@ -60,7 +60,9 @@ def test_by_a_scale(backend_arrays: Backend, rng: np.random.Generator, hidden: i
 @pytest.mark.parametrize("fused", [False, True], ids=["rmsnorm", "fused_add"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_by_each_rows_own(backend_arrays: Backend, rng: np.random.Generator, hidden: int, dtype: str, fused: bool) -> None:
+def test_by_each_rows_own(
+    backend_arrays: Backend, rng: np.random.Generator, hidden: int, dtype: str, fused: bool
+) -> None:
     b = backend_arrays
     x, r, w, want, total = case(b, rng, hidden, dtype, fused)
     for name in FP8:
@@ -200,7 +202,9 @@ def test_errors(backend: Backend) -> None:
             pyinfer.rmsnorm_quant(out, x, w, bad)
     with pytest.raises(TypeError, match=r"rmsnorm_quant: scale has the wrong dtype: got float16"):
         pyinfer.rmsnorm_quant(out, x, w, w[:1])
-    with pytest.raises(ValueError, match=r"rmsnorm_quant: scale has the wrong number of elements: got 2 .*wanted one element"):
+    with pytest.raises(
+        ValueError, match=r"rmsnorm_quant: scale has the wrong number of elements: got 2 .*wanted one element"
+    ):
         pyinfer.rmsnorm_quant(out, x, w, b.full((2,), 1.0, "float32"))
     with pytest.raises(ValueError, match=r"fused_add_rmsnorm_quant: residual .*shape"):
         pyinfer.fused_add_rmsnorm_quant(out, x, x[:1], w, 1.0)
@@ -208,7 +212,9 @@ def test_errors(backend: Backend) -> None:
         pyinfer.rmsnorm_dynamic_quant(x, w, quantize_dtype="float16")
     with pytest.raises(TypeError, match=r"rmsnorm_dynamic_quant: out has the wrong dtype"):
         pyinfer.rmsnorm_dynamic_quant(x, w, out=out, quantize_dtype="float8_e5m2")
-    with pytest.raises(ValueError, match=r"rmsnorm_dynamic_quant: scale has the wrong shape: got \(2,\), wanted \(2, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"rmsnorm_dynamic_quant: scale has the wrong shape: got \(2,\), wanted \(2, 1\)"
+    ):
         pyinfer.rmsnorm_dynamic_quant(x, w, scale=b.full((2,), 1.0, "float32"))
     with pytest.raises(ValueError, match=r"rmsnorm_dynamic_quant: scale is not contiguous"):
         pyinfer.rmsnorm_dynamic_quant(x, w, scale=b.full((2, 2), 1.0, "float32")[:, :1])

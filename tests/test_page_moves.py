@@ -61,8 +61,13 @@ def test_append_rounds(backend_arrays: Backend, rng: np.random.Generator, layout
             before = [np.full((places.table.num_pages, page_size, heads, d), 7.0) for d in dims]
             caches = tuple(b.array(ordered(x, layout), name) for x in before)
             k_scale, v_scale = scales or (None, None)
-            pyinfer.append_paged_kv_cache(*new, *places.index, caches, *places.pages, places.last, layout, k_scale, v_scale)
-            values = [1.0 if s is None else b.float64(s).reshape(-1, 1) if not isinstance(s, float) else s for s in (k_scale, v_scale)]
+            pyinfer.append_paged_kv_cache(
+                *new, *places.index, caches, *places.pages, places.last, layout, k_scale, v_scale
+            )
+            values = [
+                1.0 if s is None else b.float64(s).reshape(-1, 1) if not isinstance(s, float) else s
+                for s in (k_scale, v_scale)
+            ]
             for cache, old, source, scale in zip(caches, before, new, values, strict=True):
                 got = b.float64(cache) if layout == "NHD" else b.float64(cache).transpose(0, 2, 1, 3)
                 assert_rounded(got, places.append(old, b.float64(source) / scale), name, 1e-6)
@@ -74,7 +79,9 @@ def test_append_latent_rounds(backend_arrays: Backend, rng: np.random.Generator)
     new = [b.array(rng.standard_normal((9, d)) * 30, "bfloat16") for d in (512, 64)]
     before = [np.full((places.table.num_pages, page_size, d), 7.0) for d in (512, 64)]
     caches = tuple(b.array(x, FP8[0]) for x in before)
-    pyinfer.append_paged_mla_kv_cache(*new, *places.index, *caches, *places.pages, places.last, 0.125, b.array(np.array([0.5]), "float32"))
+    pyinfer.append_paged_mla_kv_cache(
+        *new, *places.index, *caches, *places.pages, places.last, 0.125, b.array(np.array([0.5]), "float32")
+    )
     for cache, old, source, scale in zip(caches, before, new, (0.125, 0.5), strict=True):
         want = places.append(old[:, :, None], b.float64(source)[:, None] / scale)
         assert_rounded(b.float64(cache)[:, :, None], want, FP8[0], 1e-6)
@@ -103,7 +110,7 @@ def test_gather(backend: Backend, rng: np.random.Generator, layout: str, dims) -
         got = pyinfer.gather_paged_kv_cache(*places.index, caches, *places.pages, layout)
         assert b.is_own(got[0])
         out = tuple(b.array(np.zeros((9, heads, d + 3)), dtype)[..., 1:-2] for d in dims)
-        same = pyinfer.gather_paged_kv_cache(*places.index, caches, *places.pages, layout, out)
+        same = pyinfer.gather_paged_kv_cache(*places.index, caches, *places.pages, layout, *out)
         for x, y, o, s in zip(got, same, out, stored, strict=True):
             assert y is o
             assert_same_bits(b.numpy(x), places.read(s))
@@ -118,7 +125,9 @@ def test_gather_converts(backend_arrays: Backend, rng: np.random.Generator) -> N
         stored = [rng.standard_normal((places.table.num_pages, page_size, heads, d)) * 20 for d in (64, 24)]
         both = tuple(b.array(x, name) for x in stored)
         by_head = rng.uniform(0.05, 0.5, heads).astype(np.float32)
-        got = pyinfer.gather_paged_kv_cache(*places.index, both, *places.pages, k_scale=0.25, v_scale=b.array(by_head), dtype=dtype)
+        got = pyinfer.gather_paged_kv_cache(
+            *places.index, both, *places.pages, k_scale=0.25, v_scale=b.array(by_head), dtype=dtype
+        )
         for x, cache, scale in zip(got, both, (0.25, by_head.astype(np.float64)[:, None]), strict=True):
             assert_close(b.float64(x), places.read(b.float64(cache)) * scale, rtol=1.01 * EPSILON[dtype])
     ckv, kpe = (b.array(rng.standard_normal((places.table.num_pages, page_size, d)), FP8[0]) for d in (512, 64))
@@ -160,7 +169,9 @@ def test_copy_pages(backend: Backend, rng: np.random.Generator, dtype: str) -> N
         pyinfer.copy_pages(cache, *index)
         assert_same_bits(b.numpy(cache), want, "within")
         # Between: into the middle of a wider tensor, from a strided one; the page numbers may be the same here.
-        wide = b.array(np.zeros((pages + 2, *shape[1:-1], shape[-1] + 3)) if len(shape) > 1 else np.zeros(pages + 2), dtype)
+        wide = b.array(
+            np.zeros((pages + 2, *shape[1:-1], shape[-1] + 3)) if len(shape) > 1 else np.zeros(pages + 2), dtype
+        )
         out = wide[..., 1:-2] if len(shape) > 1 else wide
         pyinfer.copy_pages((b.array(before), b.array(before)), index[0], index[0], (out, b.array(before)))
         expected = np.zeros(out.shape, before.dtype)
@@ -208,7 +219,11 @@ def test_errors(backend: Backend) -> None:
     b = backend
     new, cache = b.full((2, 2, 64), 1.0, "float16"), b.full((3, 2, 4, 2, 64), 1.0, "float16")
     small = b.full((3, 2, 4, 2, 64), 1.0, FP8[0])
-    index, pages, last = b.array([0, 0], "int32"), (b.array([0, 1], "int32"), b.array([0, 2], "int32")), b.array([4], "int32")
+    index, pages, last = (
+        b.array([0, 0], "int32"),
+        (b.array([0, 1], "int32"), b.array([0, 2], "int32")),
+        b.array([4], "int32"),
+    )
 
     def append(caches, **scales):
         pyinfer.append_paged_kv_cache(new, new, index, index, caches, *pages, last, **scales)
@@ -218,12 +233,17 @@ def test_errors(backend: Backend) -> None:
         append(cache, k_scale=2.0)
     with pytest.raises(ValueError, match=r"append_paged_kv_cache: v_scale is no scale: got -1"):
         append(small, v_scale=-1)
-    with pytest.raises(ValueError, match=r"append_paged_kv_cache: v_scale has the wrong number of elements: got 3 .*one for each of 2 heads"):
+    with pytest.raises(
+        ValueError,
+        match=r"append_paged_kv_cache: v_scale has the wrong number of elements: got 3 .*one for each of 2 heads",
+    ):
         append(small, v_scale=b.full((3,), 1.0, "float32"))
     with pytest.raises(TypeError, match=r"append_paged_kv_cache: append_value differs in dtype from append_key"):
         pyinfer.append_paged_kv_cache(new, b.full((2, 2, 64), 1.0, "float32"), index, index, small, *pages, last)
     with pytest.raises(ValueError, match=r"append_paged_mla_kv_cache: ckv_scale is given"):
-        pyinfer.append_paged_mla_kv_cache(new[:, 0], new[:, 0], index, index, cache[:, 0, :, 0], cache[:, 1, :, 0], *pages, last, ckv_scale=1.0)
+        pyinfer.append_paged_mla_kv_cache(
+            new[:, 0], new[:, 0], index, index, cache[:, 0, :, 0], cache[:, 1, :, 0], *pages, last, ckv_scale=1.0
+        )
 
     def gather(caches=cache, positions=index, **more):
         return pyinfer.gather_paged_kv_cache(index, positions, caches, *pages, **more)
@@ -231,12 +251,12 @@ def test_errors(backend: Backend) -> None:
     gather()
     with pytest.raises(TypeError, match=r"gather_paged_kv_cache: dtype cannot be made: got float32, wanted float16"):
         gather(dtype="float32")
-    with pytest.raises(TypeError, match=r"gather_paged_kv_cache: out\[0\] cannot be made: got float32"):
-        gather(out=(b.full((2, 2, 64), 0.0, "float32"), b.full((2, 2, 64), 0.0, "float32")))
-    with pytest.raises(ValueError, match=r"gather_paged_kv_cache: out is no pair"):
-        gather(out=new)
-    with pytest.raises(ValueError, match=r"gather_paged_kv_cache: out\[1\] has the wrong shape"):
-        gather(out=(new, new[:1]))
+    with pytest.raises(TypeError, match=r"gather_paged_kv_cache: v_out cannot be made: got float32"):
+        gather(v_out=b.full((2, 2, 64), 0.0, "float32"))
+    with pytest.raises(TypeError, match=r"gather_paged_kv_cache: v_out has the wrong dtype: got float32"):
+        gather(k_out=new, v_out=b.full((2, 2, 64), 0.0, "float32"))
+    with pytest.raises(ValueError, match=r"gather_paged_kv_cache: v_out has the wrong shape"):
+        gather(v_out=new[:1])
     with pytest.raises(ValueError, match=r"gather_paged_kv_cache: k_scale is given where nothing is rounded"):
         gather(k_scale=1.0)
     with pytest.raises(ValueError, match=r"gather_paged_kv_cache: kv_layout"):
@@ -246,7 +266,9 @@ def test_errors(backend: Backend) -> None:
             gather(positions=b.array([0, 9], "int32"))
         with pytest.raises(ValueError, match=r"copy_pages: target_pages names a page that is a target twice"):
             pyinfer.copy_pages(cache, index, index)
-        with pytest.raises(ValueError, match=r"copy_pages: target_pages names a page that is a target twice, or a source too"):
+        with pytest.raises(
+            ValueError, match=r"copy_pages: target_pages names a page that is a target twice, or a source too"
+        ):
             pyinfer.copy_pages(cache, b.array([0, 1], "int32"), b.array([1, 2], "int32"))
     one = b.array([0], "int32")
     with pytest.raises(ValueError, match=r"copy_pages: target_pages has the wrong shape"):

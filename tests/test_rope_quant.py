@@ -61,7 +61,9 @@ def test_quantize(backend_arrays: Backend, rng: np.random.Generator, shape, is_n
         assert len(got) == 4
         q, k = (np.concatenate([b.float64(got[i]), b.float64(got[i + 2])], axis=-1) for i in (0, 1))
         assert_rounded(q, c.want_q * scales[0], name, NEAR, c.slack(c.want_q, scales[0]), "queries")
-        assert_rounded(k.reshape(c.want_k.shape), c.want_k * scales[1], name, NEAR, c.slack(c.want_k, scales[1]), "keys")
+        assert_rounded(
+            k.reshape(c.want_k.shape), c.want_k * scales[1], name, NEAR, c.slack(c.want_k, scales[1]), "keys"
+        )
         # The same into parts of wider tensors.
         wide = [b.full((*x.shape[:-1], x.shape[-1] + 16), np.nan, name) for x in got]
         outs = [w[..., 16:] for w in wide]
@@ -99,7 +101,9 @@ def test_quantize_append(backend_arrays: Backend, rng: np.random.Generator, shap
         c, page_size = Case(b, rng, shape, dtype, is_neox), 8
         t = Table(b, rng, page_size)
         scales = (1.5, 0.5)
-        q_rope, k_rope, q_nope, k_nope = pyinfer.rope_quantize_fp8(*c.inputs(), c.table, c.pos_ids, is_neox, name, *scales)
+        q_rope, k_rope, q_nope, k_nope = pyinfer.rope_quantize_fp8(
+            *c.inputs(), c.table, c.pos_ids, is_neox, name, *scales
+        )
         key = np.concatenate([b.numpy(k_rope), b.numpy(k_nope)], axis=-1)
         key = key.reshape(len(c.pos), c.heads, -1)
         pages = t.table.num_pages
@@ -122,7 +126,10 @@ def test_quantize_append(backend_arrays: Backend, rng: np.random.Generator, shap
         else:
             got_keys = got[0].transpose(order)
             values = np.zeros((len(c.pos), c.heads, value_dim))
-            got_values, wanted = got[1].transpose(order).astype(np.float64), t.append(before[1].astype(np.float64), b.float64(v) * scales[1])
+            got_values, wanted = (
+                got[1].transpose(order).astype(np.float64),
+                t.append(before[1].astype(np.float64), b.float64(v) * scales[1]),
+            )
             assert_rounded(got_values, wanted, name, 1e-6, what=f"values {values.shape}")
         assert_same_bits(np.ascontiguousarray(got_keys), t.append(before[0], key), "keys")
 
@@ -138,7 +145,11 @@ def test_append(backend_arrays: Backend, rng: np.random.Generator, shape, dtype:
         t = Table(b, rng, page_size, 7)
         heads, dim = c.heads, c.rope + c.nope
         v = b.array(rng.standard_normal((len(c.pos), heads, dim)), dtype)
-        cache_shape = (t.table.num_pages, page_size, heads, dim) if layout == "NHD" else (t.table.num_pages, heads, page_size, dim)
+        cache_shape = (
+            (t.table.num_pages, page_size, heads, dim)
+            if layout == "NHD"
+            else (t.table.num_pages, heads, page_size, dim)
+        )
         poison = [b.full(cache_shape, np.nan, dtype) for _ in range(4)]
         if combined:
             both = b.full((cache_shape[0], 2, *cache_shape[1:]), np.nan, dtype)
@@ -155,7 +166,9 @@ def test_append(backend_arrays: Backend, rng: np.random.Generator, shape, dtype:
         k_rotated = b.array(b.numpy(want_k).reshape(rows, heads, dim))
         pyinfer.append_paged_kv_cache(k_rotated, v, batch_indices, positions, want, kv_indices, kv_indptr, last, layout)
         q_out = c.q if in_place else None
-        out = pyinfer.rope_append_paged_kv_cache(c.q, c.k, v, c.table, c.pos_ids, both, *t.arrays, is_neox, layout, q_out)
+        out = pyinfer.rope_append_paged_kv_cache(
+            c.q, c.k, v, c.table, c.pos_ids, both, *t.arrays, is_neox, layout, q_out
+        )
         assert (out is c.q) == in_place
         tolerance = 4 * EPSILON[dtype]
         assert_close(b.float64(out).reshape(rows, -1), b.float64(want_q), rtol=tolerance)
@@ -172,7 +185,9 @@ def test_position_outside_the_table(backend_arrays: Backend, rng: np.random.Gene
     pos[2] = 50
     bad = b.array(pos, "int32")
     if b.device == "cpu":
-        with pytest.raises(ValueError, match=r"rope_quantize_fp8: pos_ids lies outside cos_sin_cache: got 50, wanted 0 to 49"):
+        with pytest.raises(
+            ValueError, match=r"rope_quantize_fp8: pos_ids lies outside cos_sin_cache: got 50, wanted 0 to 49"
+        ):
             pyinfer.rope_quantize_fp8(*c.inputs(), c.table, bad)
     else:
         q_rope, k_rope, q_nope, _ = pyinfer.rope_quantize_fp8(*c.inputs(), c.table, bad)
@@ -196,7 +211,11 @@ def test_saturation_and_nan(backend_arrays: Backend, rng: np.random.Generator) -
 
 def test_empty(backend: Backend, rng: np.random.Generator) -> None:
     b = backend
-    q, k, table = b.full((0, 2, 16), 0.0, "float16"), b.full((0, 1, 16), 0.0, "float16"), b.full((9, 16), 0.0, "float32")
+    q, k, table = (
+        b.full((0, 2, 16), 0.0, "float16"),
+        b.full((0, 1, 16), 0.0, "float16"),
+        b.full((9, 16), 0.0, "float32"),
+    )
     none = b.array(np.zeros(0), "int32")
     got = pyinfer.rope_quantize_fp8(q, k, None, None, table, none)
     assert [tuple(x.shape) for x in got] == [(0, 2, 16), (0, 1, 16), (0, 2, 0), (0, 1, 0)] and b.is_own(got[0])
@@ -216,17 +235,76 @@ def test_errors(backend: Backend, rng: np.random.Generator) -> None:
         with pytest.raises(kind, match=text):
             op(*arguments, **more)
 
-    fails(TypeError, "q_rope has the wrong dtype: got float32", b.full((7, 4, 16), 1.0, "float32"), k_rope, None, None, c.table, c.pos_ids)
+    fails(
+        TypeError,
+        "q_rope has the wrong dtype: got float32",
+        b.full((7, 4, 16), 1.0, "float32"),
+        k_rope,
+        None,
+        None,
+        c.table,
+        c.pos_ids,
+    )
     fails(ValueError, "q_nope is missing where k_nope is given", q_rope, k_rope, None, k_nope, c.table, c.pos_ids)
     fails(ValueError, "k_nope is missing where q_nope is given", q_rope, k_rope, q_nope, None, c.table, c.pos_ids)
     fails(ValueError, "k_rope has the wrong shape", q_rope, k_rope[:5], q_nope, k_nope, c.table, c.pos_ids)
-    fails(ValueError, "cos_sin_cache has another rotary dimension: got 8, wanted 16", q_rope, k_rope, q_nope, k_nope, c.table[:, :8], c.pos_ids)
+    fails(
+        ValueError,
+        "cos_sin_cache has another rotary dimension: got 8, wanted 16",
+        q_rope,
+        k_rope,
+        q_nope,
+        k_nope,
+        c.table[:, :8],
+        c.pos_ids,
+    )
     fails(ValueError, "cos_sin_cache has the wrong dtype", q_rope, k_rope, q_nope, k_nope, q_rope[0], c.pos_ids)
     fails(ValueError, "pos_ids has the wrong shape", q_rope, k_rope, q_nope, k_nope, c.table, c.pos_ids[:3])
-    fails(ValueError, "quant_scale_kv is no scale: got 0.0", q_rope, k_rope, q_nope, k_nope, c.table, c.pos_ids, quant_scale_kv=0)
-    fails(TypeError, "quantize_dtype is no 8-bit float", q_rope, k_rope, q_nope, k_nope, c.table, c.pos_ids, quantize_dtype="int8")
-    fails(TypeError, "q_rope_out has the wrong dtype", q_rope, k_rope, q_nope, k_nope, c.table, c.pos_ids, q_rope_out=q_rope, quantize_dtype=FP8[0])
-    fails(ValueError, "k_nope_out has the wrong shape", q_rope, k_rope, q_nope, k_nope, c.table, c.pos_ids, k_nope_out=b.full((7, 2, 9), 0.0, FP8[0]))
+    fails(
+        ValueError,
+        "quant_scale_kv is no scale: got 0.0",
+        q_rope,
+        k_rope,
+        q_nope,
+        k_nope,
+        c.table,
+        c.pos_ids,
+        quant_scale_kv=0,
+    )
+    fails(
+        TypeError,
+        "quantize_dtype is no 8-bit float",
+        q_rope,
+        k_rope,
+        q_nope,
+        k_nope,
+        c.table,
+        c.pos_ids,
+        quantize_dtype="int8",
+    )
+    fails(
+        TypeError,
+        "q_rope_out has the wrong dtype",
+        q_rope,
+        k_rope,
+        q_nope,
+        k_nope,
+        c.table,
+        c.pos_ids,
+        q_rope_out=q_rope,
+        quantize_dtype=FP8[0],
+    )
+    fails(
+        ValueError,
+        "k_nope_out has the wrong shape",
+        q_rope,
+        k_rope,
+        q_nope,
+        k_nope,
+        c.table,
+        c.pos_ids,
+        k_nope_out=b.full((7, 2, 9), 0.0, FP8[0]),
+    )
     fails(TypeError, "k_rope is no tensor", q_rope, None, q_nope, k_nope, c.table, c.pos_ids)
     fails(TypeError, "q_rope is missing", None, k_rope, q_nope, k_nope, c.table, c.pos_ids)
 
@@ -237,7 +315,20 @@ def test_errors(backend: Backend, rng: np.random.Generator) -> None:
     good = (q_rope, k_rope, q_nope, k_nope, v, c.table, c.pos_ids, caches, *t.arrays)
 
     def replaced(**changes):
-        names = ("q_rope", "k_rope", "q_nope", "k_nope", "v", "table", "pos", "caches", "kv_indices", "kv_indptr", "batch_indices", "positions")
+        names = (
+            "q_rope",
+            "k_rope",
+            "q_nope",
+            "k_nope",
+            "v",
+            "table",
+            "pos",
+            "caches",
+            "kv_indices",
+            "kv_indptr",
+            "batch_indices",
+            "positions",
+        )
         return [changes.get(n, x) for n, x in zip(names, good, strict=True)]
 
     op(*good, page_size=4)
@@ -245,14 +336,31 @@ def test_errors(backend: Backend, rng: np.random.Generator) -> None:
     fails(ValueError, "v is missing", *replaced(v=None), page_size=4)
     fails(TypeError, "paged_kv_cache is no pair: got list of 2", *replaced(caches=list(caches)), page_size=4)
     fails(ValueError, r"paged_kv_cache\[1\] has other pages", *replaced(caches=(caches[0], caches[1][1:])), page_size=4)
-    fails(ValueError, r"paged_kv_cache\[0\] has the wrong shape", *replaced(caches=(caches[0][..., :8], caches[1])), page_size=4)
+    fails(
+        ValueError,
+        r"paged_kv_cache\[0\] has the wrong shape",
+        *replaced(caches=(caches[0][..., :8], caches[1])),
+        page_size=4,
+    )
     fails(TypeError, r"paged_kv_cache\[0\] has the wrong dtype", *good, page_size=4, quantize_dtype=FP8[1])
     fails(ValueError, "kv_layout is no layout", *good, page_size=4, kv_layout="DNH")
     fails(ValueError, "positions has the wrong shape", *replaced(positions=t.arrays[3][:2]), page_size=4)
     latent = (q_rope, k_rope[:, 0], q_nope, k_nope[:, 0])
     fails(ValueError, "v is given for keys without heads", *latent, *good[4:], page_size=4)
     ckv, kpe = b.full((9, 4, 8), 0.0, FP8[0]), b.full((9, 4, 16), 0.0, FP8[0])
-    fails(ValueError, "k_nope is missing for keys without heads", latent[0], latent[1], None, None, None, *good[5:7], (ckv, kpe), *t.arrays, page_size=4)
+    fails(
+        ValueError,
+        "k_nope is missing for keys without heads",
+        latent[0],
+        latent[1],
+        None,
+        None,
+        None,
+        *good[5:7],
+        (ckv, kpe),
+        *t.arrays,
+        page_size=4,
+    )
     fails(ValueError, "ckv_cache has the wrong shape", *latent, None, *good[5:7], (kpe, ckv), *t.arrays, page_size=4)
 
     op = pyinfer.rope_append_paged_kv_cache

@@ -100,7 +100,67 @@ def samples(rng):
     draft, target = torch.softmax(floats(rng, 2, 3, 40), -1), torch.softmax(floats(rng, 2, 4, 40), -1)
     ids = torch.tensor([[1, 2, 3], [30, 20, 10]], dtype=torch.int32)
     bools = floats(rng, 21) > 0
-    return {
+    fp8 = lambda *shape: torch.zeros(*shape).to(torch.float8_e4m3fn)  # noqa: E731
+    column, at = torch.empty(5, 1), (indices, kv_indptr, torch.tensor([0, 0, 1, 1, 1]), positions.clamp(max=2))
+    halves = (q[..., :8].half(), k[..., :8].half(), q[..., 8:].half(), k[..., 8:].half())
+    whole, half_table = (q.half(), k.half(), None, None), table[:, :8].contiguous()
+    latent = (halves[0], halves[1][:, 0], halves[2], halves[3][:, 0])
+    quantized = {
+        f"{act}_and_mul{form}": calls
+        for act in ("silu", "gelu", "gelu_tanh")
+        for form, calls in (
+            ("_quant", [((fp8(5, 32), wide, 0.1), {}), ((fp8(5, 32), wide, torch.tensor(0.1)), {})]),
+            (
+                "_dynamic_quant",
+                [
+                    ((wide,), {}),
+                    ((wide,), dict(scale=column, quantize_dtype=torch.float8_e5m2)),
+                    ((wide, fp8(5, 32), column), {}),
+                ],
+            ),
+        )
+    }
+    quantized |= {
+        "rmsnorm_quant": [((fp8(5, 32), x, w, 0.1), {}), ((fp8(5, 32), x, w, torch.ones(1)), {})],
+        "fused_add_rmsnorm_quant": [((fp8(5, 32), x, floats(rng, 5, 32), w, 0.1), {})],
+        "rmsnorm_dynamic_quant": [((x, w), {}), ((x, w, 1e-5), dict(out=fp8(5, 32)))],
+        "fused_add_rmsnorm_dynamic_quant": [((x, floats(rng, 5, 32), w), dict(quantize_dtype=torch.float8_e5m2))],
+        "fused_rmsnorm_silu": [((x, w), {})],
+        "layernorm": [((x, w, w), {}), ((x, w, w), dict(out=torch.empty(5, 32)))],
+        "gather_paged_kv_cache": [
+            ((at[2], at[3], floats(rng, 3, 2, 4, 2, 16), indices, kv_indptr), {}),
+            (
+                (at[2], at[3], (fp8(3, 2, 4, 16), fp8(3, 2, 4, 16)), indices, kv_indptr, "HND"),
+                dict(k_scale=0.5, dtype=torch.float32),
+            ),
+        ],
+        "gather_paged_mla_kv_cache": [
+            (
+                (at[2], at[3], floats(rng, 3, 4, 32), floats(rng, 3, 4, 8), indices, kv_indptr),
+                dict(kpe_out=torch.empty(5, 8)),
+            )
+        ],
+        "rope_quantize_fp8": [
+            ((*halves, half_table, positions), dict(quant_scale_q=2.0)),
+            (
+                (*whole, table, positions),
+                dict(quantize_dtype=torch.float8_e5m2, q_rope_out=fp8(5, 4, 16).to(torch.float8_e5m2)),
+            ),
+        ],
+        "mla_rope_quantize_fp8": [((*latent, half_table, positions), {})],
+        "rope_quantize_fp8_append_paged_kv_cache": [
+            ((*whole, k.half(), table, positions, (fp8(3, 4, 2, 16), fp8(3, 4, 2, 16)), *at), dict(page_size=4)),
+            ((*latent, None, half_table, positions, (fp8(3, 4, 8), fp8(3, 4, 8)), *at), dict(page_size=4)),
+        ],
+        "rope_append_paged_kv_cache": [
+            ((q, k, k, table, positions, floats(rng, 3, 2, 4, 2, 16), *at), {}),
+            (
+                (q, k, k, half_table, positions, (floats(rng, 3, 2, 4, 16), floats(rng, 3, 2, 4, 16)), *at),
+                dict(kv_layout="HND", q_out=torch.empty(5, 4, 16)),
+            ),
+        ],
+    }
+    return quantized | {
         "silu_and_mul": [((wide,), {}), ((wide,), dict(out=torch.empty(5, 32)))],
         "gelu_and_mul": [((wide,), {})],
         "gelu_tanh_and_mul": [((wide,), dict(enable_pdl=False))],
@@ -121,6 +181,7 @@ def samples(rng):
         "append_paged_kv_cache": [
             ((*append, floats(rng, 3, 2, 4, 2, 16), indices, kv_indptr, last), {}),
             ((*append, (floats(rng, 3, 2, 4, 16), floats(rng, 3, 2, 4, 16)), indices, kv_indptr, last, "HND"), {}),
+            ((*append, fp8(3, 2, 4, 2, 16), indices, kv_indptr, last, "NHD", 0.5, torch.ones(2)), {}),
         ],
         "append_paged_mla_kv_cache": [
             ((x, wide, *append[2:], floats(rng, 3, 4, 32), floats(rng, 3, 4, 64), indices, kv_indptr, last), {})
@@ -243,7 +304,10 @@ def test_opcheck(rng):
         (ops.rmsnorm_out, (x, w, 1e-6, out, None)),
         (ops.fused_add_rmsnorm, (x, r, w, 1e-6, None)),
         (ops.apply_rope_pos_ids, (q, k, positions, None, False, 1.0, 1e4)),
-        (ops.append_paged_kv_cache, (k, k, requests, at, *cache, indices, kv_indptr, last, "NHD")),
+        (
+            ops.append_paged_kv_cache,
+            (k, k, requests, at, *cache, indices, kv_indptr, last, "NHD", None, None, None, None),
+        ),
         (ops.top_p_sampling_from_probs_return_valid, (probs, kept, None, None, True, False, None, 3, None, 4)),
         (ops.packbits, (floats(rng, 21) > 0, "big")),
     ]

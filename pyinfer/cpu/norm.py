@@ -58,7 +58,26 @@ def _fused_add_rmsnorm(
 
 @kernel
 def _quantized(
-    begin, end, x, x0, residual, r0, add, weight, w0, out, o0, hidden, inner, layout, eps, silu, scale, largest, floor, scales
+    begin,
+    end,
+    x,
+    x0,
+    residual,
+    r0,
+    add,
+    weight,
+    w0,
+    out,
+    o0,
+    hidden,
+    inner,
+    layout,
+    eps,
+    silu,
+    scale,
+    largest,
+    floor,
+    scales,
 ):
     # layout: outer and inner strides of x, residual and out. scales: [rows] to write each row's own scale to, or empty: divide by `scale`.
     x_outer, x_inner, r_outer, r_inner, o_outer, o_inner = layout

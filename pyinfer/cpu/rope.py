@@ -198,8 +198,6 @@ def rope_rounded(
     )  # fmt: skip
 
 
-def move_rounded(
-    x: TensorView, out: TensorView, factor: float, places: tuple[np.ndarray, np.ndarray] | None
-) -> None:
+def move_rounded(x: TensorView, out: TensorView, factor: float, places: tuple[np.ndarray, np.ndarray] | None) -> None:
     """As `rope_rounded`, not rotated."""
     move.rounded(x, out, move.row_bases(x), _target_bases(out, places), out.strides[-2], np.full(1, factor, np.float32))

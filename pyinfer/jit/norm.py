@@ -42,9 +42,7 @@ def _value(quantize: str) -> tuple[Field, ...]:
 def rmsnorm_params(quantize: str = "") -> ParamStruct:
     """The parameter struct of rmsnorm with results of one kind."""
     pointers = (_X, ptr("weight", "const scalar_t", "[hidden]"), ptr("out", "out_t", "as x; may be x"))
-    return ParamStruct(
-        "RMSNormParams", *pointers, *_SCALE[quantize], *_strides("x", "out"), *_ROWS, *_value(quantize)
-    )
+    return ParamStruct("RMSNormParams", *pointers, *_SCALE[quantize], *_strides("x", "out"), *_ROWS, *_value(quantize))
 
 
 @functools.cache

@@ -215,9 +215,7 @@ def gen_rope_quantize(
     )
     where = f"_append_v{value}" if append else ""
     name = f"rope_quantize_{d.short}_{o.short}_r{rotary_dim}_n{nope}{where}_v{v}{'_interleave' if interleave else ''}"
-    return JitSpec(
-        name, "rope/rope_quantize.cu.jinja", rope_quantize_params(append), constants, block=(_BLOCK, 1, 1)
-    )
+    return JitSpec(name, "rope/rope_quantize.cu.jinja", rope_quantize_params(append), constants, block=(_BLOCK, 1, 1))
 
 
 @functools.cache

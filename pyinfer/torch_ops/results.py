@@ -32,6 +32,62 @@ def gated(a: dict[str, Any]) -> list[Any]:
     return [x.new_empty((*x.shape[:-1], x.shape[-1] // 2))]
 
 
+def _fp8(a: dict[str, Any], *others: str) -> Any:
+    """The 8-bit dtype asked for, or that of the first tensor there is among others, or e4m3."""
+    import torch
+
+    given = (a.get(name) for name in others)  # outputs are there only where a caller gave some
+    found = (x[0] if isinstance(x, tuple) else x for x in given if x is not None)
+    return a["quantize_dtype"] or next((x.dtype for x in found), torch.float8_e4m3fn)
+
+
+def quantized(gate: bool = False) -> Rule:
+    """8-bit floats and a scale for each row."""
+
+    def rule(a: dict[str, Any]) -> list[Any]:
+        x = a["input"]
+        rows, width = x.shape[:-1], x.shape[-1] // 2 if gate else x.shape[-1]
+        return [x.new_empty((*rows, width), dtype=_fp8(a, "out")), _float32(x, (*rows, 1))]
+
+    return rule
+
+
+def rotated(*names: str) -> Rule:
+    """8-bit floats like the arguments named; of an absent part no elements."""
+    outs = [f"{name}_out" for name in names]
+
+    def rule(a: dict[str, Any]) -> list[Any]:
+        dtype = _fp8(a, *outs, "paged_kv_cache")
+        made = []
+        for name in names:
+            like = a[name] if a[name] is not None else a[name.replace("nope", "rope")]
+            shape = like.shape if a[name] is not None else (*like.shape[:-1], 0)
+            made.append(like.new_empty(shape, dtype=dtype))
+        return made
+
+    return rule
+
+
+def gathered(first: str, second: str) -> Rule:
+    """`gather_paged_kv_cache`: caches as two arguments, or one and the same."""
+
+    def rule(a: dict[str, Any]) -> list[Any]:
+        caches = (a[first], a[second]) if first != second else a[first]
+        latent = first != second
+        if not isinstance(caches, tuple):
+            caches = (caches[:, 0], caches[:, 1])
+        outs = ("ckv_out", "kpe_out") if latent else ("k_out", "v_out")
+        dtype = a["dtype"] or next((a[o].dtype for o in outs if a.get(o) is not None), caches[0].dtype)
+        n = a["batch_indices"].shape[0]
+        made = []
+        for cache in caches:
+            heads = () if latent else (cache.shape[-2 if a["kv_layout"] == "NHD" or cache.ndim == 3 else -3],)
+            made.append(cache.new_empty((n, *heads, cache.shape[-1]), dtype=dtype))
+        return made
+
+    return rule
+
+
 def rows_of_tokens(a: dict[str, Any]) -> list[Any]:
     """`get_batch_indices_positions`."""
     return [_int32(a["append_indptr"], (a["nnz"],)), _int32(a["append_indptr"], (a["nnz"],))]

@@ -39,6 +39,15 @@ _LLAMA = f"{_ROPE}, float low_freq_factor, float high_freq_factor, int old_conte
 _OFFSETS, _POSITIONS = "q, k, indptr, offsets", "q, k, pos_ids"
 _OFFSETS_INPLACE, _POSITIONS_INPLACE = "Tensor! q, Tensor! k, indptr, offsets", "Tensor! q, Tensor! k, pos_ids"
 _Q_AND_K = r.like("q", "k")
+_ACTIVATIONS = ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
+_OWN_SCALES = "out out, out scale, dtype quantize_dtype, bool? enable_pdl"
+_PARTS = "q_rope, k_rope, Tensor? q_nope, Tensor? k_nope"
+_TO_FP8 = "bool is_neox, dtype quantize_dtype, float quant_scale_q, float quant_scale_kv"
+_ROPE_QUANTIZE = Operator(
+    f"{_PARTS}, cos_sin_cache, pos_ids, {_TO_FP8}, out q_rope_out, out k_rope_out, out q_nope_out, out k_nope_out, bool? enable_pdl",
+    r.rotated("q_rope", "k_rope", "q_nope", "k_nope"),
+    4,
+)
 _DRAW = "Tensor? indices, bool deterministic, none generator, bool check_nan, integer seed, integer offset, flag return_valid"
 _JOINT = (
     "integer top_k, number top_p, Tensor? indices, str filter_apply_order, bool deterministic, none generator, bool check_nan, "
@@ -47,10 +56,9 @@ _JOINT = (
 _FROM_PROBS, _FROM_LOGITS = r.ids("probs"), r.ids("logits")
 
 FUNCTIONS: dict[str, dict[str, Operator]] = {
-    "activation": {
-        name: Operator("input, out out, bool? enable_pdl", r.gated, 1)
-        for name in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
-    },
+    "activation": {name: Operator("input, out out, bool? enable_pdl", r.gated, 1) for name in _ACTIVATIONS}
+    | {f"{name}_quant": Operator("Tensor! out, input, number scale, bool? enable_pdl") for name in _ACTIVATIONS}
+    | {f"{name}_dynamic_quant": Operator(f"input, {_OWN_SCALES}", r.quantized(gate=True), 2) for name in _ACTIVATIONS},
     "cascade": {
         "merge_state": Operator("v_a, s_a, v_b, s_b", r.state("v_a", "s_a"), 2),
         "merge_state_in_place": Operator("Tensor! v, Tensor! s, v_other, s_other, Tensor? mask"),
@@ -69,13 +77,37 @@ FUNCTIONS: dict[str, dict[str, Operator]] = {
         "gemma_rmsnorm": Operator("input, weight, float eps, out out, bool? enable_pdl", r.like("input"), 1),
         "fused_add_rmsnorm": Operator("Tensor! input, Tensor! residual, weight, float eps, bool? enable_pdl"),
         "gemma_fused_add_rmsnorm": Operator("Tensor! input, Tensor! residual, weight, float eps, bool? enable_pdl"),
+        "rmsnorm_quant": Operator("Tensor! out, input, weight, number scale, float eps, bool? enable_pdl"),
+        "fused_add_rmsnorm_quant": Operator(
+            "Tensor! out, input, Tensor! residual, weight, number scale, float eps, bool? enable_pdl"
+        ),
+        "rmsnorm_dynamic_quant": Operator(f"input, weight, float eps, {_OWN_SCALES}", r.quantized(), 2),
+        "fused_add_rmsnorm_dynamic_quant": Operator(
+            f"input, Tensor! residual, weight, float eps, {_OWN_SCALES}", r.quantized(), 2
+        ),
+        "fused_rmsnorm_silu": Operator(
+            "input, weight, float eps, out out, none block_scale, bool? enable_pdl", r.like("input"), 1
+        ),
+        "layernorm": Operator("input, gemma, beta, float eps, out out, bool? enable_pdl", r.like("input"), 1),
     },
     "page": {
         "append_paged_kv_cache": Operator(
-            "append_key, append_value, batch_indices, positions, cache! paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len, str kv_layout"
+            "append_key, append_value, batch_indices, positions, cache! paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len, str kv_layout, "
+            "number k_scale, number v_scale"
         ),
         "append_paged_mla_kv_cache": Operator(
-            "append_ckv, append_kpe, batch_indices, positions, Tensor! ckv_cache, Tensor! kpe_cache, kv_indices, kv_indptr, kv_last_page_len"
+            "append_ckv, append_kpe, batch_indices, positions, Tensor! ckv_cache, Tensor! kpe_cache, kv_indices, kv_indptr, kv_last_page_len, "
+            "number ckv_scale, number kpe_scale"
+        ),
+        "gather_paged_kv_cache": Operator(
+            "batch_indices, positions, cache paged_kv_cache, kv_indices, kv_indptr, str kv_layout, out k_out, out v_out, number k_scale, number v_scale, dtype dtype",
+            r.gathered("paged_kv_cache", "paged_kv_cache"),
+            2,
+        ),
+        "gather_paged_mla_kv_cache": Operator(
+            "batch_indices, positions, ckv_cache, kpe_cache, kv_indices, kv_indptr, out ckv_out, out kpe_out, number ckv_scale, number kpe_scale, dtype dtype",
+            r.gathered("ckv_cache", "kpe_cache"),
+            2,
         ),
         "get_batch_indices_positions": Operator(
             "append_indptr, seq_lens, int nnz, out batch_indices, out positions", r.rows_of_tokens, 2
@@ -109,6 +141,20 @@ FUNCTIONS: dict[str, dict[str, Operator]] = {
         ),
         "apply_rope_with_cos_sin_cache_inplace": Operator(
             "positions, Tensor! query, Tensor! key, int head_size, cos_sin_cache, bool is_neox"
+        ),
+        "rope_quantize_fp8": _ROPE_QUANTIZE,
+        "mla_rope_quantize_fp8": _ROPE_QUANTIZE,
+        "rope_quantize_fp8_append_paged_kv_cache": Operator(
+            f"{_PARTS}, Tensor? v, cos_sin_cache, pos_ids, cache! paged_kv_cache, kv_indices, kv_indptr, batch_indices, positions, {_TO_FP8}, "
+            "int page_size, str kv_layout, out q_rope_out, out q_nope_out, bool? enable_pdl",
+            r.rotated("q_rope", "q_nope"),
+            2,
+        ),
+        "rope_append_paged_kv_cache": Operator(
+            "q, k, v, cos_sin_cache, pos_ids, cache! paged_kv_cache, kv_indices, kv_indptr, batch_indices, positions, bool is_neox, str kv_layout, "
+            "out q_out, bool? enable_pdl",
+            r.like("q"),
+            1,
         ),
     },
     "sampling": {
@@ -206,6 +252,7 @@ METHODS: dict[str, dict[str, Operator]] = {
 }
 
 NOT_TRACED: dict[str, str] = {
+    "copy_pages": "takes any number of caches; bookkeeping of a server between steps, no part of a model",
     "support": "answers about a configuration; takes no tensor",
     "warmup": "compiles kernels; takes no tensor",
     "single_prefill_with_kv_cache_return_lse": "a functools.partial of single_prefill_with_kv_cache, which is traced",

@@ -34,7 +34,9 @@ def round_fp8(x: np.ndarray, name: str) -> np.ndarray:
     return np.where(np.isnan(x), np.nan, result)
 
 
-def assert_rounded(got: np.ndarray, want: np.ndarray, name: str, rtol: float, atol: float = 0.0, what: str = "") -> None:
+def assert_rounded(
+    got: np.ndarray, want: np.ndarray, name: str, rtol: float, atol: float = 0.0, what: str = ""
+) -> None:
     """Fail unless every `got` (float64) is what some value within rtol * |want| + atol of `want` rounds to, with NaN in the same places."""
     assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
     assert (np.isnan(got) == np.isnan(want)).all(), f"{what}: NaN at other places"
@@ -44,4 +46,6 @@ def assert_rounded(got: np.ndarray, want: np.ndarray, name: str, rtol: float, at
         wrong = (got < low) | (got > high)
     if wrong.any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise AssertionError(f"{what}: {int(wrong.sum())} of {got.size} wrong, first at {at}: got {got[at]}, expected {want[at]} rounded")
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {got.size} wrong, first at {at}: got {got[at]}, expected {want[at]} rounded"
+        )

@@ -327,7 +327,7 @@ def fused(bench: Bench) -> None:
             ("rope_quantize_fp8_append", 3 * moved, lambda: pyinfer.rope_quantize_fp8_append_paged_kv_cache(q, k, None, None, v, table, pos, small, *index, q_rope_out=q8, q_nope_out=empty8)),
             ("rope_quantize_fp8_append, latent", 3 * 129 * 576.0 * tokens, lambda: pyinfer.rope_quantize_fp8_append_paged_kv_cache(latent_q[..., 512:], latent_k[:, 512:], latent_q[..., :512], latent_k[:, :512], None, half, pos, (ckv, kpe), *index, q_rope_out=lq, q_nope_out=lp)),
             ("append_paged_kv_cache to 8 bits", 3 * 16 * 128.0 * tokens, lambda: pyinfer.append_paged_kv_cache(k, v, *at, "NHD", 0.5, 0.5)),
-            ("gather_paged_kv_cache", 4 * 16 * 128.0 * tokens, lambda: pyinfer.gather_paged_kv_cache(*index[2:], cache, *index[:2], out=gathered)),
+            ("gather_paged_kv_cache", 4 * 16 * 128.0 * tokens, lambda: pyinfer.gather_paged_kv_cache(*index[2:], cache, *index[:2], "NHD", *gathered)),
             ("copy_pages", 4 * 16 * 128.0 * (pages // 2 * 16), lambda: pyinfer.copy_pages(cache, *pairs)),
         ):  # fmt: skip
             bench.table(f"{name} {tokens} tokens", bytes_moved, [("pyinfer", run)], _no_peer)
