@@ -45,6 +45,7 @@ _INSTEAD = {
     "block_tables": "It belongs to the trtllm-gen backend: pass the page table.",
     "jit_args": "Only decode and the batch prefills take variants.",
 }
+DECODE_ROWS = 16  # packed rows of a decode tile
 MANY_ROWS = 1024  # no kernel distinguishes more packed rows; keeps the cache of configurations small
 
 
@@ -81,7 +82,7 @@ def scale(op: str, arg: str, value: Any) -> float:
             fail(op, arg, "is not one number", f"shape {tuple(v.shape)}", "a float or a tensor of one element")
         if v.is_cuda:
             _log.debug("%s: reading %s from the device; this synchronises. Pass a float to avoid it.", op, arg)
-            return float(v.obj)
+            return float(v.obj.reshape(()))  # CuPy converts arrays without axes alone
         return float(as_numpy(v).reshape(()))
     try:
         return float(value)
@@ -334,12 +335,12 @@ def tile_config(
     max_packed_rows: int,
     kv_dtype: DType | None = None,
     options: AttentionOptions = PLAIN,
+    page_size: int = 0,
 ) -> Any:
     """The configuration of the kernel that a CUDA device runs."""
-    from pyinfer.jit.attention_launch import device_config, hopper_config
+    from pyinfer.jit.attention_launch import chosen_config
 
-    case = (device, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
-    return hopper_config(*case) or device_config(*case)
+    return chosen_config(device, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options, page_size)
 
 
 def batch_tiles(
@@ -352,6 +353,7 @@ def batch_tiles(
     num_kv_heads: int,
     kv_dtype: DType | None = None,
     options: AttentionOptions = PLAIN,
+    page_size: int = 0,
 ) -> tuple[int, int, int, int]:
     """(tile_q, tile_kv, num_sms, ctas_per_sm) for the scheduler: the device's kernel, or the CPU's."""
     if device < 0:
@@ -362,7 +364,13 @@ def batch_tiles(
     from pyinfer.core.device import num_sms
 
     rows = min(max_packed_rows, MANY_ROWS)
-    config = tile_config(device, dtype, head_dim_qk, head_dim_vo, rows, kv_dtype, options)
+    config = tile_config(device, dtype, head_dim_qk, head_dim_vo, rows, kv_dtype, options, page_size)
+    requests = total_packed_rows // max(max_packed_rows, 1)
+    if rows <= config.tile_q == DECODE_ROWS and requests * num_kv_heads <= num_sms(device):
+        from pyinfer.jit.attention_launch import device_wide_config
+
+        itemsize = (kv_dtype or dtype).itemsize
+        config = device_wide_config(device, head_dim_qk, head_dim_vo, itemsize, options) or config
     return config.tile_q, config.tile_kv, num_sms(device), config.ctas_per_sm
 
 

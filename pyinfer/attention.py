@@ -77,12 +77,35 @@ class BatchAttention:
         "NHD": pages [page_size, num_kv_heads, head_dim]; "HND": [num_kv_heads, page_size, head_dim].
     device
         Accepted: the batch runs where `run`'s tensors are. Workspaces are the wrapper's own.
+    use_cuda_graph
+        Keep every buffer and the grid fixed, so that run() may be captured (after a first run has shown the device) and later plans are seen by replays. On
+        a GPU that takes the one-launch kernel. The first plan fixes shapes, dtypes, scales and, if kv_indices are on the GPU, where they lie.
+    max_batch_size, max_num_tokens, max_num_pages
+        For use_cuda_graph: the most requests, query tokens and pages that a batch will have.
     """
 
     _op = "BatchAttention"
 
-    def __init__(self, kv_layout: str = "NHD", device: Any = "cuda") -> None:
+    def __init__(
+        self,
+        kv_layout: str = "NHD",
+        device: Any = "cuda",
+        *,
+        use_cuda_graph: bool = False,
+        max_batch_size: int | None = None,
+        max_num_tokens: int | None = None,
+        max_num_pages: int | None = None,
+    ) -> None:
         self._kv_layout = common.check_layout(self._op, kv_layout)
+        self._most: tuple[int, int, int] | None = None
+        if use_cuda_graph:
+            sizes = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_num_pages": max_num_pages}
+            for arg, n in sizes.items():
+                if not isinstance(n, int) or n < 1:
+                    fail(self._op, arg, "is no size", n, "1 or more", "CUDA graph mode needs it.")
+            self._most = tuple(sizes.values())  # type: ignore[assignment]
+        self._first: tuple[Any, ...] | None = None  # what the first plan fixed, in CUDA graph mode
+        self._first_indices = 0
         self._batch: _Batch | None = None
         self._ready: _Ready | None = None
         self._home: TensorView | None = None  # stands for device and framework of the last q
@@ -90,6 +113,11 @@ class BatchAttention:
         self._inner_planned = False
         self._buffer: Any = None
         self._workspace: Any = None
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        """Whether the wrapper was made for CUDA graphs."""
+        return self._most is not None
 
     @property
     def plan_info(self) -> Any:
@@ -166,9 +194,12 @@ class BatchAttention:
             canonical_dtype(kv_data_type, op, "kv_data_type"),
         )
         qo, kv, lens, indices, max_page = self._table(qo_indptr, kv_indptr, kv_indices, kv_len_arr, page_size, strict)
-        self._batch = _Batch(
+        batch = _Batch(
             qo, kv, lens, indices, max_page, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, bool(causal), scale, soft_cap, q_dtype, kv_dtype
         )  # fmt: skip
+        if self._most is not None:
+            self._check_fixed(batch, self._most)
+        self._batch = batch
         self._ready, self._inner_planned = None, False
         if self._home is not None:
             self._arrange(self._home)
@@ -180,7 +211,9 @@ class BatchAttention:
         from pyinfer.schedulers.plan import lengths
 
         op = self._op
-        arrays = common.host_metadata(op, strict=strict, qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_len_arr=kv_len_arr)
+        arrays = common.host_metadata(
+            op, strict=strict, qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_len_arr=kv_len_arr
+        )
         qo, kv, lens = (x.copy() for x in arrays)
         lengths(op, "qo_indptr", qo)
         pages = lengths(op, "kv_indptr", kv)
@@ -228,6 +261,26 @@ class BatchAttention:
                     fail(op, "kv_indices", "holds a negative page", f"{int(indices[at])} at entry {at}", "0 or more")
         return qo, kv, lens, indices, max_page
 
+    def _check_fixed(self, batch: _Batch, most: tuple[int, int, int]) -> None:
+        """ValueError for what a captured launch cannot follow."""
+        counts = len(batch.kv_len), int(batch.qo_indptr[-1]), int(batch.kv_indptr[-1])
+        names = ("max_batch_size", "max_num_tokens", "max_num_pages")
+        for arg, name, have, room in zip(("kv_len_arr", "qo_indptr", "kv_indptr"), names, counts, most, strict=True):
+            if have > room:
+                fail(self._op, arg, f"is beyond {name}", have, f"at most {room}", "Make a wrapper with more room.")
+        fix = "In CUDA graph mode the first plan fixes it; make a new wrapper."
+        at = _Batch._fields.index("num_qo_heads")
+        fixed = tuple(batch[at:])
+        for name, had, got in zip(_Batch._fields[at:], self._first or fixed, fixed, strict=True):
+            if had != got:
+                fail(self._op, name, "differs from the first plan", got, had, fix)
+        where = batch.indices.ptr if isinstance(batch.indices, TensorView) else 0
+        if self._first is not None and where != self._first_indices:
+            there = "other GPU memory" if where else "host memory"
+            wanted = "the same GPU memory" if self._first_indices else "host memory"
+            fail(self._op, "kv_indices", "moved since the first plan", there, wanted, fix)
+        self._first, self._first_indices = fixed, where
+
     def _fused(self, device: int) -> bool:
         """Whether a device has the kernel for both kinds of request."""
         b = self._batch
@@ -240,23 +293,29 @@ class BatchAttention:
         """Plan for a device, and on a GPU upload the plan and fetch the kernel: run() then only launches."""
         self._home = TensorView(None, 0, (), (), home.dtype, home.device, home.framework)
         if not self._fused(home.device):
+            self._refuse_inner(home.device)
             self._plan_inner(home.device)
             return
         from pyinfer.core.device import num_sms
         from pyinfer.core.workspace import DeviceBuffer, PlanBuffer
         from pyinfer.jit.pod import device_pod
-        from pyinfer.schedulers.mixed import mixed_plan
+        from pyinfer.schedulers.mixed import mixed_capacity, mixed_plan
 
         b = self._batch
         assert b is not None
         variant = "softcap" if b.soft_cap > 0.0 else "plain"
         config, pod, kernel = device_pod(home.device, b.q_dtype, b.head_dim_qk, "plan", variant)
         host_indices = b.indices if isinstance(b.indices, np.ndarray) else None
+        cut: dict[str, Any] = dict(
+            num_qo_heads=b.num_qo_heads, num_kv_heads=b.num_kv_heads, page_size=b.page_size, prefill_tile=(config.prefill.tile_q, config.prefill.tile_kv),
+            decode_tile=(config.decode.tile_q, config.decode.tile_kv), num_sms=num_sms(home.device), ctas_per_sm=config.ctas_per_sm,
+        )  # fmt: skip
+        capacity = None
+        if self._most is not None:
+            capacity = mixed_capacity(*self._most, **cut, keep_indices=host_indices is not None)
         plans = mixed_plan(
-            b.qo_indptr, b.kv_indptr, host_indices, b.kv_len, num_qo_heads=b.num_qo_heads, num_kv_heads=b.num_kv_heads,
-            head_dim_qk=b.head_dim_qk, head_dim_vo=b.head_dim_vo, page_size=b.page_size, prefill_tile=(config.prefill.tile_q, config.prefill.tile_kv),
-            decode_tile=(config.decode.tile_q, config.decode.tile_kv), num_sms=num_sms(home.device), ctas_per_sm=config.ctas_per_sm, causal=b.causal,
-            max_page=b.max_page, op=self._op,
+            b.qo_indptr, b.kv_indptr, host_indices, b.kv_len, head_dim_qk=b.head_dim_qk, head_dim_vo=b.head_dim_vo, causal=b.causal, max_page=b.max_page,
+            capacity=capacity, op=self._op, **cut,
         )  # fmt: skip
         if self._buffer is None or self._buffer.memory.device != home.device:
             self._buffer = PlanBuffer(home.device, home.framework)
@@ -281,6 +340,18 @@ class BatchAttention:
             workspace,
             workspace + prefill_bytes,
         )
+
+    def _refuse_inner(self, device: int) -> None:
+        """ValueError if a captured launch would need what the one-launch kernel does not do. On the CPU nothing is captured."""
+        b = self._batch
+        assert b is not None
+        if self._most is not None and device >= 0:
+            got = f"q {b.q_dtype.name}, cache {b.kv_dtype.name}, head_dim {b.head_dim_qk}"
+            wanted = (
+                "float16 or bfloat16 for both, head_dim 64, 128 or 256, addresses and strides in multiples of 16 bytes"
+            )
+            fix = "Use BatchPrefillWithPagedKVCacheWrapper, which has a CUDA graph mode for everything."
+            fail(self._op, "use_cuda_graph", "is beyond the one-launch kernel", got, wanted, fix)
 
     def _plan_inner(self, device: int) -> None:
         """Let the batch prefill do it."""
@@ -320,7 +391,7 @@ class BatchAttention:
         Parameters
         ----------
         q
-            [qo_indptr[-1], num_qo_heads, head_dim_qk] in the planned dtype.
+            [qo_indptr[-1], num_qo_heads, head_dim_qk] in the planned dtype; in CUDA graph mode it may have more rows, which are left alone.
         kv_cache
             A tuple of two caches or one tensor, as in `BatchDecodeWithPagedKVCacheWrapper.run`.
         out, lse
@@ -353,14 +424,12 @@ class BatchAttention:
             self._arrange(qv)
         ready = self._ready
         if ready is None:
-            return self._inner.run(
-                q, kv_cache, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=True, enable_pdl=enable_pdl
-            )  # fmt: skip
+            return self._run_inner(qv, q, kv_cache, out, lse, k_scale=k_scale, v_scale=v_scale, enable_pdl=enable_pdl)
         if qv.dtype is not b.q_dtype:
             fail_type(
                 op, "q", "differs from the planned dtype", qv.dtype.name, b.q_dtype.name, "Pass q_data_type to plan()."
             )
-        check_shape(op, "q", qv, (int(b.qo_indptr[-1]), b.num_qo_heads, b.head_dim_qk))
+        check_shape(op, "q", qv, (self._rows(qv), b.num_qo_heads, b.head_dim_qk))
         k, v = self._caches(qv, kv_cache)
         shape = (qv.shape[0], b.num_qo_heads, b.head_dim_vo)
         out_view = view(empty(qv, shape)) if out is None else common.check_out(op, "out", out, qv, shape, qv.dtype)
@@ -373,6 +442,7 @@ class BatchAttention:
         from pyinfer.jit.pod import aligned, launch_pod, plan_part
 
         if not aligned(qv, k, v, out_view):
+            self._refuse_inner(qv.device)
             if not self._inner_planned:
                 self._plan_inner(qv.device)
             return self._inner.run(
@@ -388,6 +458,25 @@ class BatchAttention:
             ready.kernel, ready.pod, current_stream(qv), prefill, decode, ready.plans.prefill_rate, common.use_pdl(qv.device, enable_pdl)
         )  # fmt: skip
         return out_view.obj, lse_view.obj
+
+    def _rows(self, q: TensorView) -> int:
+        """How many rows q should have: the plan's or, as a captured graph's tensors stay as large as they were, more."""
+        assert self._batch is not None
+        rows = int(self._batch.qo_indptr[-1])
+        return max(rows, q.shape[0]) if self._most is not None else rows
+
+    def _run_inner(self, qv: TensorView, q: Any, cache: Any, out: Any, lse: Any, **options: Any) -> tuple[Any, Any]:
+        """`run` by the batch prefill; of tensors with more rows than the plan it gets the rows in front."""
+        rows = int(self._inner.plan_info.total_rows)
+        if qv.shape[0] == rows or self._most is None:
+            return self._inner.run(q, cache, out=out, lse=lse, return_lse=True, **options)
+        if out is None:
+            out = empty(qv, (*qv.shape[:2], self._inner.plan_info.head_dim_vo))
+        if lse is None:
+            lse = empty(qv, qv.shape[:2], FLOAT32)
+        check_shape(self._op, "q", qv, (self._rows(qv), None, None))
+        self._inner.run(q[:rows], cache, out=out[:rows], lse=lse[:rows], return_lse=True, **options)
+        return out, lse
 
     def _caches(self, q: TensorView, cache: Any) -> tuple[TensorView, TensorView]:
         """Checked views of the caches."""

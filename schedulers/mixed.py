@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyinfer.schedulers.decode import EXTRA_SLOTS as DECODE_EXTRA
-from pyinfer.schedulers.plan import AttentionPlan, build_plan
+from pyinfer.schedulers.decode import decode_capacity
+from pyinfer.schedulers.plan import AttentionPlan, PlanCapacity, build_plan
 from pyinfer.schedulers.prefill import EXTRA_SLOTS as PREFILL_EXTRA
+from pyinfer.schedulers.prefill import prefill_capacity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +69,36 @@ def shares(
     return float(tokens.sum()) - decode_load, decode_load
 
 
+def mixed_capacity(
+    batch: int,
+    total_rows: int,
+    max_pages: int,
+    *,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    prefill_tile: tuple[int, int],
+    decode_tile: tuple[int, int],
+    num_sms: int,
+    ctas_per_sm: int = 1,
+    keep_indices: bool = True,
+) -> tuple[PlanCapacity, PlanCapacity]:
+    """The bounds of both plans of every batch of at most `batch` requests, `total_rows` query tokens and `max_pages` pages.
+
+    `keep_indices`: the page indices travel with the prefill plan. Whatever share of the device a plan gives to either kind, it is not more than all of it.
+    """
+    shape: dict[str, int] = dict(
+        num_qo_heads=num_qo_heads,
+        num_kv_heads=num_kv_heads,
+        page_size=page_size,
+        num_sms=num_sms,
+        ctas_per_sm=ctas_per_sm,
+    )
+    prefill = prefill_capacity(batch, total_rows, max_pages, tile_q=prefill_tile[0], **shape)
+    decode = decode_capacity(batch, max_pages, tile_q=decode_tile[0], **shape)
+    return prefill._replace(max_indices=max_pages if keep_indices else 0), decode
+
+
 def mixed_plan(
     qo_indptr: np.ndarray,
     kv_indptr: np.ndarray,
@@ -84,6 +116,7 @@ def mixed_plan(
     ctas_per_sm: int = 1,
     causal: bool = False,
     max_page: int = -1,
+    capacity: tuple[PlanCapacity, PlanCapacity] | None = None,
     op: str = "mixed_plan",
 ) -> MixedPlan:
     """Plan a batch of which each request goes to the kind of block that suits its rows: decode up to one decode tile, prefill beyond.
@@ -98,6 +131,8 @@ def mixed_plan(
         num_sms * ctas_per_sm blocks of either kind run at a time. Each kind is cut for its share of them, so that both end together.
     max_page
         Largest page id, -1 if unknown.
+    capacity
+        From `mixed_capacity`: sections, grid and order of the blocks are then those of the capacity, whatever the batch.
 
     Other parameters as `decode.decode_plan`.
     """
@@ -109,15 +144,20 @@ def mixed_plan(
     prefill_load, decode_load = shares(qo_len, kv_len, decode, group, prefill_tile[0], causal)
     part = prefill_load / max(prefill_load + decode_load, 1.0)
 
-    def plan(own: np.ndarray, tile: tuple[int, int], share: float, extra: int, indices: Any) -> AttentionPlan:
+    def plan(
+        own: np.ndarray, tile: tuple[int, int], share: float, extra: int, indices: Any, bound: PlanCapacity | None
+    ) -> AttentionPlan:
         lengths = np.ascontiguousarray(np.where(own, qo_len, 0), dtype=np.int32)
         return build_plan(
             op, qo_indptr, lengths, kv_indptr, kv_len, indices,
             num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk, head_dim_vo=head_dim_vo, page_size=page_size, tile_q=tile[0],
             tile_kv=tile[1], num_sms=max(round(num_sms * share), 1), ctas_per_sm=ctas_per_sm, causal=causal, window_left=-1, fixed_split_size=None,
-            disable_split_kv=False, extra_slots=extra, capacity=None, max_page=max_page,
+            disable_split_kv=False, extra_slots=extra, capacity=bound, max_page=max_page,
         )  # fmt: skip
 
-    prefill_plan = plan(~decode, prefill_tile, part, PREFILL_EXTRA, kv_indices)
-    decode_plan = plan(decode, decode_tile, 1.0 - part, DECODE_EXTRA, None)
+    bounds = (None, None) if capacity is None else capacity
+    prefill_plan = plan(~decode, prefill_tile, part, PREFILL_EXTRA, kv_indices, bounds[0])
+    decode_plan = plan(decode, decode_tile, 1.0 - part, DECODE_EXTRA, None, bounds[1])
+    if capacity is not None:
+        return MixedPlan(prefill_plan, decode_plan, rate(capacity[0].max_work, capacity[1].max_work))
     return MixedPlan(prefill_plan, decode_plan, rate(load(prefill_plan), load(decode_plan)))

@@ -170,6 +170,25 @@ class Pod(Decode):
         return [*super().wanted(s), *attention(*x, causal=True)]
 
 
+class Mixed(Kind):
+    """Prefill and decode requests in one launch; the wrapper's own memory, and no buffers."""
+
+    def make(self, workspace: Any) -> Any:
+        sizes = {"max_batch_size": BATCH, "max_num_tokens": ROWS, "max_num_pages": PAGES}
+        return pyinfer.BatchAttention("NHD", use_cuda_graph=True, **sizes)
+
+    def plan(self, s: Step) -> None:
+        kv_len = s.kv.astype(np.int32)
+        self.wrapper.plan(s.qo_indptr, s.indptr, s.indices, kv_len, *HEADS, 64, 64, PAGE, True, None, None, self.dtype, self.dtype)  # fmt: skip
+
+    def run(self) -> None:
+        self.wrapper.run(self.x["q"], self.x["cache"], *self.outs)
+
+    def plans(self) -> list[Any]:
+        info = self.wrapper.plan_info
+        return list(info[:2]) if isinstance(info, tuple) else []  # the CPU runs it as it comes
+
+
 class Mla(Kind):
     """Latent and rotary parts are halves of one tensor."""
 
@@ -230,7 +249,14 @@ class Cascade(Kind):
         return [np.concatenate(x) for x in zip(*parts, strict=True)]
 
 
-KINDS: dict[str, Callable[..., Kind]] = {"decode": Decode, "prefill": Kind, "pod": Pod, "mla": Mla, "cascade": Cascade}
+KINDS: dict[str, Callable[..., Kind]] = {
+    "decode": Decode,
+    "prefill": Kind,
+    "mixed": Mixed,
+    "pod": Pod,
+    "mla": Mla,
+    "cascade": Cascade,
+}
 
 
 def compare(kind: Kind, s: Step, device: str, name: str) -> None:
@@ -294,3 +320,89 @@ def test_the_capacity_is_the_first_plans(rng, backend_arrays, device, name):
             kind.fill(rng)
             kind.run()
             compare(kind, s, device, f"batch {i} of {s.kv.tolist()}")
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_mixed_plans_stay_within_their_capacity(rng, causal):
+    """As a GPU would plan them, with more or fewer multiprocessors than there is work for."""
+    from pyinfer.schedulers import mixed
+
+    for num_sms in (1, 7, 132):
+        cut = dict(
+            num_qo_heads=8, num_kv_heads=2, page_size=PAGE, prefill_tile=(64, 64), decode_tile=(16, 64), num_sms=num_sms, ctas_per_sm=2
+        )  # fmt: skip
+        capacity = mixed.mixed_capacity(BATCH, ROWS, PAGES, **cut)
+        fixed = None
+        for i in range(60):
+            s = random_step(rng, i, False)
+            plans = mixed.mixed_plan(
+                s.qo_indptr, s.indptr, s.indices, s.kv.astype(np.int32), head_dim_qk=64, head_dim_vo=64, causal=causal, capacity=capacity, **cut
+            )  # fmt: skip
+            free = mixed.mixed_plan(
+                s.qo_indptr, s.indptr, s.indices, s.kv.astype(np.int32), head_dim_qk=64, head_dim_vo=64, causal=causal, **cut
+            )  # fmt: skip
+            for plan, other in zip(plans[:2], free[:2], strict=True):
+                np.testing.assert_array_equal(plan.work, other.work)
+                assert plan.n_work <= plan.max_work and plan.num_partials <= plan.max_partials
+            now = [plans.prefill_rate, *((p.max_work, p.offsets, p.workspace_bytes) for p in plans[:2])]
+            assert fixed in (None, now)
+            fixed = now
+
+
+# ---- BatchAttention's capacity ---------------------------------------------------------------------------------------------------
+SIZES = {"max_batch_size": 2, "max_num_tokens": 9, "max_num_pages": 4}
+PLAN = dict(
+    qo_indptr=[0, 1, 9], kv_indptr=[0, 2, 4], kv_indices=[4, 0, 5, 1], kv_len_arr=[19, 32], num_qo_heads=4, num_kv_heads=2, head_dim_qk=64,
+    head_dim_vo=64, page_size=16, q_data_type="float16", kv_data_type="float16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"qo_indptr": [0, 1, 10]}, r"qo_indptr is beyond max_num_tokens: got 10, wanted at most 9. Make a wrapper with more room"),
+        ({"kv_indptr": [0, 2, 5], "kv_indices": [0] * 5, "kv_len_arr": [19, 48]}, "kv_indptr is beyond max_num_pages: got 5, wanted at most 4"),
+        ({"qo_indptr": [0, 0, 0, 1], "kv_indptr": [0, 0, 0, 1], "kv_len_arr": [0, 0, 1]}, "kv_len_arr is beyond max_batch_size: got 3, wanted at most 2"),
+        ({"num_qo_heads": 2}, "num_qo_heads differs from the first plan: got 2, wanted 4. In CUDA graph mode the first plan fixes it"),
+        ({"sm_scale": 2.0}, "sm_scale differs from the first plan: got 2.0, wanted 0.125"),
+        ({"causal": True}, "causal differs from the first plan: got True, wanted False"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_batch_attention_refuses(rng, backend_arrays, device, change, text):
+    """And goes on with the plan that it had."""
+    b = backend_arrays
+    q = b.array(rng.standard_normal((9, 4, 64)), "float16")
+    cache = b.array(rng.standard_normal((6, 2, 16, 2, 64)), "float16")
+    wrapper = pyinfer.BatchAttention(use_cuda_graph=True, **SIZES)
+    assert wrapper.is_cuda_graph_enabled and not pyinfer.BatchAttention().is_cuda_graph_enabled
+    wrapper.plan(**PLAN)
+    before = wrapper.run(q, cache)
+    with pytest.raises(ValueError, match=f"BatchAttention: {text}"):
+        wrapper.plan(**{**PLAN, **change})
+    for x, y in zip(wrapper.run(q, cache), before, strict=True):
+        assert_same_bits(b.numpy(x), b.numpy(y))
+
+
+def test_batch_attention_wants_its_sizes():
+    with pytest.raises(ValueError, match=r"BatchAttention: max_num_tokens is no size: got None, wanted 1 or more\. CUDA graph mode needs it"):  # fmt: skip
+        pyinfer.BatchAttention(use_cuda_graph=True, max_batch_size=1, max_num_pages=1)
+
+
+@pytest.mark.gpu
+def test_batch_attention_graph_is_the_one_launch(rng, backend_arrays):
+    b = backend_arrays
+    wrapper = pyinfer.BatchAttention(use_cuda_graph=True, **SIZES)
+    wrapper.plan(**{**PLAN, "head_dim_qk": 80, "head_dim_vo": 80})
+    q, cache = b.full((9, 4, 80), 0, "float16"), b.full((6, 2, 16, 2, 80), 0, "float16")
+    text = "use_cuda_graph is beyond the one-launch kernel: got q float16, cache float16, head_dim 80"
+    with pytest.raises(ValueError, match=text):
+        wrapper.run(q, cache)
+    wrapper = pyinfer.BatchAttention(use_cuda_graph=True, **SIZES)
+    on_device = b.array(np.array([4, 0, 5, 1], np.int32))
+    wrapper.plan(**{**PLAN, "kv_indices": on_device})
+    with pytest.raises(ValueError, match="kv_indices moved since the first plan: got host memory, wanted the same GPU memory"):  # fmt: skip
+        wrapper.plan(**PLAN)
+    with pytest.raises(ValueError, match="kv_indices moved since the first plan: got other GPU memory, wanted the same GPU memory"):  # fmt: skip
+        wrapper.plan(**{**PLAN, "kv_indices": on_device.clone()})

@@ -152,7 +152,8 @@ FACTOR = {  # of the grid, by the names that arguments have
 }  # fmt: skip
 ELSEWHERE = {  # arguments that change no number, or that only one value is taken for
     "self args kwargs": "",
-    "use_cuda_graph paged_kv_indptr_buffer paged_kv_indices_buffer paged_kv_last_page_len_buffer qo_indptr_buf paged_kv_indptr_buf kv_indptr_buf "
+    "use_cuda_graph max_batch_size max_num_tokens max_num_pages paged_kv_indptr_buffer "
+    "paged_kv_indices_buffer paged_kv_last_page_len_buffer qo_indptr_buf paged_kv_indptr_buf kv_indptr_buf "
     "paged_kv_indices_buf paged_kv_last_page_len_buf custom_mask_buf mask_indptr_buf qo_indptr_buf_arr paged_kv_indptr_buf_arr paged_kv_indices_buf_arr "
     "paged_kv_last_page_len_buf_arr": "test_graph_replay, test_options: the same kernels, plans of fixed size",
     "use_tensor_cores use_fp16_qk_reduction allow_fp16_qk_reduction non_blocking max_item_len_ptr device": "accepted, changes nothing",
