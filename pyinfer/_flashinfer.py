@@ -71,8 +71,9 @@ def uninstall_as_flashinfer() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
-    for name in [n for n, module in sys.modules.items() if isinstance(module, _Stand)]:
-        del sys.modules[name]
+    for name, module in list(sys.modules.items()):
+        if type(module) is _Stand:  # no isinstance: it would make modules that load lazily do so
+            del sys.modules[name]
 
 
 def _missing(what: str) -> str:

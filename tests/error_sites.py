@@ -10,7 +10,14 @@ from typing import NamedTuple
 from pyinfer.core import errors
 
 ROOT = Path(errors.__file__).resolve().parent.parent
-CHECKS = ("check_dtype", "check_same_dtype", "check_ndim", "check_shape", "check_same_device", "check_last_dim_contiguous")
+CHECKS = (
+    "check_dtype",
+    "check_same_dtype",
+    "check_ndim",
+    "check_shape",
+    "check_same_device",
+    "check_last_dim_contiguous",
+)
 raised: set[tuple[str, int]] = set()  # file, line
 _message = errors.message
 

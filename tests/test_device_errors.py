@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import pyinfer
+from pyinfer.core.dtypes import FLOAT16
 from pyinfer.core.imagined import Imagined
 from pyinfer.core.tensor import view
 from pyinfer.schedulers.decode import decode_plan
 
 pytestmark = pytest.mark.cpu
-F = "float32"
+F, H = "float32", "float16"
 TABLE: dict[str, Any] = {"indptr": [0, 2, 3], "indices": [4, 0, 5], "last_page_len": [3, 16]}
 HEADS = (4, 2, 64, 16)
 HERE = "got cuda:0, wanted cpu"
@@ -152,6 +153,7 @@ CASES: dict[str, tuple[Any, type, str]] = {
         ValueError,
         f"custom_mask is too large: got {1 << 31} bytes packed, wanted at most 2147483647",
     ),
+    "packed mask stride": (lambda: pyinfer.single_prefill_with_kv_cache(there(*Q, dtype=H), there(*K, dtype=H), there(*K, dtype=H), packed_custom_mask=there(9, dtype="uint8", strides=(2,))), ValueError, "packed_custom_mask is not contiguous: got strides (2,)"),
     "items apart": (lambda: items(prefix_len_ptr=[1, 1]), ValueError, "token_pos_in_items_ptr is on another device: got one on the host, one on a GPU, wanted prefix_len_ptr and token_pos_in_items_ptr on one device"),
     "prefix dtype": (lambda: items(prefix_len_ptr=there(2, dtype="int64")), TypeError, "prefix_len_ptr has the wrong dtype: got int64, wanted uint32 or int32"),
     "places dtype": (lambda: items(token_pos_in_items_ptr=there(2, dtype="int32")), TypeError, "token_pos_in_items_ptr has the wrong dtype: got int32, wanted uint16 or int16"),
@@ -186,6 +188,8 @@ CASES: dict[str, tuple[Any, type, str]] = {
     "MLA: lse": (lambda: mla().run(here(2, 4, 512), here(2, 4, 64), *latent(), lse=np.zeros((2, 8), F)[:, :4], return_lse=True), ValueError, "lse is not contiguous: got strides (8, 1)"),
     "MLA: profiler": (lambda: mla(use_profiler=True), ValueError, "use_profiler is not supported: got True, wanted False"),
     "old MLA: dtypes": (lambda: old_mla().plan([0, 1], [0], [1], 4, 512, 16, 0.1, data_type="bfloat16", q_data_type="float16"), TypeError, "data_type differs from q_data_type: got bfloat16, wanted float16. Queries and caches have one dtype."),
+    "old MLA: page": (lambda: old_mla().plan([0, 1], [0], [1], 4, 512, 0, 0.1), ValueError, "page_size is no page size: got 0, wanted 1 or more"),
+    "old MLA: lengths": (lambda: old_mla().plan([0, 1], [0], [1, 2], 4, 512, 16, 0.1), ValueError, "paged_kv_last_page_len has the wrong length: got 2, wanted 1 (paged_kv_indptr has 2 entries)"),
     # sparse
     "sparse: v": (lambda: sparse().run(here(16, 4, 64), here(16, 2, 64), here(15, 2, 64)), ValueError, "BlockSparseAttentionWrapper: v has the wrong shape: got (15, 2, 64), wanted (16, 2, 64)"),
     "sparse: huge": (lambda: variable(1 << 30), ValueError, f"block_row_sz makes the matrix too large: got 2 heads of {1 << 30} x 16, wanted at most 2147483647 rows in all"),
@@ -222,6 +226,58 @@ def long_request() -> None:
     decode_plan(
         *table, num_qo_heads=4, num_kv_heads=2, head_dim_qk=64, page_size=1 << 30, tile_q=16, tile_kv=64, num_sms=4
     )
+
+
+# ---- kernel factories and launches ----------------------------------------------------------------------------------------------
+def mla_module(*args: Any, **options: Any) -> Any:
+    from pyinfer.jit.mla import gen_batch_mla_module
+
+    return gen_batch_mla_module("auto", *args, **options)
+
+
+def spec_of(**options: Any) -> Any:
+    from pyinfer.jit.attention import gen_attention
+    from pyinfer.jit.attention_config import attention_config
+
+    return gen_attention(attention_config(80, "float16", 64, 64, 4), "float16", "plan", "plain", **options)
+
+
+JIT_CASES: dict[str, tuple[Any, type, str]] = {
+    "MLA: q": (lambda: mla_module("float32", "float32", "float32"), TypeError, "gen_batch_mla_module: dtype_q has no CUDA kernel: got float32, wanted float16 or bfloat16"),
+    "MLA: kv": (lambda: mla_module(H, "bfloat16", H), TypeError, "dtype_kv differs from dtype_q: got bfloat16, wanted float16"),
+    "MLA: index": (lambda: mla_module(H, H, H, "int64"), TypeError, "dtype_idx has no CUDA kernel: got int64, wanted int32"),
+    "MLA: dims": (lambda: mla_module(H, H, H, "int32", 256), ValueError, "head_dim has no CUDA kernel: got 256 (ckv), 64 (kpe), wanted 512 and 64"),
+    "MLA: profiler": (lambda: mla_module(H, H, H, use_profiler=True), ValueError, "use_profiler is not supported yet: got True, wanted False"),
+    "output": (lambda: spec_of(out_dtype="int8"), TypeError, "attention: out_dtype has no CUDA kernel: got int8, wanted float16, bfloat16 or float32"),
+}  # fmt: skip
+
+
+def test_a_plan_for_another_tile(monkeypatch):
+    """A plan's tile is its kernel's: one made for another device, or by hand, is refused before the launch."""
+    from pyinfer.jit.attention_config import attention_config
+    from pyinfer.jit.attention_launch import prepare_attention
+    from pyinfer.jit.mla import mla_config, prepare_mla
+    from tests import stub_driver
+
+    stub_driver.install(monkeypatch)
+    config = attention_config(90, H, 64, 64, 1000)
+    plan = plan_of(tile_q=config.tile_q // 2)
+    with pytest.raises(
+        ValueError, match=f"plan was made for another tile: got {plan.tile_q}, wanted tile_q {config.tile_q} of "
+    ):
+        prepare_attention(0, plan, 0, FLOAT16, False, config)
+    config = mla_config(90, 1000)
+    with pytest.raises(
+        ValueError, match=f"mla: plan was made for another tile: got 16, wanted tile_q {config.tile_q} of "
+    ):
+        prepare_mla(0, plan_of(num_kv_heads=1, head_dim_qk=576), 0, FLOAT16, False, config)
+
+
+@pytest.mark.parametrize("name", JIT_CASES)
+def test_factory(name):
+    call, error, text = JIT_CASES[name]
+    with pytest.raises(error, match=re.escape(text)):
+        call()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -117,6 +117,16 @@ assert not {"torch", "numba", "cupy"} & set(sys.modules)
 """
 
 
+def test_a_loaded_flashinfer_is_left_alone(monkeypatch):
+    import types
+
+    monkeypatch.setitem(sys.modules, "flashinfer.decode", types.ModuleType("flashinfer.decode"))
+    with pytest.raises(
+        ValueError, match=r"install_as_flashinfer: flashinfer has been imported already: got .*flashinfer"
+    ):
+        pyinfer.install_as_flashinfer()
+
+
 def test_after_flashinfer_itself():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
