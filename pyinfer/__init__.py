@@ -113,7 +113,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
 _MODULE_OF = {name: family for family, names in _FAMILIES.items() for name in names}
 _MODULE_OF |= {"ModelConfig": "jit.warmup", "warmup": "jit.warmup", "support": "_support"}
 _MODULE_OF |= {"install_as_flashinfer": "_flashinfer"}
-_SUBMODULES = (*_FAMILIES, "core", "jit", "profiler", "schedulers", "torch_ops", "triton", "utils")
+_SUBMODULES = (*_FAMILIES, "core", "jit", "logits_processor", "profiler", "schedulers", "torch_ops", "triton", "utils")
 
 __all__ = ["__version__", *sorted(_MODULE_OF), *_SUBMODULES]
 
