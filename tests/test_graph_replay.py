@@ -14,6 +14,7 @@ import pytest
 
 import pyinfer
 from tests import attention_cases as cases
+from tests import stub_driver
 from tests.arrays import Backend, assert_close, assert_same_bits
 from tests.reference.attention import attention
 
@@ -390,9 +391,11 @@ def test_batch_attention_wants_its_sizes():
         pyinfer.BatchAttention(use_cuda_graph=True, max_batch_size=1, max_num_pages=1)
 
 
-@pytest.mark.gpu
-def test_batch_attention_graph_is_the_one_launch(rng, backend_arrays):
+def test_batch_attention_graph_is_the_one_launch(monkeypatch, backend_arrays, device):
+    """Refused before anything is launched, also where there is no GPU to launch on."""
     b = backend_arrays
+    if device == "cpu":
+        stub_driver.install(monkeypatch)
     wrapper = pyinfer.BatchAttention(use_cuda_graph=True, **SIZES)
     wrapper.plan(**{**PLAN, "head_dim_qk": 80, "head_dim_vo": 80})
     q, cache = b.full((9, 4, 80), 0, "float16"), b.full((6, 2, 16, 2, 80), 0, "float16")
@@ -406,3 +409,7 @@ def test_batch_attention_graph_is_the_one_launch(rng, backend_arrays):
         wrapper.plan(**PLAN)
     with pytest.raises(ValueError, match="kv_indices moved since the first plan: got other GPU memory, wanted the same GPU memory"):  # fmt: skip
         wrapper.plan(**{**PLAN, "kv_indices": on_device.clone()})
+    wrapper = pyinfer.BatchAttention(use_cuda_graph=True, **SIZES)
+    wrapper.plan(**PLAN)
+    with pytest.raises(ValueError, match="kv_indices moved since the first plan: got other GPU memory, wanted host memory"):  # fmt: skip
+        wrapper.plan(**{**PLAN, "kv_indices": on_device})
