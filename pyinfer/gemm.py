@@ -9,6 +9,7 @@ from pyinfer.core.calls import Calls
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import check_dtype, check_ndim, check_same_device, check_same_dtype, check_shape, fail
 from pyinfer.core.tensor import view
+from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
@@ -101,3 +102,6 @@ def _kernel(device: int, dtype: str, rows: int, depth: int, out_dtype: str) -> t
 
     tile, chunks = tinygemm_shape(rows, depth)
     return gen_tinygemm(dtype, tile, chunks, out_dtype).build_and_load(device), WARPS, tile, pdl_supported(device)
+
+
+attach(__name__)  # what torch.compile traces in the place of these functions
