@@ -13,6 +13,7 @@ __all__ = [
     "canonicalize_torch_dtype",
     "ceil_div",
     "determine_attention_backend",
+    "determine_mla_backend",
     "device_support_pdl",
     "get_alibi_slopes",
     "get_compute_capability",
@@ -25,6 +26,7 @@ __all__ = [
     "register_custom_op",
     "register_fake_op",
     "round_up",
+    "set_log_level",
 ]
 
 
@@ -194,6 +196,30 @@ def determine_attention_backend(
     """Return "fa3" on a Hopper GPU where `is_fa3_backend_supported`, else "fa2". Every wrapper of pyinfer takes "auto", which chooses by more."""
     options = (pos_encoding_mode, use_fp16_qk_reductions, use_custom_mask, dtype_q, dtype_kv)
     return "fa3" if is_sm90a_supported(device) and is_fa3_backend_supported(*options) else "fa2"
+
+
+def determine_mla_backend(device: Any) -> str:
+    """Return "fa3" on a Hopper GPU, else "fa2"."""
+    return "fa3" if is_sm90a_supported(device) else "fa2"
+
+
+# ---- logging ---------------------------------------------------------------------------------------------------------------------
+def set_log_level(lvl_str: str) -> None:
+    """Set the level of pyinfer's logger ("debug", "info", "warning", "error", "critical"): copies and compiles are told at debug and info."""
+    import logging
+
+    level = logging.getLevelName(str(lvl_str).upper())
+    if not isinstance(level, int):
+        from pyinfer.core.errors import fail
+
+        fail(
+            "set_log_level",
+            "lvl_str",
+            "is no level",
+            repr(lvl_str),
+            "'debug', 'info', 'warning', 'error' or 'critical'",
+        )
+    logging.getLogger("pyinfer").setLevel(level)
 
 
 # ---- torch ops -------------------------------------------------------------------------------------------------------------------

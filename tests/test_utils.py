@@ -70,6 +70,7 @@ def test_what_a_gpu_can(monkeypatch):
             assert utils.get_compute_capability(where) == divmod(capability, 10)
             assert utils.is_sm90a_supported(where) is hopper and utils.is_sm100a_supported(where) is blackwell
             assert utils.device_support_pdl(where) is (capability >= 90)
+            assert utils.determine_mla_backend(where) == ("fa3" if hopper else "fa2")
         choice = [utils.determine_attention_backend("cuda:0", *o, "float16", kv) for o, kv in (
             ((0, False, False), "float16"), ((1, False, False), "float16"), ((0, True, False), "float16"), ((0, False, True), "float16"),
             ((0, False, False), "float8_e4m3fn"),
@@ -104,3 +105,19 @@ def test_registration_passes_through():
         and utils.register_custom_op("g", f) is f
         and utils.register_fake_op("g", fake) is fake
     )
+
+
+def test_log_level():
+    import logging
+
+    logger = logging.getLogger("pyinfer")
+    before = logger.level
+    try:
+        for name, level in (("debug", 10), ("WARNING", 30)):
+            utils.set_log_level(name)
+            assert logger.level == level
+        with pytest.raises(ValueError, match="set_log_level: lvl_str is no level: got 'loud', wanted 'debug', 'info'"):
+            utils.set_log_level("loud")
+        assert logger.level == 30
+    finally:
+        logger.setLevel(before)
