@@ -72,6 +72,12 @@ def _param(name: str, declared: Any) -> tuple[str, str, str]:
     return name, "f32" if found[1] == "float32" else "i32", found[2] or ""
 
 
+def _uses_place(source: str) -> bool:
+    """Whether CUDA source reads any `const VariantPlace& NAME` it is given."""
+    names = re.findall(r"VariantPlace\s*&\s*(\w+)", source)
+    return any(len(re.findall(rf"\b{name}\b", source)) > names.count(name) for name in names)
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionVariant:
     """An attention of your own, for decode, prefill and both backends. Immutable; the functions are read when it is made.
@@ -193,7 +199,16 @@ class AttentionVariant:
     # ---- CUDA
     def _user_variant(self, hooks: tuple[str, ...]) -> UserVariant:
         if self.cuda_source is not None:
-            return UserVariant(self.name, self.cuda_source, hooks, self._fields(""), (), self.use_softmax)
+            used = _uses_place(self.cuda_source)
+            return UserVariant(
+                self.name,
+                self.cuda_source,
+                hooks,
+                self._fields(""),
+                (),
+                self.use_softmax,
+                places="mask" in hooks or used,
+            )
         lines = ['#include "common/variant_math.cuh"'] if hooks else []
         linked: dict[str, DeviceFunction] = {}
         expressions = {}
@@ -209,7 +224,10 @@ class AttentionVariant:
             lines.append(f'extern "C" __device__ {_CPP[first.result]} {first.symbol}({", ".join(kinds)});')
             lines.append(f"PYINFER_DEVICE {_SIGNATURES[hook]} {{\n    return {call};\n}}")
         source = "\n".join([*lines, ""])
-        return UserVariant(self.name, source, hooks, self._fields("user_"), tuple(linked.values()), self.use_softmax)
+        numbers = {"score", *(name for name, _, index in self._declared if not index)}
+        placed = "mask" in hooks or not numbers.issuperset(self._names.get("logits", ()))
+        functions = tuple(linked.values())
+        return UserVariant(self.name, source, hooks, self._fields("user_"), functions, self.use_softmax, places=placed)
 
     def _fields(self, prefix: str) -> tuple[Field, ...]:
         """The kernel's parameters: pointers first, as a struct with 8-byte fields behind 4-byte ones would have gaps for nothing."""

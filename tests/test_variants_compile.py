@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from typing import Any
 
@@ -273,3 +274,19 @@ def test_structs_run(backend_arrays: Backend, device: str, rng: np.random.Genera
     paged.plan([0, 75], np.arange(75), [1], 4, 2, 64, 1)
     got = paged.run(q[-1:], (k, v), 0.125, -1.0)
     assert_close(backend.float64(got), gates(False, slice(-1, None)), **loose)
+
+
+@pytest.mark.compile
+def test_numba_cuda_beside_a_numpy_without_row_stack() -> None:
+    """NumPy 2.5 removed a function that Numba-CUDA decorates: lent to it while it is imported, gone afterwards."""
+    code = """
+import numpy
+if hasattr(numpy, "row_stack"):
+    del numpy.row_stack
+from pyinfer.jit.variant_link import compile_function
+from tests.variant_cases import EXAMPLES
+(function,) = EXAMPLES["sigmoid"].variant.user.functions
+assert len(compile_function(function, (9, 0))) > 500
+assert "row_stack" not in vars(numpy)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

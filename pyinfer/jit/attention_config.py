@@ -166,7 +166,8 @@ def candidate_configs(
     """
     candidates = _decode_candidates if max_packed_rows <= DECODE_ROWS else _prefill_candidates
     rope = options.rope is not None
-    wide = rope or options.alibi or options.mask or options.multi_item or options.user is not None or kv_itemsize == 1
+    placed = options.alibi or options.mask or options.multi_item or (options.user is not None and options.user.places)
+    wide = rope or placed or kv_itemsize == 1
     found = candidates(head_dim_qk, head_dim_vo, max_packed_rows, kv_itemsize, rope, wide)
     if 100 <= arch < 120 and max(head_dim_qk, head_dim_vo) > 64:
         # NOTE: for sm_100 ptxas spills 20 bytes in the tile that fills 255 registers elsewhere: the others come first.

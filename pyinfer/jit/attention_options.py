@@ -29,6 +29,8 @@ class UserVariant(NamedTuple):
         Python functions that the source calls, linked into the kernel.
     softmax
         False: logits are weights as they are, the output is their plain weighted sum, and there is no LSE.
+    places
+        Whether a logits or mask hook asks where it is called: that costs registers, and so a narrower tile.
     raw_scores
         The logits hook gets q·k times what the host passes as sm_scale and gives a logit in base 2; neither ALiBi nor a soft cap goes with it.
     """
@@ -40,6 +42,7 @@ class UserVariant(NamedTuple):
     functions: tuple[DeviceFunction, ...] = ()
     softmax: bool = True
     raw_scores: bool = False
+    places: bool = True
 
 
 class AttentionOptions(NamedTuple):
@@ -59,6 +62,8 @@ class AttentionOptions(NamedTuple):
         A logit per query head that joins the denominator.
     user
         Functions of the user's.
+    family
+        "sm80" or "sm90": the kernels to take, whatever is faster (`backend="fa2"`, `"fa3"`). "": no matter.
     """
 
     alibi: bool = False
@@ -67,6 +72,7 @@ class AttentionOptions(NamedTuple):
     multi_item: bool = False
     sinks: bool = False
     user: UserVariant | None = None
+    family: str = ""
 
 
 class AttentionExtras(NamedTuple):

@@ -7,6 +7,7 @@ calls) and nvJitLink. Only a kernel that is not in the cache needs them.
 from __future__ import annotations
 
 import functools
+import re
 from typing import TYPE_CHECKING, Any
 
 from pyinfer.jit import env
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pyinfer.jit.spec import DeviceFunction, JitSpec
 
 _FIX = "Install what compiles Python variants with: pip install 'pyinfer-kernels[cu12,variants-cu12]' (or [cu13,variants-cu13])."
+_MISSING = re.compile(r"(?:module 'numpy' has no attribute '|`np\.)(\w+)")
 _DISTRIBUTIONS = (  # what decides the code: its front end, its back end, the linker; the names of CUDA 12 and of 13
     ("numba-cuda",),
     ("nvidia-cuda-nvcc-cu12", "nvidia-nvvm"),
@@ -46,9 +48,44 @@ def _numba_cuda() -> Any:
         import numba_cuda  # noqa: F401  # Numba has an older module of the name numba.cuda, which cannot inline by force
         from numba import cuda
         from numba.cuda.extending import intrinsic  # noqa: F401
+
+        _import_array_modules()
     except ImportError as error:
         raise JitError(f"Numba-CUDA is not installed ({error}); a Python variant on a GPU needs it. {_FIX}") from error
     return cuda
+
+
+def _import_array_modules() -> None:
+    """Import what Numba-CUDA's first compile would, lending NumPy the functions that it no longer has.
+
+    NOTE: Numba-CUDA 0.30.4, the last but for repairs, decorates np.row_stack, which NumPy 2.5 removed, and so compiles nothing beside it.
+    """
+    import importlib
+
+    import numpy as np
+
+    lent: list[str] = []
+
+    def lend(name: str) -> None:
+        if not hasattr(np, name):
+            setattr(np, name, lambda *args, **kwargs: None)
+            lent.append(name)
+
+    try:
+        lend("row_stack")
+        for module in ("arrayobj", "npdatetime", "polynomial", "arraymath", "npyimpl"):
+            while True:
+                try:
+                    importlib.import_module(f"numba.cuda.np.{module}")
+                    break
+                except AttributeError as error:
+                    missing = _MISSING.search(str(error))
+                    if missing is None or hasattr(np, missing[1]):
+                        raise
+                    lend(missing[1])
+    finally:
+        for name in lent:
+            delattr(np, name)
 
 
 @functools.cache
