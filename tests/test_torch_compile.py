@@ -94,14 +94,15 @@ def samples(rng):
     logits = floats(rng, 6, 40)
     draw = dict(seed=torch.arange(6), offset=11)
     indices, kv_indptr, last = page_table()
-    append = (k, floats(rng, 5, 2, 16), torch.tensor([0, 0, 1, 1, 1]), positions.clamp(max=2))
+    append = (k, floats(rng, 5, 2, 16), torch.tensor([0, 0, 1, 1, 1]), torch.tensor([4, 1, 2, 0, 1]))
     rope = (q, k, indptr, offsets)
-    keys, values = floats(rng, 9, 2, 16), floats(rng, 9, 2, 16)
+    half = dict(dtype=torch.float16)
+    query, keys, values = floats(rng, 5, 4, 16, **half), floats(rng, 9, 2, 16, **half), floats(rng, 9, 2, 16, **half)
     draft, target = torch.softmax(floats(rng, 2, 3, 40), -1), torch.softmax(floats(rng, 2, 4, 40), -1)
     ids = torch.tensor([[1, 2, 3], [30, 20, 10]], dtype=torch.int32)
     bools = floats(rng, 21) > 0
     fp8 = lambda *shape: torch.zeros(*shape).to(torch.float8_e4m3fn)  # noqa: E731
-    column, at = torch.empty(5, 1), (indices, kv_indptr, torch.tensor([0, 0, 1, 1, 1]), positions.clamp(max=2))
+    column, at = torch.empty(5, 1), (indices, kv_indptr, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([4, 1, 2, 0, 1]))
     halves = (q[..., :8].half(), k[..., :8].half(), q[..., 8:].half(), k[..., 8:].half())
     whole, half_table = (q.half(), k.half(), None, None), table[:, :8].contiguous()
     latent = (halves[0], halves[1][:, 0], halves[2], halves[3][:, 0])
@@ -164,6 +165,10 @@ def samples(rng):
         "silu_and_mul": [((wide,), {}), ((wide,), dict(out=torch.empty(5, 32)))],
         "gelu_and_mul": [((wide,), {})],
         "gelu_tanh_and_mul": [((wide,), dict(enable_pdl=False))],
+        "tinygemm_bf16": [
+            ((query[0], keys[0], torch.empty(4, 2, dtype=torch.float16)), {}),
+            ((query[0], keys[0], torch.empty(4, 2)), dict(bias=keys[0, :, 0].contiguous())),
+        ],
         "merge_state": [((v_a, s_a, v_b, s_b), {})],
         "merge_state_in_place": [
             ((v_a, s_a, v_b, s_b), {}),
@@ -171,8 +176,8 @@ def samples(rng):
         ],
         "merge_states": [((torch.stack([v_a, v_b], 1), torch.stack([s_a, s_b], 1)), {})],
         "single_decode_with_kv_cache": [
-            ((q[0], keys, values), {}),
-            ((q[0], keys, values), dict(return_lse=True, q_scale=torch.tensor(0.5), window_left=3)),
+            ((query[0], keys, values), {}),
+            ((query[0], keys, values), dict(return_lse=True, q_scale=torch.tensor(0.5), window_left=3)),
         ],
         "rmsnorm": [((x, w), {}), ((x, w, 1e-3), dict(out=torch.empty(5, 32)))],
         "gemma_rmsnorm": [((x, w), {})],
@@ -192,9 +197,9 @@ def samples(rng):
         ],
         "get_seq_lens": [((kv_indptr, last, 4), {})],
         "single_prefill_with_kv_cache": [
-            ((q, keys, values), dict(causal=True)),
+            ((query, keys, values), dict(causal=True)),
             (
-                (q.half(), keys.half(), values.half()),
+                (query, keys, values),
                 dict(o_dtype="float32", return_lse=True, custom_mask=floats(rng, 5, 9) > 0),
             ),
         ],

@@ -67,11 +67,13 @@ FUNCTIONS: dict[str, dict[str, Operator]] = {
     "decode": {
         "single_decode_with_kv_cache": Operator(
             "q, k, v, str kv_layout, str pos_encoding_mode, bool use_tensor_cores, number q_scale, number k_scale, number v_scale, int window_left, "
-            "float? logits_soft_cap, float? sm_scale, float? rope_scale, float? rope_theta, flag return_lse",
+            "float? logits_soft_cap, float? sm_scale, float? rope_scale, float? rope_theta, flag return_lse, "
+            "none variant, none variant_args",
             r.decode,
             1,
         ),
     },
+    "gemm": {"tinygemm_bf16": Operator("input, weight, Tensor! out, Tensor? bias, bool use_pdl")},
     "norm": {
         "rmsnorm": Operator("input, weight, float eps, out out, bool? enable_pdl", r.like("input"), 1),
         "gemma_rmsnorm": Operator("input, weight, float eps, out out, bool? enable_pdl", r.like("input"), 1),
@@ -118,7 +120,7 @@ FUNCTIONS: dict[str, dict[str, Operator]] = {
         "single_prefill_with_kv_cache": Operator(
             "q, k, v, number scale_q, number scale_k, number scale_v, dtype o_dtype, Tensor? custom_mask, Tensor? packed_custom_mask, bool causal, "
             "str kv_layout, str pos_encoding_mode, bool use_fp16_qk_reduction, float? sm_scale, int window_left, float? logits_soft_cap, "
-            "float? rope_scale, float? rope_theta, str backend, flag return_lse",
+            "float? rope_scale, float? rope_theta, str backend, flag return_lse, none variant, none variant_args",
             r.prefill,
             1,
         ),
@@ -193,6 +195,11 @@ METHODS: dict[str, dict[str, Operator]] = {
             r.attention(values="kv_cache"),
             2,
         ),
+        "BatchAttentionWithAttentionSinkWrapper.run": Operator(
+            f"self self, q, cache paged_kv_cache, Tensor? sinks, number sm_scale, varargs args, {_SCALES}, {_OUT}, int? window_left",
+            r.attention(),
+            1,
+        ),
     },
     "cascade": {
         "MultiLevelCascadeAttentionWrapper.run": Operator(
@@ -252,6 +259,8 @@ METHODS: dict[str, dict[str, Operator]] = {
 }
 
 NOT_TRACED: dict[str, str] = {
+    "fast_decode_plan": "plans, outside of compiled code",
+    "install_as_flashinfer": "changes what an import finds; takes no tensor",
     "copy_pages": "takes any number of caches; bookkeeping of a server between steps, no part of a model",
     "support": "answers about a configuration; takes no tensor",
     "warmup": "compiles kernels; takes no tensor",
