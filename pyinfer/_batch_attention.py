@@ -19,6 +19,7 @@ from pyinfer._attention_options import (
 )
 from pyinfer._batch_run import BatchRun
 from pyinfer._repeated_run import RepeatedRun
+from pyinfer._support import KERNEL_FAMILIES
 from pyinfer.core.dtypes import INT32, INT64, UINT8, DType
 from pyinfer.core.errors import (
     check_dtype,
@@ -67,6 +68,7 @@ class BatchAttention(BatchRun):
     _paged = True
     _indices_arg = "paged_kv_indices_buffer"  # the name of the caller's buffer of page indices
     _page_arg = "paged_kv_indices"  # and of plan()'s argument
+    _backends: tuple[str, ...] = ("auto", "fa2")  # prefill has a choice
 
     def __init__(
         self,
@@ -81,6 +83,9 @@ class BatchAttention(BatchRun):
         self._variant: AttentionVariant | None = None  # the wrappers that take one set it
         self._jit_module: CustomModule | None = None
         common.check_options(self._op, backend=backend, jit_args=jit_args)
+        if backend not in self._backends:
+            fail(self._op, "backend", "has no kernel here", repr(backend), "'auto' or 'fa2'")
+        self._family = KERNEL_FAMILIES[backend]
         self._use_cuda_graph = bool(use_cuda_graph)
         self._ref: TensorView | None = None  # stands for the wrapper's device and framework; owns nothing
         self._workspace: TensorView | None = None
@@ -229,6 +234,9 @@ class BatchAttention(BatchRun):
         """
         on_device = indices if isinstance(indices, TensorView) else None
         ref = self._ref
+        if self._like_last(key, on_device) and mask is None and items is None:
+            self._adopt_like_last(self._schedule(*metadata, key, self._planned_device, window_left, causal), on_device)
+            return
         if on_device is not None:
             ref = ref or _home(on_device)
             if on_device.device != ref.device:
@@ -267,6 +275,32 @@ class BatchAttention(BatchRun):
         self._options, self._mask, self._items = options, bound, items
         self._soft_cap, self._sm_scale = soft_cap, sm_scale
         self._adopt(plan, device)
+
+    def _like_last(self, key: tuple[Any, ...], indices: TensorView | None) -> bool:
+        """Whether a plan of these options differs from the last in the batch alone: as most do, step after step. `key` is then the very object."""
+        return (
+            key is self._plan_key
+            and self._planned_device == (CPU if self._ref is None else self._ref.device)
+            and not self._use_cuda_graph
+            and self._mask is None
+            and self._items is None
+            and (indices is None or indices.device == self._planned_device)
+        )
+
+    def _adopt_like_last(self, plan: AttentionPlan, indices: TensorView | None) -> None:
+        """`_set_plan` and `_adopt` for such a plan."""
+        self._check_workspace(plan.workspace_bytes)
+        last = self._plan
+        assert last is not None
+        if plan.max_page > last.max_page:
+            self._kv_known = None  # the cache's layout is as it was, but the pages named must lie in it
+        self._plan, self._indices = plan, indices
+        _, heads, dim = self._q_shape
+        self._q_shape = (plan.total_rows, heads, dim)
+        self._kv_tokens = plan.total_kv
+        self._repeated.forget()
+        if self._planned_device >= 0:
+            self._upload(plan, plan.shape is last.shape)
 
     def _same_device(self, arg: str, device: int, ref: TensorView | None, like: TensorView) -> TensorView:
         """What stands for the wrapper's device, now that an argument lies on one; ValueError if it is another."""
@@ -360,6 +394,8 @@ class BatchAttention(BatchRun):
         rope = (scale, theta) if mode == "ROPE_LLAMA" else None
         options = self._options._replace(alibi=mode == "ALIBI", rope=rope)
         causal = causal and not options.mask
+        if isinstance(self._plan_key, PlanKey):
+            self._plan_key = self._plan_key._replace()  # another object, which no plan() will be like
         self._repeated.forget()
         window = common.check_window(self._op, window_left)
         self._soft_cap = common.check_soft_cap(self._op, logits_soft_cap)
@@ -375,7 +411,7 @@ class BatchAttention(BatchRun):
                 self._plan_key = self._plan_key._replace(pos_encoding_mode=mode, rope_scale=scale, rope_theta=theta)
             self._adopt(self._replan(self._planned_device, window, causal), self._planned_device)
 
-    def _upload(self, plan: AttentionPlan) -> None:
+    def _upload(self, plan: AttentionPlan, has_kernel: bool = False) -> None:
         """Send a plan to the GPU, find its workspace and its kernel (compiling it if need be): run() then only launches."""
         ref = self._ref
         assert ref is not None
@@ -398,7 +434,8 @@ class BatchAttention(BatchRun):
             self._extras = self._upload_extras(ref)
         else:
             self._extras = NO_EXTRAS
-        self._prepare(plan, ref.device)
+        if not has_kernel:
+            self._prepare(plan, ref.device)
 
     def _upload_extras(self, ref: TensorView) -> AttentionExtras:
         """Addresses of what the options need, after bringing to the device what came from the host."""
@@ -436,10 +473,10 @@ class BatchAttention(BatchRun):
         """Fetch or compile the plan's kernel."""
         from pyinfer.jit.attention_launch import prepare_attention
 
+        kv, out = self._kv_dtype, self._out_dtype
         prepare_attention(
-            device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0,
-            kv_dtype=self._kv_dtype, out_dtype=self._out_dtype, options=self._options,
-        )  # fmt: skip
+            device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0, None, kv, out, self._options, True
+        )
 
     def _check_kernel(self, device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int) -> None:
         """TypeError or ValueError if the device has no kernel for the type or the head dimensions."""

@@ -140,6 +140,8 @@ class AttentionPlan:
         Largest page number in kv_indices, -1 if none is known.
     offsets
         Where the sections of `buffer` begin.
+    workspace_bytes, partial_lse_offset
+        Bytes the partial results need (exact, 0 if nothing is split); where partial_lse begins among them, behind partial_o.
     other_indices
         Host page numbers that are not in the buffer, or None.
     """
@@ -154,6 +156,8 @@ class AttentionPlan:
     total_kv: int
     max_page: int
     offsets: PlanOffsets
+    workspace_bytes: int
+    partial_lse_offset: int
     other_indices: np.ndarray | None = None
 
     @property
@@ -247,18 +251,6 @@ class AttentionPlan:
         """Partial slots in the workspace: the capacity's bound, or num_partials."""
         capacity = self.shape.capacity
         return self.num_partials if capacity is None else capacity.max_partials
-
-    @property
-    def partial_lse_offset(self) -> int:
-        """Byte offset of partial_lse in the workspace (partial_o begins it)."""
-        shape = self.shape
-        return partial_bytes(self.max_partials, shape.num_kv_heads, shape.tile_q, shape.head_dim_vo)[0]
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Bytes the partial results need: exact, 0 if nothing is split."""
-        shape, partials = self.shape, self.max_partials
-        return sum(partial_bytes(partials, shape.num_kv_heads, shape.tile_q, shape.head_dim_vo)) if partials else 0
 
     def pack(self) -> np.ndarray:
         """The int32 buffer as the device takes it: header, work, qo_indptr, kv_indptr, kv_len, kv_indices, semaphores (zero). Not a copy."""
@@ -519,21 +511,26 @@ def _packed(
     kv_indices: np.ndarray | None,
 ) -> AttentionPlan:
     """What a kernel returned, as a plan."""
-    batch, n_work, num_partials, chunk, rows, total_kv = map(
-        int, counts
-    )  # interpreted, the kernels give NumPy's integers
-    at = PlanOffsets(*map(int, offsets))
+    if type(counts[0]) is not int:  # interpreted, the kernels give NumPy's integers
+        counts, offsets, max_page = tuple(map(int, counts)), tuple(map(int, offsets)), int(max_page)
+    batch, n_work, num_partials, chunk, rows, total_kv = counts
+    at = PlanOffsets(*offsets)
+    capacity = shape.capacity
     if code:
-        assert shape.capacity is not None
+        assert capacity is not None
         pages = total_kv if at.kv_indices >= 0 else -1
-        _fail_capacity(op, shape.capacity, n_work, num_partials, batch, pages)
+        _fail_capacity(op, capacity, n_work, num_partials, batch, pages)
+    partials = num_partials if capacity is None else capacity.max_partials
+    at_lse = lse_bytes = 0
+    if partials:
+        at_lse, lse_bytes = partial_bytes(partials, shape.num_kv_heads, shape.tile_q, shape.head_dim_vo)
     buffer.flags.writeable = False  # before views are taken: they inherit it
-    plan = object.__new__(
-        AttentionPlan
-    )  # a frozen dataclass's own __init__ sets field by field, which takes three times as long
+    # A frozen dataclass's own __init__ sets field by field, which takes three times as long.
+    plan = object.__new__(AttentionPlan)
     plan.__dict__.update(
         shape=shape, buffer=buffer, batch_size=batch, n_work=n_work, num_partials=num_partials, kv_chunk=chunk, total_rows=rows, total_kv=total_kv,
-        max_page=max_page, offsets=at, other_indices=kv_indices if at.kv_indices < 0 else None,
+        max_page=max_page, offsets=at, workspace_bytes=at_lse + lse_bytes, partial_lse_offset=at_lse,
+        other_indices=kv_indices if at.kv_indices < 0 else None,
     )  # fmt: skip
     return plan
 

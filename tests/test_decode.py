@@ -262,6 +262,42 @@ def test_deprecated_names_warn_and_work(rng, backend_arrays, device):
         wrapper.run_return_lse(q, paged.cache)
 
 
+def test_plans_of_the_same_options(rng, backend_arrays, device):
+    """A plan that differs from the last in its batch alone takes a short way, which forward()'s overrides must not survive."""
+    b = backend_arrays
+    dtype = cases.dtypes(device)[0]
+    wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper()
+    for lens in ((20, 33, 0), (700, 1, 64, 90), (5,), (5,), (900, 3)):
+        shape = Shape(dtype, 4, 2, 64, lens=lens, qo_lens=(1,) * len(lens))
+        paged = cases.paged_cache(rng, b, shape)
+        q, q64 = draw_q(rng, b, shape, len(lens))
+        key = wrapper._plan_key
+        wrapper.plan(paged.indptr, paged.indices, paged.last_page_len, 4, 2, 64, 16, q_data_type=dtype)
+        got = wrapper.run(q, paged.cache)
+        assert_close(b.float64(got), reference(q64, paged, shape)[0], **cases.tolerance(dtype, device), name=str(lens))
+        if len(lens) == 4:
+            assert key is wrapper._plan_key, "the options are looked up"
+        if len(lens) == 1:
+            with pytest.warns(DeprecationWarning):
+                wrapper.forward(q, paged.cache, logits_soft_cap=1.0, sm_scale=2.0, window_left=2)
+            wrapper.plan(paged.indptr, paged.indices, paged.last_page_len, 4, 2, 64, 16, q_data_type=dtype)
+            assert_same_bits(b.numpy(wrapper.run(q, paged.cache)), b.numpy(got), "after forward()")
+            with pytest.warns(DeprecationWarning):
+                wrapper.forward(q, paged.cache, window_left=2)
+
+
+def test_a_page_beyond_the_cache_is_seen_in_later_plans(rng, backend_arrays, device):
+    shape = Shape(cases.dtypes(device)[0], 4, 2, 64, lens=(20, 33), qo_lens=(1, 1))
+    paged = cases.paged_cache(rng, backend_arrays, shape)
+    q, _ = draw_q(rng, backend_arrays, shape, 2)
+    wrapper = make_wrapper(shape, paged)
+    wrapper.run(q, paged.cache)
+    indices = [*paged.indices[:-1].tolist(), 1 << 20]
+    wrapper.plan(paged.indptr, indices, paged.last_page_len, 4, 2, 64, 16, q_data_type=shape.dtype, **shape.options)
+    with pytest.raises(ValueError, match=r"paged_kv_indices names a page outside the cache: got 1048576, wanted 0\.\."):
+        wrapper.run(q, paged.cache)
+
+
 def graph_wrapper(b: Backend, batch: int, pages: int):
     buffers = [b.array(np.full(n, -7), "int32") for n in (batch + 1, pages, batch)]
     return CUDAGraphBatchDecodeWithPagedKVCacheWrapper(b.array(np.zeros(64 << 20, np.uint8)), *buffers), buffers

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pyinfer.core.dtypes import DType, canonical_dtype
+from pyinfer.core.dtypes import INT32, DType, canonical_dtype
 from pyinfer.core.errors import device_name, fail, fail_type
 
 CPU = -1
@@ -326,10 +326,10 @@ def on_host(x: Any, op: str, arg: str) -> bool:
 def plain_int32(x: Any) -> Any:
     """The array of what plan() is given nearly always, a contiguous one-axis int32 array or torch CPU tensor, without building a view; else None."""
     if _viewers.get(type(x)) is _view_torch:
-        if x.get_device() >= 0 or x.requires_grad:
+        if x.get_device() >= 0 or _torch_dtypes.get(x.dtype) is not INT32 or x.dim() != 1 or not x.is_contiguous():
             return None
-        x = x.numpy()
-    elif type(x).__module__ != "numpy" or type(x).__name__ != "ndarray":
+        return x.numpy()
+    if type(x).__module__ != "numpy" or type(x).__name__ != "ndarray":
         return None
     return x if x.ndim == 1 and x.dtype.char == "i" and x.dtype.isnative and x.flags.c_contiguous else None
 

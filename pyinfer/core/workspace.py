@@ -83,29 +83,30 @@ class PlanBuffer:
         capacity
             Reserve at least this many int32, so that the pointer survives later, larger plans (CUDA graphs).
         """
-        device = self.memory.device
+        memory = self.memory
         runtime = self._runtime
         if runtime is None:
             import cupy
 
             runtime = self._runtime = cupy.cuda.runtime
         previous = runtime.getDevice()
-        if previous != device:
-            runtime.setDevice(device)
+        if previous != memory.device:
+            runtime.setDevice(memory.device)
         try:
-            nbytes = data.nbytes
-            ptr = self.memory.reserve(max(nbytes, 4 * capacity, 64))
+            size = data.size
+            need = 4 * max(size, capacity)
+            ptr = memory.ptr if 0 < need <= memory.nbytes else memory.reserve(max(need, 64))
             self._turn ^= 1
             slot = self._slots[self._turn]
-            if slot is None or slot.nbytes < nbytes:
-                slot = self._slots[self._turn] = _PinnedSlot(max(2 * nbytes, 4096), slot)
+            if slot is None or slot.size < size:
+                slot = self._slots[self._turn] = _PinnedSlot(max(2 * size, 1024), slot)
             else:
-                runtime.eventSynchronize(slot.event.ptr)  # two uploads ago: nearly always done
-            slot.host[: data.size] = data
-            runtime.memcpyAsync(ptr, slot.address, nbytes, runtime.memcpyHostToDevice, stream)
-            runtime.eventRecord(slot.event.ptr, stream)
+                runtime.eventSynchronize(slot.event_ptr)  # two uploads ago: nearly always done
+            slot.host[:size] = data
+            runtime.memcpyAsync(ptr, slot.address, 4 * size, 1, stream)  # 1: host to device
+            runtime.eventRecord(slot.event_ptr, stream)
         finally:
-            if previous != device:
+            if previous != memory.device:
                 runtime.setDevice(previous)
         return ptr
 
@@ -113,17 +114,18 @@ class PlanBuffer:
 class _PinnedSlot:
     """Page-locked host memory and the event behind the last copy out of it."""
 
-    def __init__(self, nbytes: int, old: _PinnedSlot | None) -> None:
+    def __init__(self, size: int, old: _PinnedSlot | None) -> None:
         import cupy
         import numpy as np
 
         if old is not None:
             old.event.synchronize()  # its memory goes back to the pool
-        self.nbytes = nbytes
-        memory = cupy.cuda.alloc_pinned_memory(nbytes)
-        self.host = np.frombuffer(memory, np.int32, nbytes // 4)
+        self.size = size  # int32 elements
+        memory = cupy.cuda.alloc_pinned_memory(4 * size)
+        self.host = np.frombuffer(memory, np.int32, size)
         self.address = memory.ptr  # reading it off the array costs 2 us
         self.event: Any = cupy.cuda.Event(disable_timing=True)
+        self.event_ptr = self.event.ptr
 
 
 _shared: dict[tuple[int, str, str, int], DeviceBuffer] = {}
