@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from pyinfer.core.calls import Calls
+from pyinfer.core.calls import MISS, Calls
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import check_dtype, check_same_device, check_shape, fail
 from pyinfer.core.rows import row_layout, vector_length
@@ -36,15 +36,8 @@ def static_quant(
     scalars = (residual is None, eps, enable_pdl is not False, scale if number else None, silu)
     tensors = (input, weight, out) if residual is None else (input, residual, weight, out)
     known = tensors if number else (*tensors, scale)
-    call = _static_calls.find(scalars, known)
-    if call is not None:
-        pointers = [call.ptr(t) for t in tensors]
-        bits = 0
-        for pointer in pointers:
-            bits |= pointer
-        if not bits & 15:
-            call.launch(call.stream(call.device), *pointers, 0 if number else call.ptr(scale))
-            return
+    if _static_calls.run(scalars, known) is not MISS:
+        return
     x, w, r = _inputs(op, input, weight, residual)
     o = view(out, op, "out")
     check_dtype(op, "out", o, FP8)
@@ -69,16 +62,9 @@ def dynamic_quant(
     scalars = (residual is None, eps, enable_pdl is not False, given, None if quantize_dtype is None else str(quantize_dtype))  # fmt: skip
     inputs = (input, weight) if residual is None else (input, residual, weight)
     known = (*inputs, *(t for t in (out, scale) if t is not None))
-    call = _dynamic_calls.find(scalars, known) if given in (0, 3) else None
-    if call is not None:
-        result = call.new() if not given else (out, scale)
-        pointers = [call.ptr(t) for t in (*inputs, *result)]
-        bits = 0
-        for pointer in pointers:
-            bits |= pointer
-        if not bits & 15:
-            call.launch(call.stream(call.device), *pointers)
-            return result
+    result = _dynamic_calls.run(scalars, known)
+    if result is not MISS:
+        return result if not given else (out, scale)
     x, w, r = _inputs(op, input, weight, residual)
     o = None if out is None else view(out, op, "out")
     dtype = fp8_dtype(op, "quantize_dtype", quantize_dtype, o)
@@ -163,13 +149,15 @@ def _launch(
     last = (scale.value,) if scales is None else ()
     scale_ptr = scale.ptr if scales is None else scales.ptr
     values = (*pointers, scale_ptr, *strides, n, inner, hidden, 1.0 / hidden, eps, *last)
-    address = scale_ptr if scales is not None else 0
+    address = 0
     for pointer in pointers:
         address |= pointer
     aligned = remember and not address & 15
+    count = len(pointers)
+    recipe = tuple([(i, 0) for i in range(count)]) + ((count, 0) if scale_ptr else None,)
     pdl = has_pdl and enable_pdl is not False
     grid = config.grid(n, sms)
-    calls.launch(scalars, known, x, kernel, grid, values, len(pointers) + 1, pdl, aligned, outputs)
+    calls.launch(scalars, known, x, kernel, grid, values, count + 1, pdl, aligned, outputs, recipe, count)
 
 
 def common_layouts(op: str, operands: list[tuple[str, TensorView]]) -> list[tuple[int, int, int, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyinfer.core.calls import Calls
+from pyinfer.core.calls import Calls, Source
 from pyinfer.core.dtypes import INT32, INT64, DType
 from pyinfer.core.errors import (
     check_dtype,
@@ -161,7 +161,7 @@ def append(
 ) -> None:
     """Rows [nnz, heads, dim] of keys and of values into caches [pages, page_size, heads, dim] (checked); `scales`: divide by them and round to the caches' dtype.
 
-    `scalars`, `tensors`: what `append_again` is asked with.
+    `scalars`, `tensors`: what `append_calls` is asked with.
     """
     key, value = rows
     nnz, heads = key.shape[:2]
@@ -183,8 +183,19 @@ def append(
     parts = -(-heads * max(chunks) // per_block)
     values, pointers = _values(rows, caches, places, scales, strides, parts)
     aligned = not (key.ptr | value.ptr | caches[0].ptr | caches[1].ptr) & 15
-    kept = (caches[1].ptr - caches[0].ptr, scales is not None)
-    append_calls.launch(scalars, tensors, key, kernel, nnz * parts, values, pointers, has_pdl, aligned, offset=kept)
+    # key, value, one cache or two, batch_indices, positions, kv_indices, kv_indptr; kv_last_page_len is not passed on; scales that are tensors.
+    count = sum(1 for s in scales or () if s.tensor is not None)
+    pair = len(tensors) - count == 9
+    second = (3, 0) if pair else (2, caches[1].ptr - caches[0].ptr)
+    recipe: list[Source] = [(0, 0), (1, 0), (2, 0), second, *((i, 0) for i in range(3 + pair, 7 + pair))]
+    at = len(tensors) - count
+    for s in scales or ():
+        recipe.append(None if s.tensor is None else (at, 0))
+        at += s.tensor is not None
+    grid = nnz * parts
+    append_calls.launch(
+        scalars, tensors, key, kernel, grid, values, pointers, has_pdl, aligned, recipe=tuple(recipe), wants=4
+    )
 
 
 def gather(rows: Two, caches: Two, places: Places, scales: tuple[Scale, Scale] | None, op: str) -> None:
@@ -245,41 +256,6 @@ def _values(
         places.wide,
     )
     return (*pointers, *strides, *counts, *last), len(pointers)
-
-
-def append_again(scalars: Any, tensors: tuple[Any, ...], scales: tuple[Any, ...] = ()) -> bool:
-    """Whether this append is like one before; if so it is launched.
-
-    `tensors`: key, value, one or two caches, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len, then the scales that are tensors. `scales`: empty, or both scales.
-    """
-    call = append_calls.find(scalars, tensors)
-    if call is None:
-        return False
-    ptr = call.ptr
-    count = len(tensors) - sum(1 for s in scales if type(s) is not float)
-    if count == 9:
-        key, value, key_cache, value_cache, batch_indices, positions, kv_indices, kv_indptr = map(ptr, tensors[:8])
-    else:  # keys and values in one tensor
-        key, value, key_cache, batch_indices, positions, kv_indices, kv_indptr = map(ptr, tensors[:7])
-        value_cache = key_cache + call.offset[0]
-    if (key | value | key_cache | value_cache) & 15:
-        return False
-    more = [0 if type(s) is float else ptr(s) for s in scales]
-    if call.offset[1] and not scales:  # rounded, by 1
-        more = [0, 0]
-    call.launch(
-        call.stream(call.device),
-        key,
-        value,
-        key_cache,
-        value_cache,
-        batch_indices,
-        positions,
-        kv_indices,
-        kv_indptr,
-        *more,
-    )
-    return True
 
 
 def _fail_token(op: str, what: int, token: int, arrays: list[Any], batch: int, page_size: int, num_pages: int) -> None:

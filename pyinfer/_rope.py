@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from pyinfer.core.calls import Calls
+from pyinfer.core.calls import MISS, Calls
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64
 from pyinfer.core.errors import (
     check_dtype,
@@ -30,7 +30,6 @@ _MANY_TOKENS = (
 )
 
 _calls = Calls()
-_NEW = object()
 
 
 def check_heads(op: str, names: tuple[str, str], q: TensorView, k: TensorView, ndim: int) -> None:
@@ -102,30 +101,6 @@ def _outputs(q: TensorView, k: TensorView, in_place: bool) -> tuple[Any, Any, Te
     return q_out, k_out, view(q_out), view(k_out)
 
 
-def _again(scalars: tuple[Any, ...], in_place: bool, q: Any, k: Any, *others: Any) -> Any:
-    """The result of a call like one before, launched; `_NEW` if there was none."""
-    call = _calls.find(scalars, (q, k, *others))
-    if call is None:
-        return _NEW
-    ptr = call.ptr
-    q_ptr, k_ptr, last = ptr(q), ptr(k), ptr(others[-1])
-    bits = q_ptr | k_ptr | last if scalars[0] == "cache" else q_ptr | k_ptr
-    if bits & 15:
-        return _NEW
-    if in_place:
-        result, q_out, k_out = None, q_ptr, k_ptr
-    else:
-        result = call.new()
-        q_out, k_out = ptr(result[0]), ptr(result[1])
-        if (q_out | k_out) & 15:
-            return _NEW
-    if len(others) == 1:
-        call.launch(call.stream(call.device), q_ptr, k_ptr, q_out, k_out, last)
-    else:
-        call.launch(call.stream(call.device), q_ptr, k_ptr, q_out, k_out, ptr(others[0]), last)
-    return result
-
-
 def rope_pos_ids(
     op: str,
     q_: Any,
@@ -137,8 +112,8 @@ def rope_pos_ids(
     in_place: bool,
 ) -> Any:
     key = ("pos_ids", in_place, rotary_dim, interleave, scales)
-    known = _again(key, in_place, q_, k_, pos_ids)
-    if known is not _NEW:
+    known = _calls.run(key, (q_, k_, pos_ids))
+    if known is not MISS:
         return known
     q, k, positions = view(q_, op, "q"), view(k_, op, "k"), view(pos_ids, op, "pos_ids")
     check_heads(op, ("q", "k"), q, k, 3)
@@ -171,8 +146,8 @@ def rope_indptr(
     in_place: bool,
 ) -> Any:
     key = ("indptr", in_place, rotary_dim, interleave, scales)
-    known = _again(key, in_place, q_, k_, indptr_, offsets_)
-    if known is not _NEW:
+    known = _calls.run(key, (q_, k_, indptr_, offsets_))
+    if known is not MISS:
         return known
     q, k, indptr, offsets = (
         view(q_, op, "q"),
@@ -214,8 +189,8 @@ def rope_cached(
     op: str, positions_: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool, in_place: bool
 ) -> Any:
     scalars = ("cache", in_place, head_size, is_neox)
-    known = _again(scalars, in_place, query, key, positions_, cos_sin_cache)
-    if known is not _NEW:
+    known = _calls.run(scalars, (query, key, positions_, cos_sin_cache))
+    if known is not MISS:
         return known
     positions, q, k = view(positions_, op, "positions"), view(query, op, "query"), view(key, op, "key")
     cache = view(cos_sin_cache, op, "cos_sin_cache")
@@ -249,7 +224,7 @@ def rope_cached(
             bits = cache.ptr | (cache.strides[0] | rotary_dim // 2) * 4
             wide, indices, table = (
                 positions.dtype is INT64,
-                (positions.ptr, cache.ptr),
+                (cache.ptr, positions.ptr),
                 (cache.strides[0], cache.shape[0]),
             )
             _launch(
@@ -319,7 +294,7 @@ def _launch(
     last: tuple[Any, ...],
     cache_bits: int,
 ) -> None:
-    """`key`, `tensors`: what `_again` will be asked with. `indices`: the addresses behind q's and k's; `table`: the fields that follow; `last`: the last."""
+    """`key`, `tensors`: what `Calls.run` will be asked with. `indices`: the addresses behind q's and k's; `table`: the fields that follow; `last`: the last."""
     tokens, q_heads, head_dim = q.shape
     num_heads = q_heads + k.shape[1]
     if not num_heads:
@@ -339,9 +314,14 @@ def _launch(
     parts = -(-num_heads // heads_per_block)
     pointers = (q.ptr, k.ptr, q_out.ptr, k_out.ptr, *indices)
     values = (*pointers, *table, *strides, q_heads, num_heads, parts, heads_per_block, tail, wide, *last)
-    aligned = not (addresses | (indices[-1] if key[0] == "cache" else 0)) & 15
+    aligned = not (addresses | (indices[0] if key[0] == "cache" else 0)) & 15
     outputs = () if in_place else tuple((view(x).shape, q.dtype) for x in tensors[:2])
-    _calls.launch(key, tensors, q, kernel, tokens * parts, values, len(pointers), has_pdl, aligned, outputs)
+    given, count = len(tensors), len(pointers)
+    targets = (0, 1) if in_place else (given, given + 1)
+    behind = (3, 2) if key[0] == "cache" else range(2, given)  # the table of angles comes first
+    recipe = tuple([(i, 0) for i in (0, 1, *targets, *behind)])
+    wants = 5 if key[0] == "cache" else 4
+    _calls.launch(key, tensors, q, kernel, tokens * parts, values, count, has_pdl, aligned, outputs, recipe, wants)
 
 
 @functools.cache

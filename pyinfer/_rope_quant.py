@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyinfer._page import Places, check_cache, check_places
 from pyinfer._rope import check_indices, check_rotary, check_table
-from pyinfer.core.calls import Calls
+from pyinfer.core.calls import MISS, Calls, Source
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT64, DType
 from pyinfer.core.errors import (
     check_dtype,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _HALVES = (FLOAT16, BFLOAT16)
 _calls = Calls()
-NEW = object()
 
 
 class Heads(NamedTuple):
@@ -54,35 +53,13 @@ class Outputs(NamedTuple):
     places: Places | None
 
 
-def again(scalars: tuple[Any, ...], known: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
-    """The results of a call like one before, launched; `NEW` if there was none. `given`: the outputs that callers may give, None where they did not."""
-    call = _calls.find(scalars, known)
-    if call is None:
-        return NEW
-    ptr = call.ptr
-    recipe, data, allocated = call.offset
-    tensors = [ptr(t) for t in known]
-    if allocated:
-        made = call.new()
-        given = made if type(made) is tuple else (made,)
-        tensors += [ptr(t) for t in given]
-    pointers = [0 if source is None else tensors[source[0]] + source[1] for source in recipe]
-    bits = 0
-    for pointer in pointers[:data]:
-        bits |= pointer
-    if bits & 15:
-        return NEW
-    call.launch(call.stream(call.device), *pointers)
-    return given
-
-
 class Memory(NamedTuple):
     """What a call is remembered by.
 
     Attributes
     ----------
     scalars, known
-        What `again` is asked with.
+        What `Calls.run` is asked with.
     roles
         A name for each of `known`.
     made, made_roles
@@ -189,9 +166,9 @@ def rope_quantize(
     wanted = None if quantize_dtype is None else str(quantize_dtype)
     scalars = ("quantize", is_neox, wanted, scales, enable_pdl is not False, present, given)
     tensors = (*inputs, cos_sin_cache, pos_ids, *outputs)
-    result = again(scalars, tuple([x for x in tensors if x is not None]), outputs)
-    if result is not NEW:
-        return result
+    result = _calls.run(scalars, tuple([x for x in tensors if x is not None]))
+    if result is not MISS:
+        return outputs if result is None else result
     mla = k_is_flat(op, inputs[1])
     flat = (False, mla, False, mla)
     q_rope, k_rope, q_nope, k_nope = (
@@ -260,9 +237,9 @@ def rope_quantize_append(
     wanted = None if quantize_dtype is None else str(quantize_dtype)
     scalars = ("append", is_neox, wanted, scales, page_size, kv_layout, enable_pdl is not False, present, given)
     tensors = (*inputs, cos_sin_cache, pos_ids, *paged_kv_cache, *indices, *outputs)
-    result = again(scalars, tuple([x for x in tensors if x is not None]), outputs)
-    if result is not NEW:
-        return result
+    result = _calls.run(scalars, tuple([x for x in tensors if x is not None]))
+    if result is not MISS:
+        return outputs if result is None else result
     mla = k_is_flat(op, inputs[1])
     names, flat = ("q_rope", "k_rope", "q_nope", "k_nope", "v"), (False, mla, False, mla, False)
     q_rope, k_rope, q_nope, k_nope, v = (
@@ -367,9 +344,9 @@ def rope_append(
     scalars = ("plain", is_neox, kv_layout, pair, enable_pdl is not False, q_out is not None)
     caches = paged_kv_cache if pair else (paged_kv_cache,)
     tensors = (q, k, v, cos_sin_cache, pos_ids, *caches, *indices, q_out)
-    result = again(scalars, tensors if q_out is not None else tensors[:-1], (q_out,))
-    if result is not NEW:
-        return result[0]
+    result = _calls.run(scalars, tensors if q_out is not None else tensors[:-1])
+    if result is not MISS:
+        return q_out if result is None else result
     dtypes = (*_HALVES, FLOAT32)
     q_all, k_all, values = (split_heads(op, n, x, dtypes) for n, x in (("q", q), ("k", k), ("v", v)))
     check_layout(op, kv_layout)
@@ -528,32 +505,28 @@ def _launch_cuda(
         wide |= places.wide
         bounds, paged = (places.num_indices, places.num_pages), (places.batch, places.page_size)
     values = (*pointers, *strides, table.strides[0], table.shape[0], *bounds, *heads, parts, wide, *paged, *scales)
-    recipe, data = _recipe([*inputs, *q_outs, *k_outs], pointers, roles, append, m)
+    recipe = _recipe([*inputs, *q_outs, *k_outs], roles, append, m)
+    wants = len(inputs) + len(q_outs) + len(k_outs) + 1  # the data and the table
     outputs = tuple([(tuple(view(x).shape), out_dtype) for x in m.made])
     _calls.launch(
         m.scalars, m.known, q_rope.view, kernel, q_rope.view.shape[0] * parts, values, len(pointers),
-        has_pdl and enable_pdl is not False, m.remember and vec * dtype.itemsize == 16, outputs, (recipe, data, bool(m.made)),
+        has_pdl and enable_pdl is not False, m.remember and vec * dtype.itemsize == 16, outputs, recipe, wants,
     )  # fmt: skip
 
 
 _INDICES = ("kv_indices", "kv_indptr", "batch_indices", "positions")
 
 
-def _recipe(
-    data: list[TensorView | None], pointers: list[int], roles: tuple[str, ...], append: bool, m: Memory
-) -> tuple[tuple[tuple[int, int] | None, ...], int]:
-    """How each pointer follows from the tensors of a call (which one, bytes behind its address; None: null), and how many of them are data, the table behind them included.
-
-    The tensors' order is that of `again`: the known ones, then the allocated ones.
-    """
+def _recipe(data: list[TensorView | None], roles: tuple[str, ...], append: bool, m: Memory) -> tuple[Source, ...]:
+    """Where each pointer comes from: the call's tensor of that role, bytes behind its address."""
     places = {role: i for i, role in enumerate((*m.roles, *m.made_roles))}
     tensors = (*m.known, *m.made)
-    recipe: list[tuple[int, int] | None] = []
+    recipe: list[Source] = []
     for x, role in zip(data, roles, strict=True):
         recipe.append(None if x is None else (places[role], x.ptr - view(tensors[places[role]]).ptr))
     for role in ("table", "pos_ids", *(("batch_indices", "positions", "kv_indices", "kv_indptr") if append else ())):
         recipe.append((places[role], 0))
-    return tuple(recipe), len(data) + 1
+    return tuple(recipe)
 
 
 @functools.cache

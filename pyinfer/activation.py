@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from pyinfer.core.calls import Calls
+from pyinfer.core.calls import MISS, Calls
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import check_dtype, check_same_device, check_same_dtype, check_shape, fail
 from pyinfer.core.rows import common_row_layout, vector_length
@@ -58,17 +58,20 @@ def silu_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = None) ->
     ValueError
         If the last axis is no multiple of 16 bytes, or shapes or devices do not fit.
     """
-    return _act_and_mul("silu_and_mul", "silu", input, out, enable_pdl)
+    result = _calls.run(("silu", enable_pdl is not False), (input,) if out is None else (input, out))
+    return _act_and_mul("silu_and_mul", "silu", input, out, enable_pdl) if result is MISS else result
 
 
 def gelu_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = None) -> Any:
     """As `silu_and_mul` with ``gelu(x) = x (1 + erf(x / sqrt 2)) / 2``."""
-    return _act_and_mul("gelu_and_mul", "gelu", input, out, enable_pdl)
+    result = _calls.run(("gelu", enable_pdl is not False), (input,) if out is None else (input, out))
+    return _act_and_mul("gelu_and_mul", "gelu", input, out, enable_pdl) if result is MISS else result
 
 
 def gelu_tanh_and_mul(input: Any, out: Any = None, enable_pdl: bool | None = None) -> Any:
     """As `silu_and_mul` with ``gelu(x) = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2``."""
-    return _act_and_mul("gelu_tanh_and_mul", "gelu_tanh", input, out, enable_pdl)
+    result = _calls.run(("gelu_tanh", enable_pdl is not False), (input,) if out is None else (input, out))
+    return _act_and_mul("gelu_tanh_and_mul", "gelu_tanh", input, out, enable_pdl) if result is MISS else result
 
 
 def silu_and_mul_quant(out: Any, input: Any, scale: Any, enable_pdl: bool | None = None) -> None:
@@ -169,13 +172,6 @@ def _input(op: str, input: Any) -> TensorView:
 def _act_and_mul(op: str, act: str, input: Any, out: Any, enable_pdl: bool | None) -> Any:
     scalars = (act, enable_pdl is not False)
     tensors = (input,) if out is None else (input, out)
-    call = _calls.find(scalars, tensors)
-    if call is not None:
-        result = call.new() if out is None else out
-        x_ptr, out_ptr = call.ptr(input), call.ptr(result)
-        if not (x_ptr | out_ptr) & 15:
-            call.launch(call.stream(call.device), x_ptr, out_ptr)
-            return result
     x = _input(op, input)
     shape, size = tuple(x.shape), x.dtype.itemsize
     width = shape[-1] // 2
@@ -205,7 +201,7 @@ def _act_and_mul(op: str, act: str, input: Any, out: Any, enable_pdl: bool | Non
     aligned = not (x.ptr | o.ptr) & 15
     outputs = ((out_shape, x.dtype),) if len(tensors) == 1 else ()
     pdl = has_pdl and scalars[1]
-    _calls.launch(scalars, tensors, x, kernel, -(-n // per_block) * chunks, values, 2, pdl, aligned, outputs)
+    _calls.launch(scalars, tensors, x, kernel, -(-n // per_block) * chunks, values, 2, pdl, aligned, outputs, returns=1)
     return out
 
 
@@ -230,13 +226,8 @@ def _static_quant(op: str, act: str, out: Any, input: Any, scale: Any, enable_pd
     number = is_number(scale)
     scalars = (act, enable_pdl is not False, scale if number else None)
     tensors = (input, out) if number else (input, out, scale)
-    call = _quant_calls.find(scalars, tensors)
-    if call is not None:
-        ptr = call.ptr
-        x_ptr, out_ptr = ptr(input), ptr(out)
-        if not (x_ptr | out_ptr) & 15:
-            call.launch(call.stream(call.device), x_ptr, out_ptr, 0 if number else ptr(scale))
-            return
+    if _quant_calls.run(scalars, tensors) is not MISS:
+        return
     x = _input(op, input)
     width = x.shape[-1] // 2
     o = view(out, op, "out")
@@ -259,7 +250,9 @@ def _static_quant(op: str, act: str, out: Any, input: Any, scale: Any, enable_pd
     values = (x.ptr, o.ptr, divisor.ptr, *strides, n, inner, chunks, width, divisor.value)
     aligned = not (x.ptr | o.ptr) & 15
     grid = -(-n // per_block) * chunks
-    _quant_calls.launch(scalars, tensors, x, kernel, grid, values, 3, has_pdl and scalars[1], aligned)
+    recipe = ((0, 0), (1, 0), None if number else (2, 0))
+    pdl = has_pdl and scalars[1]
+    _quant_calls.launch(scalars, tensors, x, kernel, grid, values, 3, pdl, aligned, recipe=recipe, wants=2)
 
 
 def _dynamic_quant(
@@ -268,14 +261,9 @@ def _dynamic_quant(
     given = (out is not None) + 2 * (scale is not None)
     scalars = (act, enable_pdl is not False, given, None if quantize_dtype is None else str(quantize_dtype))
     tensors = (input, *(t for t in (out, scale) if t is not None))
-    call = _dynamic_calls.find(scalars, tensors) if given in (0, 3) else None
-    if call is not None:
-        ptr = call.ptr
-        result = call.new() if not given else (out, scale)
-        x_ptr, out_ptr, scale_ptr = ptr(input), ptr(result[0]), ptr(result[1])
-        if not (x_ptr | out_ptr) & 15:
-            call.launch(call.stream(call.device), x_ptr, out_ptr, scale_ptr)
-            return result
+    result = _dynamic_calls.run(scalars, tensors)
+    if result is not MISS:
+        return result if not given else (out, scale)
     x = _input(op, input)
     width = x.shape[-1] // 2
     shape, scale_shape = (*x.shape[:-1], width), (*x.shape[:-1], 1)
@@ -310,7 +298,7 @@ def _dynamic_quant(
     aligned = given in (0, 3) and not (x.ptr | o.ptr) & 15
     outputs = ((shape, dtype), (scale_shape, FLOAT32)) if not given else ()
     grid, pdl = -(-n // per_block), has_pdl and scalars[1]
-    _dynamic_calls.launch(scalars, tensors, x, kernel, grid, values, 3, pdl, aligned, outputs)
+    _dynamic_calls.launch(scalars, tensors, x, kernel, grid, values, 3, pdl, aligned, outputs, wants=2)
     return out, scale
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from pyinfer.core.calls import Calls
+from pyinfer.core.calls import MISS, Calls
 from pyinfer.core.dtypes import BFLOAT16, FLOAT8_E4M3, FLOAT16, FLOAT32
 from pyinfer.core.errors import check_dtype, check_ndim, check_same_device, check_same_dtype, check_shape, fail
 from pyinfer.core.rows import common_row_layout, row_layout, vector_length
@@ -63,12 +63,16 @@ def rmsnorm(input: Any, weight: Any, eps: float = 1e-6, out: Any = None, enable_
     ValueError
         For shapes or devices that do not fit.
     """
-    return _rmsnorm("rmsnorm", input, weight, eps, out, enable_pdl, _PLAIN)
+    scalars = (eps, _PLAIN, enable_pdl is not False)
+    result = _norm_calls.run(scalars, (input, weight) if out is None else (input, weight, out))
+    return _rmsnorm("rmsnorm", input, weight, eps, out, enable_pdl, _PLAIN) if result is MISS else result
 
 
 def gemma_rmsnorm(input: Any, weight: Any, eps: float = 1e-6, out: Any = None, enable_pdl: bool | None = None) -> Any:
     """As `rmsnorm`, multiplied by ``weight + 1`` (Gemma stores its weights less one). The sum is taken in float32."""
-    return _rmsnorm("gemma_rmsnorm", input, weight, eps, out, enable_pdl, _GEMMA)
+    scalars = (eps, _GEMMA, enable_pdl is not False)
+    result = _norm_calls.run(scalars, (input, weight) if out is None else (input, weight, out))
+    return _rmsnorm("gemma_rmsnorm", input, weight, eps, out, enable_pdl, _GEMMA) if result is MISS else result
 
 
 def fused_add_rmsnorm(
@@ -94,14 +98,16 @@ def fused_add_rmsnorm(
     TypeError, ValueError
         As `rmsnorm`.
     """
-    _fused_add_rmsnorm("fused_add_rmsnorm", input, residual, weight, eps, enable_pdl, False)
+    if _add_calls.run((eps, False, enable_pdl is not False), (input, residual, weight)) is MISS:
+        _fused_add_rmsnorm("fused_add_rmsnorm", input, residual, weight, eps, enable_pdl, False)
 
 
 def gemma_fused_add_rmsnorm(
     input: Any, residual: Any, weight: Any, eps: float = 1e-6, enable_pdl: bool | None = None
 ) -> None:
     """As `fused_add_rmsnorm`, multiplied by ``weight + 1``."""
-    _fused_add_rmsnorm("gemma_fused_add_rmsnorm", input, residual, weight, eps, enable_pdl, True)
+    if _add_calls.run((eps, True, enable_pdl is not False), (input, residual, weight)) is MISS:
+        _fused_add_rmsnorm("gemma_fused_add_rmsnorm", input, residual, weight, eps, enable_pdl, True)
 
 
 def rmsnorm_quant(
@@ -237,7 +243,9 @@ def fused_rmsnorm_silu(
 
         static_quant(op, out, input, None, weight, 1.0, eps, enable_pdl, True)
         return out
-    return _rmsnorm(op, input, weight, eps, out, enable_pdl, _SILU)
+    scalars = (eps, _SILU, enable_pdl is not False)
+    result = _norm_calls.run(scalars, (input, weight) if out is None else (input, weight, out))
+    return _rmsnorm(op, input, weight, eps, out, enable_pdl, _SILU) if result is MISS else result
 
 
 def layernorm(
@@ -273,14 +281,9 @@ def layernorm(
     op = "layernorm"
     scalars = (eps, enable_pdl is not False)
     tensors = (input, gemma, beta) if out is None else (input, gemma, beta, out)
-    call = _layer_calls.find(scalars, tensors)
-    if call is not None:
-        ptr = call.ptr
-        result = call.new() if out is None else out
-        x_ptr, w_ptr, b_ptr, out_ptr = ptr(input), ptr(gemma), ptr(beta), ptr(result)
-        if not (x_ptr | w_ptr | b_ptr | out_ptr) & 15:
-            call.launch(call.stream(call.device), x_ptr, w_ptr, b_ptr, out_ptr)
-            return result
+    result = _layer_calls.run(scalars, tensors)
+    if result is not MISS:
+        return result
     x, w, b = view(input, op, "input"), view(gemma, op, "gemma"), view(beta, op, "beta")
     check_ndim(op, "input", x, (2, 3))
     check_dtype(op, "input", x, _DTYPES)
@@ -320,7 +323,7 @@ def layernorm(
     aligned = not (x.ptr | w.ptr | b.ptr | o.ptr) & 15
     outputs = ((x.shape, x.dtype),) if len(tensors) == 3 else ()
     pdl = has_pdl and scalars[1]
-    _layer_calls.launch(scalars, tensors, x, kernel, -(-n // per_block), values, 4, pdl, aligned, outputs)
+    _layer_calls.launch(scalars, tensors, x, kernel, -(-n // per_block), values, 4, pdl, aligned, outputs, returns=3)
     return out
 
 
@@ -352,14 +355,6 @@ def _rmsnorm(
 ) -> Any:
     scalars = (eps, form, enable_pdl is not False)
     tensors = (input, weight) if out is None else (input, weight, out)
-    call = _norm_calls.find(scalars, tensors)
-    if call is not None:
-        ptr = call.ptr
-        result = call.new() if out is None else out
-        x_ptr, w_ptr, out_ptr = ptr(input), ptr(weight), ptr(result)
-        if not (x_ptr | w_ptr | out_ptr) & 15:
-            call.launch(call.stream(call.device), x_ptr, w_ptr, out_ptr)
-            return result
     x, w = view(input, op, "input"), view(weight, op, "weight")
     if out is None:
         check_inputs(op, x, w, "", None)
@@ -387,7 +382,7 @@ def _rmsnorm(
     aligned = not (x.ptr | w.ptr | o.ptr) & 15
     outputs = ((x.shape, x.dtype),) if len(tensors) == 2 else ()
     pdl = has_pdl and scalars[2]
-    _norm_calls.launch(scalars, tensors, x, kernel, config.grid(n, sms), values, 3, pdl, aligned, outputs)
+    _norm_calls.launch(scalars, tensors, x, kernel, config.grid(n, sms), values, 3, pdl, aligned, outputs, returns=2)
     return out
 
 
@@ -395,13 +390,6 @@ def _fused_add_rmsnorm(
     op: str, input: Any, residual: Any, weight: Any, eps: float, enable_pdl: bool | None, gemma: bool
 ) -> None:
     scalars = (eps, gemma, enable_pdl is not False)
-    call = _add_calls.find(scalars, (input, residual, weight))
-    if call is not None:
-        ptr = call.ptr
-        x_ptr, r_ptr, w_ptr = ptr(input), ptr(residual), ptr(weight)
-        if not (x_ptr | r_ptr | w_ptr) & 15:
-            call.launch(call.stream(call.device), x_ptr, r_ptr, w_ptr)
-            return
     x, r, w = view(input, op, "input"), view(residual, op, "residual"), view(weight, op, "weight")
     check_inputs(op, x, w, "residual", r)
     rows, residual_rows = common_row_layout(op, "input", x, "residual", r)

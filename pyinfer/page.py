@@ -6,8 +6,8 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from pyinfer._attention import check_layout, paged_views
-from pyinfer._page import Two, append, append_again, batch_of, check_cache, check_places, gather, index_array
-from pyinfer.core.calls import Calls
+from pyinfer._page import Two, append, append_calls, batch_of, check_cache, check_places, gather, index_array
+from pyinfer.core.calls import MISS, Calls
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64, canonical_dtype
 from pyinfer.core.errors import (
     check_dtype,
@@ -73,12 +73,9 @@ def get_batch_indices_positions(
     given = (batch_indices is not None) + (positions is not None)
     known = (append_indptr, seq_lens, *((batch_indices, positions) if given else ()))
     scalars = (nnz, given)
-    call = _position_calls.find(scalars, known)
-    if call is not None:
-        ptr = call.ptr
-        first, second = (batch_indices, positions) if given else call.new()
-        call.launch(call.stream(call.device), ptr(append_indptr), ptr(seq_lens), ptr(first), ptr(second))
-        return first, second
+    result = _position_calls.run(scalars, known) if given != 1 else MISS
+    if result is not MISS:
+        return (batch_indices, positions) if given else result
     indptr, lengths = index_array(op, "append_indptr", append_indptr), index_array(op, "seq_lens", seq_lens)
     batch = batch_of(op, "append_indptr", indptr)
     check_shape(op, "seq_lens", lengths, (batch,))
@@ -116,7 +113,7 @@ def get_batch_indices_positions(
     whole = given != 1  # one given, one not: nothing `find` could be asked with
     allocated = () if given else (((nnz,), INT32),) * 2
     grid = (batch + 1, stretches, 1)
-    _position_calls.launch(scalars, known, indptr, kernel, grid, values, 4, has_pdl, whole, allocated)
+    _position_calls.launch(scalars, known, indptr, kernel, grid, values, 4, has_pdl, whole, allocated, wants=0)
     return first, second
 
 
@@ -143,10 +140,8 @@ def get_seq_lens(kv_indptr: Any, kv_last_page_len: Any, page_size: int) -> Any:
     """
     op = "get_seq_lens"
     given_page_size = page_size
-    call = _length_calls.find(page_size, (kv_indptr, kv_last_page_len))
-    if call is not None:
-        out = call.new()
-        call.launch(call.stream(call.device), call.ptr(kv_indptr), call.ptr(kv_last_page_len), call.ptr(out))
+    out = _length_calls.run(page_size, (kv_indptr, kv_last_page_len))
+    if out is not MISS:
         return out
     indptr, last = index_array(op, "kv_indptr", kv_indptr), index_array(op, "kv_last_page_len", kv_last_page_len)
     batch = batch_of(op, "kv_indptr", indptr)
@@ -169,7 +164,7 @@ def get_seq_lens(kv_indptr: Any, kv_last_page_len: Any, page_size: int) -> Any:
     values = (indptr.ptr, last.ptr, view(out).ptr, page_size, batch, wide)
     tensors, outputs = (kv_indptr, kv_last_page_len), (((batch,), INT32),)
     _length_calls.launch(
-        given_page_size, tensors, indptr, kernel, -(-batch // 128), values, 3, has_pdl, outputs=outputs
+        given_page_size, tensors, indptr, kernel, -(-batch // 128), values, 3, has_pdl, outputs=outputs, wants=0
     )
     return out
 
@@ -227,10 +222,9 @@ def append_paged_kv_cache(
     pair = type(paged_kv_cache) is tuple and len(paged_kv_cache) == 2
     tensors = (append_key, append_value, *(paged_kv_cache if pair else (paged_kv_cache,)), *index_tensors)
     scalars: tuple[Any, ...] = (kv_layout, len(tensors))
-    scales: tuple[Any, ...] = ()
     if k_scale is not None or v_scale is not None:
-        scalars, tensors, scales = _with_scales(scalars, tensors, k_scale, v_scale)
-    if append_again(scalars, tensors, scales):
+        scalars, tensors = _with_scales(scalars, tensors, k_scale, v_scale)
+    if append_calls.run(scalars, tensors) is not MISS:
         return
     check_layout(op, kv_layout)
     key, value = view(append_key, op, "append_key"), view(append_value, op, "append_value")
@@ -276,10 +270,9 @@ def append_paged_mla_kv_cache(
     index_tensors = (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
     tensors: tuple[Any, ...] = (append_ckv, append_kpe, ckv_cache, kpe_cache, *index_tensors)
     scalars: tuple[Any, ...] = (op, 9)
-    scales: tuple[Any, ...] = ()
     if ckv_scale is not None or kpe_scale is not None:
-        scalars, tensors, scales = _with_scales(scalars, tensors, ckv_scale, kpe_scale)
-    if append_again(scalars, tensors, scales):
+        scalars, tensors = _with_scales(scalars, tensors, ckv_scale, kpe_scale)
+    if append_calls.run(scalars, tensors) is not MISS:
         return
     sources = []
     for arg, x in (("append_ckv", append_ckv), ("append_kpe", append_kpe)):
@@ -407,12 +400,12 @@ def copy_pages(cache: Any, source_pages: Any, target_pages: Any, out: Any = None
 
 def _with_scales(
     scalars: tuple[Any, ...], tensors: tuple[Any, ...], first: Any, second: Any
-) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, Any]]:
-    """What the call is recognised by with two scales: numbers among the scalars, tensors among the tensors; and both scales, numbers as floats."""
-    scales = tuple([1.0 if s is None else float(s) if is_number(s) else s for s in (first, second)])
-    numbers = tuple([s if type(s) is float else None for s in scales])
-    more = tuple([s for s in scales if type(s) is not float])
-    return (*scalars, numbers), (*tensors, *more), (scales[0], scales[1])
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What the call is recognised by with two scales: numbers among the scalars, tensors among the tensors."""
+    scales = [1.0 if s is None else s for s in (first, second)]
+    numbers = tuple([float(s) if is_number(s) else None for s in scales])
+    more = tuple([s for s in scales if not is_number(s)])
+    return (*scalars, numbers), (*tensors, *more)
 
 
 def _one_head(x: TensorView) -> TensorView:

@@ -52,6 +52,7 @@ def launches(request, monkeypatch):
 
 def full_path_only(monkeypatch):
     monkeypatch.setattr(calls.Calls, "find", lambda self, scalars, tensors: None)
+    monkeypatch.setattr(calls.Calls, "run", lambda self, scalars, tensors: calls.MISS)
 
 
 def ints(*values, dtype=torch.int32):

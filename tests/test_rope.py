@@ -14,6 +14,14 @@ DTYPES = ["float16", "bfloat16", "float32"]
 RTOL = {"float16": 1.1 * EPSILON["float16"], "bfloat16": 1.05 * EPSILON["bfloat16"], "float32": 3e-6}
 
 
+def assert_in_place(b: Backend, got: object, want: object, name: str) -> None:
+    """The same bits on a GPU. On the CPU the compiler may contract a b - c d either way, by whether input and output overlap: the same up to one rounding."""
+    if b.device == "cuda":
+        assert_same_bits(b.numpy(got), b.numpy(want), name)
+    else:
+        assert_close(b.float64(got), b.float64(want), rtol=2 * EPSILON[b.numpy(got).dtype.name], name=name)
+
+
 def draw(b: Backend, rng: np.random.Generator, shape: tuple[int, ...], dtype: str):
     return b.array(rng.standard_normal(shape), dtype)
 
@@ -63,8 +71,8 @@ def test_pos_ids(
     check(b, k_out, k, positions, freq, interleave, dtype, "k")
     assert_same_bits(b.numpy(q), before, "q, out of place")
     assert pyinfer.apply_rope_pos_ids_inplace(q, k, *args) is None
-    assert_same_bits(b.numpy(q), b.numpy(q_out), "q in place")
-    assert_same_bits(b.numpy(k), b.numpy(k_out), "k in place")
+    assert_in_place(b, q, q_out, "q in place")
+    assert_in_place(b, k, k_out, "k in place")
 
 
 @pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
@@ -107,8 +115,8 @@ def test_indptr(backend_arrays: Backend, rng: np.random.Generator, integer: str,
     check(b, k_out, k, positions, freq, False, dtype, "k")
     assert_same_bits(b.numpy(q_out)[-2:], b.numpy(q)[-2:], "rows of no request")
     in_place(q, k, *args)
-    assert_same_bits(b.numpy(q), b.numpy(q_out), "q in place")
-    assert_same_bits(b.numpy(k), b.numpy(k_out), "k in place")
+    assert_in_place(b, q, q_out, "q in place")
+    assert_in_place(b, k, k_out, "k in place")
 
 
 def test_indptr_that_does_not_begin_at_zero(backend_arrays: Backend, rng: np.random.Generator) -> None:
@@ -177,8 +185,8 @@ def test_cos_sin_cache(
         want = reference.rotate(b.float64(x).reshape(n, -1, head_size), cosine, sine, not is_neox)
         assert_close(b.float64(got).reshape(n, -1, head_size), want, rtol=RTOL[dtype])
     assert pyinfer.apply_rope_with_cos_sin_cache_inplace(ids, q, k, *args) is None
-    assert_same_bits(b.numpy(q), b.numpy(q_out), "query in place")
-    assert_same_bits(b.numpy(k), b.numpy(k_out), "key in place")
+    assert_in_place(b, q, q_out, "query in place")
+    assert_in_place(b, k, k_out, "key in place")
 
 
 @pytest.mark.parametrize("offset,head_dim", [(0, 64), (1, 64), (8, 64), (0, 30)])
@@ -199,7 +207,7 @@ def test_strided(backend: Backend, rng: np.random.Generator, offset: int, head_d
     check(b, k_out, k, positions, freq, False, dtype, "k")
     before = b.numpy(qkv).copy()
     pyinfer.apply_rope_pos_ids_inplace(q, k, b.array(positions, "int32"))
-    assert_same_bits(b.numpy(q), b.numpy(q_out), "q in place")
+    assert_in_place(b, q, q_out, "q in place")
     touched = slice(offset, offset + (heads + kv_heads) * head_dim)
     after = b.numpy(qkv).copy()
     assert not np.array_equal(after[:, touched], before[:, touched])

@@ -32,7 +32,7 @@ def main() -> None:
     import torch
 
     import pyinfer
-    from pyinfer.core.calls import Calls
+    from pyinfer.core.calls import MISS, Calls
     from tests import stub_driver
 
     bf16, ints = torch.bfloat16, lambda *v: torch.tensor(v, dtype=torch.int32)
@@ -67,7 +67,7 @@ def main() -> None:
         for name, call in cases.items():
             call()
             known[name] = best(call)
-        patch.setattr(Calls, "find", lambda *arguments: None)
+        patch.setattr(Calls, "run", lambda *arguments: MISS)
         patch.setattr(
             Calls,
             "launch",

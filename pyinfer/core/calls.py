@@ -16,22 +16,19 @@ An operator::
     _calls = Calls()
 
     def op(x, out=None, eps=1e-6):
-        call = _calls.find(eps, (x,) if out is None else (x, out))
-        if call is not None:
-            ptr = call.ptr
-            result = call.new() if out is None else out
-            source, target = ptr(x), ptr(result)
-            if not (source | target) & 15:
-                call.launch(call.stream(call.device), source, target)
-                return result
+        tensors = (x,) if out is None else (x, out)
+        result = _calls.run(eps, tensors)
+        if result is not MISS:
+            return result
         ...                                      # the full path: views, checks, kernel, grid, values
         aligned = not (xv.ptr | ov.ptr) & 15
-        if out is None:
-            _calls.launch(eps, (x,), xv, kernel, grid, values, 2, pdl, aligned, ((shape, dtype),))
-        else:
-            _calls.launch(eps, (x, out), xv, kernel, grid, values, 2, pdl, aligned)
+        outputs = ((shape, dtype),) if out is None else ()
+        _calls.launch(eps, tensors, xv, kernel, grid, values, 2, pdl, aligned, outputs, returns=1)
 
 Everything else that the packed values depend on must be among the scalars or follow from the tensors' guards.
+
+What a remembered call does (read addresses, allocate, look at alignment, pack, launch) is a function of its own, whose source is written for it: a
+loop over a description of the call would take twice as long.
 """
 
 from __future__ import annotations
@@ -48,17 +45,26 @@ if TYPE_CHECKING:
     from pyinfer.core.dtypes import DType
     from pyinfer.core.launch import BoundLaunch, Kernel
 
+MISS = object()
+"""What `Calls.run` gives when nothing like the call is remembered."""
+
 MOST_KEYS = 2048
 """Keys an operator remembers; beyond, it forgets all and begins anew."""
 MOST_PER_KEY = 8
 """Calls under one key: layouts of equal shape and scalars. The oldest goes."""
 
 
+Source = tuple[int, int] | None
+"""Where a pointer comes from: (which of a call's tensors, the allocated ones counted on behind those given; bytes behind its address). None: a null pointer."""
+
+
 class Call:
-    """A remembered call. `call.launch(call.stream(call.device), *pointers)` launches it on the caller's current stream.
+    """A remembered call.
 
     Attributes
     ----------
+    run
+        Takes the tensors; launches and gives the result, or `MISS` where an address is not as it must be.
     launch
         Takes a stream and the leading pointer fields.
     stream
@@ -67,36 +73,53 @@ class Call:
         Reads a tensor's address.
     new
         Allocates the output (a tuple of them if there are several).
-    offset
-        What an operator wanted to keep besides: a distance between addresses in bytes, say.
     """
 
-    __slots__ = ("device", "launch", "new", "offset", "ptr", "stream")
+    __slots__ = ("device", "launch", "new", "ptr", "run", "stream")
 
     def __init__(
         self,
+        run: Callable[..., Any],
         launch: BoundLaunch,
         stream: Callable[[int], int],
         device: int,
         ptr: Callable[[Any], int],
         new: Callable[[], Any],
-        offset: Any,
     ) -> None:
+        self.run = run
         self.launch = launch
         self.stream = stream
         self.device = device
         self.ptr = ptr
         self.new = new
-        self.offset = offset
 
 
 class Calls:
-    """The remembered calls of one operator (or of several that never share key and tensors)."""
+    """The remembered calls of one operator (or of several that never share scalars and tensors)."""
 
-    __slots__ = ("_found",)
+    __slots__ = ("_found", "_recent")
 
     def __init__(self) -> None:
         self._found: dict[Any, tuple[tuple[Callable[..., bool], Call], ...]] = {}
+        self._recent: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {}
+
+    def run(self, scalars: Any, tensors: tuple[Any, ...]) -> Any:
+        """Do a call like one before: its result, or `MISS` if there was none (take the full path).
+
+        Parameters
+        ----------
+        scalars, tensors
+            As in `find`.
+        """
+        try:  # the last call with these scalars, which spares the look-up by shape
+            check, run = self._recent[scalars]
+            same = check(*tensors)
+        except Exception:  # nothing remembered, or another number of tensors
+            same = False
+        if same:
+            return run(*tensors)
+        call = self.find(scalars, tensors)
+        return MISS if call is None else call.run(*tensors)
 
     def find(self, scalars: Any, tensors: tuple[Any, ...]) -> Call | None:
         """The remembered call with these scalars (anything hashable) and tensors like these, or None: take the full path."""
@@ -104,6 +127,7 @@ class Calls:
             first = tensors[0]
             for check, call in self._found[type(first), first.shape, len(tensors), scalars]:
                 if check(*tensors):
+                    self._recent[scalars] = check, call.run
                     return call
         except (
             Exception
@@ -123,27 +147,33 @@ class Calls:
         pdl: bool,
         aligned: bool = True,
         outputs: tuple[tuple[Any, DType], ...] = (),
-        offset: Any = 0,
+        recipe: tuple[Source, ...] | None = None,
+        wants: int | None = None,
+        returns: int | None = None,
     ) -> None:
         """Launch a call that was checked, on the caller's stream, and remember it if it can be recognised.
 
         Parameters
         ----------
         scalars, tensors
-            What `find` will be asked with, as the caller gave them. A scalar that is no number, string or None (a tensor, whose value may
+            What `run` will be asked with, as the caller gave them. A scalar that is no number, string or None (a tensor, whose value may
             change) is not remembered.
         like
             View of the first tensor.
         kernel, grid, values, pdl
             As `Kernel.__call__`.
         pointers
-            How many of `values`, from the first, `Call.launch` will be given.
+            How many of `values`, from the first, change from call to call: they are pointers.
         aligned
-            Whether the addresses are as the operator will ask of later calls; otherwise nothing is remembered.
+            Whether this call's addresses are as those of later calls must be; otherwise nothing is remembered.
         outputs
-            (shape, dtype) of what the call allocates.
-        offset
-            `Call.offset`.
+            (shape, dtype) of what the call allocates: its result.
+        recipe
+            Where each pointer comes from. None: one from each tensor, the allocated ones last, in order.
+        wants
+            How many of the pointers, from the first, must be multiples of 16 bytes; None: all.
+        returns
+            Which of the tensors is the result, where nothing is allocated and there are so many. None: there is no result.
         """
         maker = _MAKERS.get(like.framework) if aligned and _plain(scalars) else None
         made = maker(tensors, like, outputs) if maker is not None else None
@@ -154,17 +184,65 @@ class Calls:
         bound = kernel.bind(grid, values, pointers, pdl)
         bound(current_stream(like), *values[:pointers])
         if len(self._found) >= MOST_KEYS:
-            self._found.clear()
-        key = (type(tensors[0]), tensors[0].shape, len(tensors), scalars)
-        call = Call(bound, stream, like.device, ptr, new, offset)
+            self.clear()
+        given = len(tensors)
+        if recipe is None:
+            recipe = tuple([(i, 0) for i in range(pointers)])
+        returned = returns if returns is not None and returns < given and not outputs else None
+        make = _runner(given, len(outputs), recipe, pointers if wants is None else wants, returned)
+        run = make(ptr, new, stream, like.device, *bound.parts(), MISS)
+        key = (type(tensors[0]), tensors[0].shape, given, scalars)
+        call = Call(run, bound, stream, like.device, ptr, new)
         self._found[key] = ((check, call), *self._found.get(key, ())[: MOST_PER_KEY - 1])
+        self._recent[scalars] = check, run
 
     def clear(self) -> None:
         """Forget everything."""
         self._found.clear()
+        self._recent.clear()
 
     def __len__(self) -> int:
         return sum(map(len, self._found.values()))
+
+
+@functools.cache
+def _runner(
+    given: int, allocated: int, recipe: tuple[Source, ...], wants: int, returns: int | None
+) -> Callable[..., Callable[..., Any]]:
+    """What makes `Call.run` for calls of one form, from its source."""
+    tensors = [f"t{i}" for i in range(given + allocated)]
+    used = sorted({source[0] for source in recipe if source is not None})
+    lines = [
+        "def make(ptr, new, stream, device, slot, pack, pack_stream, offset, current_device, launch, handle, submit, MISS):",
+        f"    def run({', '.join(tensors[:given])}):",
+    ]
+    result = "None" if returns is None else tensors[returns]
+    if allocated:
+        result = "made"
+        targets = "" if allocated == 1 else f"{', '.join(tensors[given:])} = "
+        lines.append(f"        {targets}made = new()")
+        if allocated == 1:
+            tensors[given] = "made"
+    lines += [f"        p{i} = ptr({tensors[i]})" for i in used]
+    pointers = ["0" if s is None else f"p{s[0]}" + (f" + {s[1]}" if s[1] else "") for s in recipe]
+    tested = list(dict.fromkeys(p for p in pointers[:wants] if p != "0"))
+    if tested:
+        lines += [f"        if ({' | '.join(tested)}) & 15:", "            return MISS"]
+    lines += [
+        "        own = slot.own",
+        f"        pack(own.params, 0, {', '.join(pointers)})",
+        "        now = stream(device)",
+        "        if own.stream != now:",
+        "            pack_stream(own.config, offset, now)",
+        "            own.stream = now",
+        "        if current_device() != device or launch(own.config_argument, handle, own.argv_argument, None):",
+        "            submit(own)  # another device is current, or an error to deal with: all over again",
+        f"        return {result}",
+        "    return run",
+    ]
+    names: dict[str, Any] = {}
+    exec("\n".join(lines), names)
+    return names["make"]
 
 
 _SCALARS = frozenset((float, int, bool, str, type(None)))

@@ -42,8 +42,8 @@ def rope_params(mode: str, pairs: int) -> ParamStruct:
         requests = (ptr("indptr", "const void", "[num_requests + 1]"), ptr("offsets", "const void", "[num_requests]"))
         return ParamStruct("RopeIndptrParams", *pointers, *requests, table, *common, i32("num_requests"))
     cache = (
-        ptr("positions", "const void", "[tokens]"),
         ptr("cos_sin_cache", "const float", "[max_position, 2 * PAIRS]: cosines, then sines"),
+        ptr("positions", "const void", "[tokens]"),
     )
     return ParamStruct(
         "RopeCacheParams", *pointers, *cache, i64("cache_stride", "elements"), i64("max_position"), *common
