@@ -38,6 +38,7 @@ class PlanKey(NamedTuple):
     custom_mask: bool = False
     token_pos_in_items_len: int = 0
     variant: UserVariant | None = None
+    family: str = ""
 
     @property
     def options(self) -> AttentionOptions:
@@ -49,6 +50,7 @@ class PlanKey(NamedTuple):
             self.custom_mask,
             self.token_pos_in_items_len > 0,
             self.variant,
+            self.family,
         )
 
 
@@ -59,13 +61,14 @@ def options_of(
     mask: bool = False,
     multi_item: bool = False,
     variant: UserVariant | None = None,
+    family: str = "",
 ) -> AttentionOptions:
     """The kernels' options; PLAIN itself if all are off."""
-    if pos_encoding_mode == "NONE" and not mask and not multi_item and variant is None:
+    if pos_encoding_mode == "NONE" and not mask and not multi_item and variant is None and not family:
         return PLAIN
     rope = (rope_scale, rope_theta) if pos_encoding_mode == "ROPE_LLAMA" else None
     return AttentionOptions(
-        alibi=pos_encoding_mode == "ALIBI", rope=rope, mask=mask, multi_item=multi_item, user=variant
+        pos_encoding_mode == "ALIBI", rope, mask=mask, multi_item=multi_item, user=variant, family=family
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from pyinfer import _attention as common
 from pyinfer._attention_options import PlanKey, items_of, mask_view
 from pyinfer._batch_attention import BatchAttention
-from pyinfer._support import out_dtype, plan_dtypes
+from pyinfer._support import BACKENDS, out_dtype, plan_dtypes
 from pyinfer.core.errors import fail
 from pyinfer.schedulers.plan import AttentionPlan, PlanShape, plan_batch, plan_shape
 from pyinfer.schedulers.prefill import EXTRA_SLOTS, prefill_capacity
@@ -61,7 +61,8 @@ def _shape(
     tokens) of the largest plan, in CUDA graph mode.
     """
     tile_q, tile_kv, num_sms, ctas_per_sm = common.batch_tiles(
-        device, key.q_data_type, key.head_dim_qk, key.head_dim_vo, rows, total_rows, key.num_kv_heads, key.kv_data_type, key.options
+        device, key.q_data_type, key.head_dim_qk, key.head_dim_vo, rows, total_rows, key.num_kv_heads, key.kv_data_type, key.options,
+        key.page_size,
     )  # fmt: skip
     capacity = None
     if room is not None:
@@ -88,6 +89,7 @@ class BatchPrefill(BatchAttention):
     """What the paged and the ragged wrapper share."""
 
     _indices_arg = "paged_kv_indices_buf"
+    _backends = BACKENDS
 
     def _plan_batch(
         self,
@@ -109,6 +111,8 @@ class BatchPrefill(BatchAttention):
             key = key._replace(causal=True, token_pos_in_items_len=found.token_pos_len)  # the mask it is part of
         if mask is not None:
             key = key._replace(custom_mask=True, causal=False)
+        if self._family:
+            key = key._replace(family=self._family)
         buffers: dict[str, Any] = {}
         if self._use_cuda_graph:
             buffers = {"qo_indptr_buf": qo_indptr, "paged_kv_indptr_buf" if self._paged else "kv_indptr_buf": kv_indptr}

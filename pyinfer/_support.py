@@ -19,13 +19,15 @@ OUT_DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 128
 POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
-BACKENDS = ("auto", "fa2")
+BACKENDS = ("auto", "fa2", "fa3")
+KERNEL_FAMILIES = {"auto": "", "fa2": "sm80", "fa3": "sm90"}
+"""`AttentionOptions.family` of a backend. On the CPU there is one family, and every backend is it."""
 
 
 def check_backend(op: str, backend: str) -> None:
     """ValueError for a backend that is not here."""
     if backend not in BACKENDS:
-        fail(op, "backend", "is not available", repr(backend), "'auto' or 'fa2'")
+        fail(op, "backend", "is not available", repr(backend), "'auto', 'fa2' or 'fa3'")
 
 
 def check_pos_encoding(

@@ -12,7 +12,7 @@ from pyinfer import _attention as common
 from pyinfer._attention import host_metadata
 from pyinfer._attention_options import bind_mask, mask_view, options_of
 from pyinfer._batch_prefill import BatchPrefill, prefill_key
-from pyinfer._support import out_dtype
+from pyinfer._support import KERNEL_FAMILIES, out_dtype
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import device_name, fail
 from pyinfer.core.tensor import empty, view
@@ -128,7 +128,7 @@ def single_prefill_with_kv_cache(
     common.run_single(
         op, qv, kv, vv, kv_layout, view(out), None if lse is None else view(lse), causal=bool(causal) and bound is None,
         window_left=common.check_window(op, window_left), sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap),
-        v_scale=common.scale(op, "scale_v", scale_v), options=options_of(*encoding, bound is not None), mask=bound, variant=variant,
+        v_scale=common.scale(op, "scale_v", scale_v), options=options_of(*encoding, bound is not None, family=KERNEL_FAMILIES[backend]), mask=bound, variant=variant,
         variant_args=variant_args,
     )  # fmt: skip
     return (out, lse) if return_lse else out

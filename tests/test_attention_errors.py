@@ -142,7 +142,7 @@ PLAN_CASES = {
     "ragged: kv_indptr": (lambda x: x.ragged(kv_indptr=[0, 4, 3]), ValueError, f"{RAGGED}: kv_indptr decreases: got 3 at entry 2 after 4"),
     "ragged: lengths": (lambda x: x.ragged(kv_indptr=[0, 4]), ValueError, r"qo_indptr has the wrong length: got 3, wanted 2 \(as kv_indptr\)"),
     "head_dim": (lambda x: x.decode(head_dim=0), ValueError, "head_dim is no head dimension: got 0, wanted 1 or more"),
-    "backend": (lambda x: pyinfer.BatchPrefillWithPagedKVCacheWrapper(None, backend="cudnn"), ValueError, "backend is not available: got 'cudnn', wanted 'auto' or 'fa2'"),
+    "backend": (lambda x: pyinfer.BatchPrefillWithPagedKVCacheWrapper(None, backend="cudnn"), ValueError, "backend is not available: got 'cudnn', wanted 'auto', 'fa2' or 'fa3'"),
     "workspace": (lambda x: pyinfer.BatchDecodeWithPagedKVCacheWrapper("128MB"), TypeError, "float_workspace_buffer is no tensor: got builtins.str"),
     "mask buffer": (lambda x: graph_prefill(x, custom_mask_buf=x.q[0, 0]), TypeError, "custom_mask_buf has the wrong dtype: got \\w+, wanted uint8"),
     "no mask buffer": (lambda x: graph_prefill(x).plan([0, 1], [0, 1], [0], [16], 4, 2, 64, 16, q_data_type=x.dtype, custom_mask=x.b.array(np.ones(16, bool))), ValueError, "custom_mask_buf is missing: got None, wanted a tensor that stays where it is. A plan with a custom mask needs it"),

@@ -29,9 +29,11 @@ LIMIT = 2.0
 """Seconds of one CPU that a kernel's compile may take (the clock would count the other jobs of a busy machine)."""
 TWO_KERNELS = frozenset({"pod"})
 """Families whose kernels hold two others: they may take twice as long."""
+HOPPER = frozenset({"attention_sm90"})
+"""Families for 9.0a alone; their kernels hold several roles, and may take half as long again."""
 HOT = frozenset(FAMILIES)
 """Families whose kernels must neither spill nor use a stack frame."""
-_ADVISORIES = ("C7508", "C7510")  # setmaxnreg was ignored; wgmma was serialised
+_ADVISORIES = ("C7508", "C7510", "C7512", "C7515")  # setmaxnreg was ignored; wgmma was serialised, for three reasons
 
 _artifacts: dict[tuple[str, str], tuple[JitSpec, Artifact]] = {}
 
@@ -75,7 +77,7 @@ def specs_of(family: str, arch: str) -> tuple[JitSpec, ...]:
     every = importlib.import_module(f"pyinfer.jit.{family}").all_specs
     number = env.arch_number(arch)
     listed = every((number,)) if "archs" in inspect.signature(every).parameters else every()
-    return tuple(dict.fromkeys(s for s in flatten(listed) if number >= s.min_arch))
+    return tuple(dict.fromkeys(s for s in flatten(listed) if s.suits(number)))
 
 
 def turns(family: str, arch: str) -> list[JitSpec]:
@@ -118,7 +120,7 @@ def test_family_compiles(family, arch):
     with ThreadPoolExecutor(_num_cpus()) as pool:
         results = list(pool.map(build, specs))
     complaints = [r for r in results if isinstance(r, str)]
-    limit = 2 * LIMIT if family in TWO_KERNELS else LIMIT
+    limit = LIMIT * (2 if family in TWO_KERNELS else 1.5 if family in HOPPER else 1)
     for spec, artifact in zip(specs, results, strict=True):
         if isinstance(artifact, str):
             continue
@@ -138,8 +140,7 @@ def test_family_compiles(family, arch):
             complaints.append(
                 f"{spec.name}: {r.registers} registers times {x * y * z} threads is more than a multiprocessor has"
             )
-    possible = any(s.suits(env.arch_number(arch)) for s in specs_of(family))
-    assert bool(specs) == possible and not complaints, f"{len(complaints)} complaints for sm_{arch}:\n" + "\n".join(complaints)
+    assert (specs or family in HOPPER) and not complaints, f"{len(complaints)} complaints for sm_{arch}:\n" + "\n".join(complaints)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,7 +148,9 @@ def test_every_spec_has_a_turn(family):
     compiled = {s for arch in env.NATIVE_ARCHS for s in turns(family, arch)}
     assert compiled == {s for arch in env.NATIVE_ARCHS for s in specs_of(family, arch)}
     for arch in env.NATIVE_ARCHS:
-        assert {s.template for s in turns(family, arch)} == {s.template for s in specs_of(family, arch)} != set()
+        templates = {s.template for s in specs_of(family, arch)}
+        assert {s.template for s in turns(family, arch)} == templates
+        assert bool(templates) == (arch == "90a" or family not in HOPPER)
 
 
 def test_every_family_has_specs_with_names_of_their_own():

@@ -33,6 +33,7 @@ def hopper(monkeypatch):
         attention_sm90.enabled,
         attention_sm90.kernel_of,
         attention_launch.hopper_config,
+        attention_launch.chosen_config,
         attention_launch.device_config,
         attention_launch.prepare_attention,
         attention_launch._planned,
@@ -113,12 +114,12 @@ def test_single_launch(hopper):
 
     import pyinfer
 
-    q, k, v = (torch.zeros(n, h, 64, dtype=torch.float16) for n, h in ((3000, 8), (5000, 4), (5000, 4)))
+    q, k, v = (torch.zeros(n, h, 64, dtype=torch.float16) for n, h in ((5000, 8), (5000, 4), (5000, 4)))
     pyinfer.single_prefill_with_kv_cache(q, k, v, causal=True, logits_soft_cap=30.0)
     name, grid, data, *_ = hopper.pop()
-    assert name.startswith("prefill_sm90_f16_d64_single_softcap") and grid == (132, 1, 1)  # of 47 * 4 items
+    assert name.startswith("prefill_sm90_f16_d64_single_softcap") and grid == (132, 1, 1)  # of 53 * 4 items
     found = stub_driver.fields(attention_sm90.sm90_params("single"), data)
-    assert (found["qo_len"], found["kv_len"], found["num_splits"], found["kv_indices"]) == (3000, 5000, 1, 0)
+    assert (found["qo_len"], found["kv_len"], found["num_splits"], found["kv_indices"]) == (5000, 5000, 1, 0)
     assert found["k_map"] == fake_map(k.data_ptr(), FLOAT16, (64, 5000, 4, 1), (256, 64, 0), (64, 128, 1, 1))
 
 
@@ -185,6 +186,54 @@ def test_asked_for_but_not_covered():
     x = view(np.zeros((4, 2, 128), np.float16))
     with pytest.raises(ValueError, match=r"attention: config cannot run this call: got q128_kv128_s2"):
         attention_sm90.check(config, x, x, x, x, "NHD", 1, PLAIN, True)
+
+
+def single(torch, backend, rows=300, dim=64, **options):
+    import pyinfer
+
+    q, k, v = (torch.zeros(n, h, dim, dtype=torch.float16) for n, h in ((rows, 8), (60, 4), (60, 4)))
+    return pyinfer.single_prefill_with_kv_cache(q, k, v, backend=backend, **options)
+
+
+def test_backend_chooses_the_family(hopper):
+    import torch
+
+    import pyinfer
+
+    for backend, rows, name in (
+        ("auto", 300, "prefill_sm90"), ("auto", 20, "prefill_sm80"), ("fa2", 300, "prefill_sm80"), ("fa3", 300, "prefill_sm90"), ("fa3", 20, "prefill_sm90"),
+    ):  # fmt: skip
+        single(torch, backend, rows)
+        assert hopper.pop()[0].startswith(name), (backend, rows)
+    no_kernel = "attention: backend has no kernel for this case: got 'fa3', wanted a Hopper GPU, float16 or bfloat16"
+    with pytest.raises(ValueError, match=no_kernel):
+        single(torch, "fa3", pos_encoding_mode="ROPE_LLAMA")
+    with pytest.raises(ValueError, match=no_kernel):
+        single(torch, "fa3", dim=48)
+    with pytest.raises(
+        ValueError,
+        match="attention: backend has no kernel for these tensors: got 'fa3', wanted k, v and out of q's dtype",
+    ):
+        single(torch, "fa3", o_dtype="float32")
+    assert not hopper
+    decode = "BatchDecodeWithPagedKVCacheWrapper: backend has no kernel here: got 'fa3', wanted 'auto' or 'fa2'"
+    with pytest.raises(ValueError, match=decode):
+        pyinfer.BatchDecodeWithPagedKVCacheWrapper(backend="fa3")
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+def test_backends_on_the_cpu(backend):
+    """There is one family there."""
+    import pyinfer
+
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal(shape, dtype=np.float32) for shape in ((5, 4, 16), (9, 2, 16), (9, 2, 16)))
+    wanted = pyinfer.single_prefill_with_kv_cache(q, k, v)
+    np.testing.assert_array_equal(pyinfer.single_prefill_with_kv_cache(q, k, v, backend=backend), wanted)
+    wrapper = pyinfer.BatchPrefillWithRaggedKVCacheWrapper(backend=backend)
+    wrapper.plan([0, 5], [0, 9], 4, 2, 16, q_data_type="float32")
+    np.testing.assert_array_equal(wrapper.run(q, k, v), wanted)
 
 
 def test_tensor_map_field():

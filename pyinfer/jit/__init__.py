@@ -21,6 +21,7 @@ FAMILIES = (
     "cascade",
     "sampling",
     "attention",
+    "attention_sm90",
     "pod",
     "mla",
     "quantization",

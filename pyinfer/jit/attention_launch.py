@@ -111,6 +111,35 @@ def hopper_config(
     return attention_sm90.config_for(arch, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
 
 
+@functools.cache
+def chosen_config(
+    device: int,
+    dtype: DType,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    max_packed_rows: int,
+    kv_dtype: DType | None = None,
+    options: AttentionOptions = PLAIN,
+    page_size: int = 0,
+) -> AttentionConfig | Sm90Config:
+    """What to plan with: `hopper_config` where that kernel reads such pages, else `device_config`.
+
+    Raises
+    ------
+    ValueError
+        If the options ask for the sm90 family and it has no kernel for the case.
+    """
+    case = (device, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
+    config = hopper_config(*case)
+    if config is not None and attention_sm90.box_rows(config, page_size):
+        return config
+    if options.family == "sm90":
+        fail(
+            "attention", "backend", "has no kernel for this case", "'fa3'", attention_sm90.CASES, "Pass backend='auto'."
+        )
+    return device_config(*case)
+
+
 def _shape_options(options: AttentionOptions) -> AttentionOptions:
     """What of the options a configuration depends on: not the sinks, which come with a run, nor the values of RoPE."""
     return options._replace(sinks=False, rope=None if options.rope is None else (1.0, 1.0))
@@ -175,7 +204,7 @@ def prepare_attention(
     return PreparedAttention(
         kernel,
         int(min(plan.max_work * plan.shape.num_kv_heads, most_blocks)),
-        head + pointers + tail,
+        head + pointers + (plan.total_kv if plan.page_size else 0,) + tail,
         plan.partial_lse_offset,
         plan_buffer_ptr + 4 * at.semaphore,
         rope,
@@ -192,9 +221,15 @@ def _planned(
     """
     dim_qk, dim_vo = shape.head_dim_qk, shape.head_dim_vo
     if config is None:
-        config = hopper_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
-        if config is None or out_dtype is not dtype or not attention_sm90.box_rows(config, shape.page_size):
+        config = sm90 = hopper_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
+        if (
+            sm90 is None
+            or sm90.tile_q != shape.tile_q
+            or out_dtype is not dtype
+            or not attention_sm90.box_rows(sm90, shape.page_size)
+        ):
             config = device_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
+            config = attention_sm90.stand_in(config, dim_qk, dim_vo, shape.tile_q)
             wide = device_wide_config(device, dim_qk, dim_vo, kv_dtype.itemsize, options)
             if wide is not None and (wide.tile_q, wide.tile_kv) == (shape.tile_q, int(shape.numbers[TILE_KV])):
                 config = wide
@@ -279,7 +314,7 @@ def launch_attention(
         values += _extra_values(options, extras)
     if config is None:
         rows, dims = plan.tile_q, (plan.head_dim_qk, plan.head_dim_vo)
-        config = _covered(device, q, k, v, out, kv_layout, plan.page_size, dims, rows, options, aligned)
+        config = _covered(device, q, k, v, out, kv_layout, plan.page_size, dims, rows, options, aligned, rows)
     ready = prepare_attention(
         device, plan, plan_buffer_ptr, q.dtype, logits_soft_cap > 0.0, config, k.dtype, out.dtype, options, aligned
     )
@@ -385,14 +420,26 @@ def launch_single(
 
 def _covered(
     device: int, q: TensorView, k: TensorView, v: TensorView, out: TensorView, kv_layout: str, page_size: int, dims: tuple[int, int], rows: int,
-    options: AttentionOptions, aligned: bool,
+    options: AttentionOptions, aligned: bool, tile_q: int = 0,
 ) -> AttentionConfig | Sm90Config | None:  # fmt: skip
-    """The sm90 configuration if that kernel runs the call; the sm80 one if it was planned for but cannot; None if it was not."""
+    """The sm90 configuration if that kernel runs the call; the sm80 one if it was planned for but cannot; None if it was not. tile_q: the plan's."""
     classes = min(rows, attention_sm90.MIN_ROWS)  # all that matters of the rows: keeps the cache small
     config = hopper_config(device, q.dtype, *dims, classes, k.dtype, options)
-    if config is None or attention_sm90.covers(config, q, k, v, out, kv_layout, page_size, options, aligned):
+    if config is None:
+        return None
+    tile_q = tile_q or config.tile_q
+    if config.tile_q == tile_q and attention_sm90.covers(config, q, k, v, out, kv_layout, page_size, options, aligned):
         return config
-    return device_config(device, q.dtype, *dims, rows, k.dtype, options)
+    if options.family:
+        fail(
+            "attention",
+            "backend",
+            "has no kernel for these tensors",
+            "'fa3'",
+            attention_sm90.TENSORS,
+            "Pass backend='auto'.",
+        )
+    return attention_sm90.stand_in(device_config(device, q.dtype, *dims, rows, k.dtype, options), *dims, tile_q)
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from pyinfer.jit.attention import (
     _features,
     option_fields,
 )
+from pyinfer.jit.attention_config import AttentionConfig, prefill_config
 from pyinfer.jit.attention_options import PLAIN, AttentionOptions
 from pyinfer.jit.spec import JitSpec
 
@@ -125,7 +126,7 @@ class Sm90Config:
 
 @functools.cache
 def candidates(
-    head_dim_qk: int, head_dim_vo: int | None = None, max_packed_rows: int = 128, wide: bool = False
+    head_dim_qk: int, head_dim_vo: int | None = None, max_packed_rows: int = 128, wide: int = 0
 ) -> tuple[Sm90Config, ...]:
     """The configurations worth timing, the preferred one first.
 
@@ -136,24 +137,24 @@ def candidates(
     max_packed_rows
         Of the largest request: up to 64 takes one consumer, two blocks a multiprocessor.
     wide
-        Options look at the place of every score: tiles of fewer keys, for registers and code.
+        How many options look at the place of every score: tiles of fewer keys, for registers and code.
     """
     vo = head_dim_qk if head_dim_vo is None else head_dim_vo
     make = functools.partial(Sm90Config, head_dim_qk, vo)
     largest = max(head_dim_qk, vo)
-    if wide and max_packed_rows > 64:
+    if wide and (max_packed_rows > 64 or largest > 128):
         if largest <= 128:
-            return (make(96 if largest > 64 else 128, stages=2 if largest > 64 else 4, q_buffers=2),)
+            return (make(96 if wide == 1 else 64, stages=2 if largest > 64 else 4, q_buffers=2),)
         return (make(64, q_buffers=2) if head_dim_qk <= 192 and vo <= 128 else make(48),)
-    if max_packed_rows <= 64:
+    if max_packed_rows <= 64 and largest <= 128:
         small = functools.partial(make, consumers=1, ctas_per_sm=2)
         if largest <= 64:
             return (small(128, stages=2, q_buffers=2), small(64, stages=4, q_buffers=2))
-        return (small(64, q_buffers=2), small(64), small(48, q_buffers=2)) if largest <= 128 else ()
+        return (small(64, q_buffers=2), small(64), small(48, q_buffers=2))
     if largest <= 64:
         return (
-            make(128, stages=4, q_buffers=2),
             make(128, stages=3, q_buffers=2, consumers=3),
+            make(128, stages=4, q_buffers=2),
             make(112, stages=3, q_buffers=2, consumers=3),
             make(128, stages=3, q_buffers=2, consumers=3, dynamic=True),
             make(192, stages=3, q_buffers=2, ping_pong=2),
@@ -196,17 +197,25 @@ def config_for(
         or dtype not in DTYPES
         or (kv_dtype is not None and kv_dtype is not dtype)
         or not all(d % 8 == 0 and MIN_HEAD_DIM <= d <= MAX_HEAD_DIM for d in (head_dim_qk, head_dim_vo))
-        or max_packed_rows < MIN_ROWS
+        or (max_packed_rows < MIN_ROWS and options.family != "sm90")
         or not _supported(options)
     ):
         return None
-    wide = options.alibi or options.mask or options.multi_item
-    return candidates(head_dim_qk, head_dim_vo, max_packed_rows, wide)[0]
+    return candidates(head_dim_qk, head_dim_vo, max_packed_rows, _wide(options))[0]
+
+
+def _wide(options: AttentionOptions) -> int:
+    """How many options look at the place of every score."""
+    user = options.user
+    own = sum(hook in user.hooks for hook in ("logits", "mask")) if user is not None and user.places else 0
+    return options.alibi + options.mask + options.multi_item + own
 
 
 def _supported(options: AttentionOptions) -> bool:
-    """Whether the kernel has the options: all that act on scores and outputs, not those that act on operands."""
-    return options.rope is None and options.user is None
+    """Whether the kernel has the options: all that act on scores and outputs under a softmax, not those that act on operands."""
+    user = options.user
+    own = user is None or (user.softmax and "query" not in user.hooks)
+    return options.rope is None and own and options.family != "sm80"
 
 
 # ---- specs -----------------------------------------------------------------------------------------------------------------------
@@ -269,6 +278,7 @@ def gen_prefill_sm90(
         "source": source,
         "FEATURES": features,
         "CTAS_PER_SM": config.ctas_per_sm,
+        "user_variant_source": options.user.source if options.user is not None else "",
     }
     dims = f"d{config.head_dim_qk}" + (f"x{config.head_dim_vo}" if config.head_dim_vo != config.head_dim_qk else "")
     return JitSpec(
@@ -280,18 +290,44 @@ def gen_prefill_sm90(
         smem=config.smem,
         min_arch=90,
         max_arch=90,
+        link=options.user.functions if options.user is not None else (),
     )
 
 
-def hopper_specs() -> list[JitSpec]:
-    """The specs worth building ahead, for 9.0a alone."""
-    return [
-        gen_prefill_sm90(candidates(dim)[0], dtype, source, variant)
-        for dim in HEAD_DIMS
-        for dtype in DTYPES
-        for source in SOURCES
-        for variant in VARIANTS
-    ]
+AHEAD = (
+    # head_dim_qk, head_dim_vo, dtypes, variants, options
+    (128, 128, DTYPES, ("plain", "softcap"), PLAIN),
+    (64, 64, DTYPES, ("plain", "softcap"), PLAIN),
+    (256, 256, DTYPES[:1], ("plain",), PLAIN),
+    (256, 256, DTYPES[1:], ("softcap",), PLAIN),
+    (192, 128, DTYPES[:1], ("plain",), PLAIN),
+    (96, 96, DTYPES[1:], ("plain",), PLAIN),
+    (128, 128, DTYPES[:1], ("plain",), AttentionOptions(mask=True)),
+    (128, 128, DTYPES[:1], ("softcap",), AttentionOptions(alibi=True, mask=True, multi_item=True, sinks=True)),
+    (64, 64, DTYPES[:1], ("plain",), AttentionOptions(sinks=True)),
+)
+"""What is worth building ahead, with each option at least once; the rest is compiled when asked for."""
+
+
+def all_specs() -> list[JitSpec]:
+    """The specs of `AHEAD`. They are for 9.0a alone."""
+    found: dict[JitSpec, None] = {}
+    for i, (qk, vo, dtypes, variants, options) in enumerate(AHEAD):
+        config = candidates(qk, vo, 128, _wide(options))[0]
+        for dtype in dtypes:
+            for variant in variants:
+                for source in SOURCES if len(dtypes) > 1 else SOURCES[i % 2 : i % 2 + 1]:
+                    found[gen_prefill_sm90(config, dtype, source, variant, options)] = None
+    return list(found)
+
+
+def model_specs(arch: int, dtype: str, head_dim: int, soft_cap: bool) -> list[JitSpec]:
+    """The kernels that a model's prefill takes on an architecture: none where the sm80 family runs."""
+    config = config_for(arch, canonical_dtype(dtype), head_dim, head_dim, 1 << 20)
+    if config is None:
+        return []
+    variant = "softcap" if soft_cap else "plain"
+    return [gen_prefill_sm90(config, dtype, source, variant) for source in SOURCES]
 
 
 @functools.cache
@@ -309,6 +345,23 @@ def box_rows(config: Sm90Config, page_size: int) -> int:
         return config.tile_kv
     rows = math.gcd(page_size, config.tile_kv)
     return rows if rows % 8 == 0 else 0  # the swizzle repeats every 8 rows
+
+
+CASES = (
+    "a Hopper GPU, float16 or bfloat16 throughout, head dimensions of 64 to 256, "
+    "pages of a multiple of 8 tokens, no RoPE on the fly and no variant"
+)
+"""What `config_for` and `box_rows` want."""
+TENSORS = "k, v and out of q's dtype, aligned to 16 bytes, pages of a multiple of 8 tokens"
+"""What `covers` wants."""
+
+
+def stand_in(preferred: AttentionConfig, head_dim_qk: int, head_dim_vo: int, tile_q: int) -> AttentionConfig:
+    """The sm80 configuration that runs what was planned for an sm90 one: the preferred one of the case, unless tiles of 192 rows are wanted."""
+    if preferred.tile_q == tile_q or tile_q != 192:
+        return preferred
+    # Six warps of 32 rows. 48 keys: 8 a warp, which is the least that it can copy.
+    return prefill_config(head_dim_qk, head_dim_vo, tile_q=192, tile_kv=48, num_warps=6, ctas_per_sm=1)
 
 
 def grid(config: Sm90Config, device: int, items: int) -> int:

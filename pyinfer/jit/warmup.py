@@ -177,6 +177,7 @@ def model_specs(model: ModelConfig, arch: int) -> list[JitSpec]:
 
 
 def _attention(model: ModelConfig, arch: int) -> list[JitSpec]:
+    from pyinfer.jit import attention_sm90
     from pyinfer.jit.attention import DECODE_ROWS, SOURCES, attention_config, gen_attention
     from pyinfer.jit.attention_config import wide_decode_config
     from pyinfer.jit.cascade import gen_merge_state, gen_merge_states
@@ -192,6 +193,7 @@ def _attention(model: ModelConfig, arch: int) -> list[JitSpec]:
     if wide is not None and group <= DECODE_ROWS:
         specs.append(gen_attention(wide, model.dtype, dim, dim, "plan", variant))
     specs += all_replan_specs()
+    specs += attention_sm90.model_specs(arch, model.dtype, dim, variant == "softcap")
     return [*specs, gen_merge_state(model.dtype, dim), gen_merge_states(model.dtype, dim)]
 
 
