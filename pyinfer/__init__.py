@@ -70,7 +70,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "single_prefill_with_kv_cache_return_lse",
     ),
     "quantization": ("packbits", "segment_packbits"),
-    "pod": ("PODWithPagedKVCacheWrapper",),
+    "pod": ("BatchPODWithPagedKVCacheWrapper", "PODWithPagedKVCacheWrapper"),
     "rope": (
         "apply_llama31_rope",
         "apply_llama31_rope_inplace",
@@ -174,6 +174,7 @@ if TYPE_CHECKING:
     from pyinfer.page import gather_paged_mla_kv_cache as gather_paged_mla_kv_cache
     from pyinfer.page import get_batch_indices_positions as get_batch_indices_positions
     from pyinfer.page import get_seq_lens as get_seq_lens
+    from pyinfer.pod import BatchPODWithPagedKVCacheWrapper as BatchPODWithPagedKVCacheWrapper
     from pyinfer.pod import PODWithPagedKVCacheWrapper as PODWithPagedKVCacheWrapper
     from pyinfer.prefill import BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper
     from pyinfer.prefill import BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper

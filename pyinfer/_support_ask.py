@@ -270,6 +270,9 @@ _WRAPPERS: dict[str, dict[str, Any]] = {
     "BatchDecodeWithSharedPrefixPagedKVCacheWrapper": {**{f"unique_kv_{k}": v for k, v in _PAGES.items()}, **_PAGED},
     "BatchPrefillWithSharedPrefixPagedKVCacheWrapper": {**_QO_PAGES, **_PAGED},
     "PODWithPagedKVCacheWrapper": {**_PAGES, **_PAGED},
+    "BatchPODWithPagedKVCacheWrapper": {
+        **{f"{k}_{x}": v for x in "pd" for k, v in (("qo_indptr", [0, 1]), ("kv_indptr", [0, 1]), ("kv_indices", [0]), ("last_page_len", [1]))}, **_PAGED,
+    },
     "BlockSparseAttentionWrapper": {"indptr": [0, 1], "indices": [0], "R": 16, "C": 16, **_HEADS, "head_dim": 128},
     "VariableBlockSparseAttentionWrapper": {**_HEADS, "head_dim": 128},
     "BatchMLAPagedAttentionWrapper": {

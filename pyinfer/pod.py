@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pyinfer import _attention as common
+from pyinfer._batch_pod import BatchPODWithPagedKVCacheWrapper
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import fail
 from pyinfer.core.tensor import TensorView, current_stream, empty, view
 from pyinfer.torch_ops import attach
 
-__all__ = ["PODWithPagedKVCacheWrapper"]
+__all__ = ["BatchPODWithPagedKVCacheWrapper", "PODWithPagedKVCacheWrapper"]
 
 _DTYPES = (FLOAT16, BFLOAT16)
 _HEAD_DIMS = (64, 128, 256)

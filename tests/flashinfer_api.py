@@ -104,7 +104,9 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "PODWithPagedKVCacheWrapper": "float_workspace_buffer kv_layout use_cuda_graph paged_kv_indptr_buffer paged_kv_indices_buffer paged_kv_last_page_len_buffer jit_args",
         "PODWithPagedKVCacheWrapper.plan": f"indptr indices last_page_len num_qo_heads num_kv_heads head_dim page_size pos_encoding_mode window_left q_data_type kv_data_type data_type sm_scale {_ROPE_ARGS} non_blocking",
         "PODWithPagedKVCacheWrapper.run": "q_p k_p v_p q_d paged_kv_cache_d custom_mask_p packed_custom_mask_p causal_p kv_layout_p pos_encoding_mode_p sm_scale_p window_left_p rope_scale_p rope_theta_p return_lse_p custom_mask_d packed_custom_mask_d causal_d kv_layout_d pos_encoding_mode_d sm_scale_d window_left_d rope_scale_d rope_theta_d q_scale k_scale v_scale return_lse_d use_fp16_qk_reduction enable_pdl",
-        "BatchPODWithPagedKVCacheWrapper": "",
+        "BatchPODWithPagedKVCacheWrapper": "float_workspace_buffer kv_layout",
+        "BatchPODWithPagedKVCacheWrapper.plan": f"qo_indptr_p kv_indptr_p kv_indices_p last_page_len_p qo_indptr_d kv_indptr_d kv_indices_d last_page_len_d num_qo_heads num_kv_heads head_dim page_size pos_encoding_mode window_left q_data_type kv_data_type data_type sm_scale {_ROPE_ARGS} non_blocking",
+        "BatchPODWithPagedKVCacheWrapper.run": "q_p paged_kv_cache_p q_d paged_kv_cache_d custom_mask_p packed_custom_mask_p causal_p q_scale k_scale v_scale return_lse use_fp16_qk_reduction enable_pdl",
     },
     "page": {
         "append_paged_kv_cache": f"append_key append_value batch_indices positions paged_kv_cache {_TABLE} kv_layout",

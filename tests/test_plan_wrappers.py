@@ -77,6 +77,12 @@ def _cases() -> dict[str, Case]:
         ),
         "BatchAttention": Case("BatchAttention", mixed, {**qk, "head_dim_vo": 64, "page_size": PAGE}),
         "POD": Case("PODWithPagedKVCacheWrapper", decode, plain),
+        "batch POD": Case(
+            "BatchPODWithPagedKVCacheWrapper",
+            {f"{k}_{x}": v for x in "pd" for k, v in zip(("qo_indptr", "kv_indptr", "kv_indices", "last_page_len"), (qo, *decode.values()), strict=True)},
+            plain,
+            2,
+        ),
         "cascade": Case("MultiLevelCascadeAttentionWrapper", levels, plain, 2, {"num_levels": 2}),
         "block sparse": Case(
             "BlockSparseAttentionWrapper",
@@ -100,7 +106,7 @@ def _cases() -> dict[str, Case]:
 
 
 CASES = _cases()
-WITH_WORKSPACE = [name for name in CASES if name != "BatchAttention"]  # it allocates its own
+WITH_WORKSPACE = [name for name in CASES if name not in ("BatchAttention", "batch POD")]  # its own; a half for each
 
 
 def _int32(n: int, device: str) -> Any:
@@ -148,7 +154,7 @@ def at_home(wrapper: Any) -> Any:
     for owner in (
         wrapper,
         *getattr(wrapper, "_levels", ()),
-        *(getattr(wrapper, k, None) for k in ("_inner", "_decode")),
+        *(getattr(wrapper, k, None) for k in ("_inner", "_decode", "_prefill")),
     ):
         if getattr(owner, "_ref", 0) is None:
             owner._ref = home

@@ -229,6 +229,14 @@ def _pod(x: Box) -> Any:
     )
 
 
+def _batch_pod(x: Box) -> Any:
+    cache, (indptr, indices, last) = x.paged()
+    wrapper = pyinfer.BatchPODWithPagedKVCacheWrapper(x.workspace())
+    tables = ([0, 40, 43, 60], indptr, indices, last), ([0, 1, 2, 3], indptr, indices, last)
+    wrapper.plan(*tables[0], *tables[1], *HEADS, q_data_type=DTYPE)
+    return wrapper.run(x.normal(60, 8, 64), cache, x.normal(3, 8, 64), cache, causal_p=True)
+
+
 def _block_sparse(x: Box) -> Any:
     wrapper = pyinfer.BlockSparseAttentionWrapper(x.workspace())
     wrapper.plan([0, 2, 3], [0, 3, 1], 32, 64, 16, 16, 8, 2, 64, q_data_type=DTYPE)
@@ -267,6 +275,7 @@ WRAPPERS: dict[str, Any] = {
     "MultiLevelCascadeAttentionWrapper": _cascade,
     **{n: (lambda x, n=n: _shared_prefix(x, n)) for n in (f"Batch{k}WithSharedPrefixPagedKVCacheWrapper" for k in ("Decode", "Prefill"))},
     "PODWithPagedKVCacheWrapper": _pod,
+    "BatchPODWithPagedKVCacheWrapper": _batch_pod,
     "BlockSparseAttentionWrapper": _block_sparse,
     "VariableBlockSparseAttentionWrapper": _variable_sparse,
     "BatchMLAPagedAttentionWrapper": _mla,

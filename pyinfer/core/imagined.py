@@ -44,6 +44,14 @@ class Imagined:
         self.dtype: DType = canonical_dtype(dtype, op, arg)
         self.device = device
 
+    def __getitem__(self, index: Any) -> Imagined:
+        """A range of the first axis; other indexing is a framework's own operation."""
+        if not isinstance(index, slice):
+            raise Reached
+        rows = range(*index.indices(self.shape[0]))
+        strides = (rows.step * self.strides[0], *self.strides[1:])
+        return Imagined((len(rows), *self.shape[1:]), self.dtype, self.device, strides=strides)
+
     def __getattr__(self, name: str) -> Any:
         """A framework's own operation on the values: it comes after the checks."""
         raise Reached

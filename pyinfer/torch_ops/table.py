@@ -102,7 +102,8 @@ FUNCTIONS: dict[str, dict[str, Operator]] = {
             "number ckv_scale, number kpe_scale"
         ),
         "gather_paged_kv_cache": Operator(
-            "batch_indices, positions, cache paged_kv_cache, kv_indices, kv_indptr, str kv_layout, out k_out, out v_out, number k_scale, number v_scale, dtype dtype",
+            "batch_indices, positions, cache paged_kv_cache, kv_indices, kv_indptr, str kv_layout, out k_out, out v_out, "
+            "number k_scale, number v_scale, dtype dtype",
             r.gathered("paged_kv_cache", "paged_kv_cache"),
             2,
         ),
@@ -270,6 +271,7 @@ NOT_TRACED: dict[str, str] = {
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "inherits run",
     "BatchDecodeWithSharedPrefixPagedKVCacheWrapper": "deprecated forms of MultiLevelCascadeAttentionWrapper; its forward() plans anew",
     "BatchPrefillWithSharedPrefixPagedKVCacheWrapper": "deprecated forms of MultiLevelCascadeAttentionWrapper; its forward() plans anew",
+    "BatchPODWithPagedKVCacheWrapper": "its run() plans anew when causality or mask change",
     "ModelConfig": "a description; takes no tensor",
     "AttentionVariant": "a description; takes no tensor",
 }
