@@ -548,7 +548,7 @@ def block_sparse(d: Draw) -> Prepared:
     c, rng = d.case, d.rng
     r = {"mixed": 40, "decode": 1, "long": 34, "shared": 36}[c.shape]
     r = min(r, 5) if c.group > 16 else r
-    mb, nb = 3, 9 if c.page < 64 else 3
+    mb, nb = 3, 9 if c.page < 64 else 3 if c.page < 257 else 2
     if c.shape == "long":
         nb = -(-400 // c.page)
     counts = rng.integers(1, nb + 1, mb)

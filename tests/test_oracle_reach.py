@@ -69,7 +69,7 @@ def test_head_dimensions(op, device):
         if op == "mla":
             assert taken(op, "cuda", "head_dim_kpe", range(0, 300, 4)) == {64}
         return
-    got = taken(op, device, "head_dim", range(-1, 600))
+    got = taken(op, device, "head_dim", [*range(-1, 270), 320, 512, 576])
     reached = {d[0] for name in OPS[op]["dims"] for d in DIMS[name] if d[0] == d[1]}
     if device == "cuda":
         assert got == reached - {d[0] for d in DIMS["odd"]}
@@ -92,7 +92,7 @@ def test_groups(op, device):
     assert {n for members in GROUPS.values() for n in members} <= set(range(1, 129))
     if op in MLA:
         return  # heads are rows of a tile: test_many_mla_heads
-    groups = taken(op, device, "num_qo_heads", range(-1, 300))
+    groups = taken(op, device, "num_qo_heads", [*range(-1, 140), 192, 256, 1000])
     assert groups == set(range(1, 129))  # test_every_group_size has them all
     assert not takes(op, device, num_qo_heads=6, num_kv_heads=4)
 

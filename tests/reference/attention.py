@@ -77,37 +77,44 @@ def attention_with_bounds(
     mean = np.zeros_like(out)
     lse = np.full((n, num_qo_heads), -np.inf)
     score_error, weight_error = np.zeros((n, num_qo_heads)), np.zeros((n, num_qo_heads))
-    for h in range(num_qo_heads if m else 0):
-        kv_head = h // (num_qo_heads // num_kv_heads)
-        logits = q[:, h] @ k[:, kv_head].T * scale
-        error = score_epsilon * (np.abs(q[:, h]) @ np.abs(k[:, kv_head]).T * abs(scale))
+    group = num_qo_heads // num_kv_heads
+    for kv_head in range(num_kv_heads if m and n else 0):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        rows, keys, values = q[:, heads].swapaxes(0, 1).reshape(group * n, dim), k[:, kv_head].T, v[:, kv_head]
+        logits = (rows @ keys * scale).reshape(group, n, m)
+        if score_epsilon:
+            error = (np.abs(rows) @ np.abs(keys) * (score_epsilon * abs(scale))).reshape(group, n, m)
+        else:
+            error = np.zeros_like(logits)
         if alibi:
-            bias = slopes[h] * (key - np.arange(n)[:, None])
+            bias = np.array(slopes[heads])[:, None, None] * (key - np.arange(n)[:, None])
             logits, error = logits + bias, error + score_epsilon * np.abs(bias)
         if logits_soft_cap > 0:
-            flat = np.tanh(logits / logits_soft_cap)
-            # The slope of tanh, at whichever end of the error's interval it is steepest, and never more than the whole range.
-            nearest = np.maximum(np.abs(logits) - error, 0) / logits_soft_cap
-            error = np.minimum(error * (1 - np.tanh(nearest) ** 2), 2 * logits_soft_cap)
-            logits = logits_soft_cap * flat
+            if score_epsilon:
+                # The slope of tanh, at whichever end of the error's interval it is steepest, and never more than the whole range.
+                nearest = np.maximum(np.abs(logits) - error, 0) / logits_soft_cap
+                error = np.minimum(error * (1 - np.tanh(nearest) ** 2), 2 * logits_soft_cap)
+            logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
         logits = np.where(visible, np.minimum(logits, np.finfo(np.float32).max), -np.inf)
-        error = np.where(np.isneginf(logits), 0, error).max(1)
-        own = np.full((n, 1), -np.inf if sinks is None else float(sinks[h]))
-        every = np.concatenate([logits, own], axis=1)  # the sink is one more score, without a value
-        live = ~np.isneginf(logits).all(1)
-        top = np.where(live, every.max(1), 0.0)
-        weights = np.where(live[:, None], np.exp(every - top[:, None]), 0)
-        total = np.where(live, weights.sum(1), 1)
-        share = weights[:, :m] / total[:, None]
-        out[:, h] = share @ v[:, kv_head] * v_scale
-        mean[:, h] = share @ np.abs(v[:, kv_head]) * abs(v_scale)
-        lse[live, h] = ((top + np.log(total)) / np.log(2))[live]
-        runner_up = np.sort(every, axis=1)[:, -2]
+        error = np.where(np.isneginf(logits), 0, error).max(2)
+        own = np.full((group, n, 1), -np.inf)
+        if sinks is not None:
+            own[:] = np.asarray(sinks[heads], np.float64)[:, None, None]
+        every = np.concatenate([logits, own], axis=2)  # the sink is one more score, without a value
+        live = ~np.isneginf(logits).all(2)
+        largest = np.partition(every, -2, axis=2)[..., -2:]
+        top = np.where(live, largest[..., 1], 0.0)
+        weights = np.where(live[..., None], np.exp(every - top[..., None]), 0)
+        total = np.where(live, weights.sum(2), 1)
+        share = weights[..., :m] / total[..., None]
+        out[:, heads] = (share @ values * v_scale).swapaxes(0, 1)
+        mean[:, heads] = (share @ np.abs(values) * abs(v_scale)).swapaxes(0, 1)
+        lse[:, heads] = np.where(live, (top + np.log(total)) / np.log(2), -np.inf).T
         with np.errstate(over="ignore", invalid="ignore"):
-            decided = top - runner_up > 2 * error + 100  # the largest takes everything, whatever the rounding
+            decided = top - largest[..., 0] > 2 * error + 100  # the largest takes everything, whatever the rounding
             off = np.where(error < 1, np.expm1(2 * error), np.inf)
-        score_error[live, h] = error[live]
-        weight_error[:, h] = np.where(live & ~decided, off, 0)
+        score_error[:, heads] = np.where(live, error, 0).T
+        weight_error[:, heads] = np.where(live & ~decided, off, 0).T
     return Exact(out, lse, mean, score_error, weight_error)
 
 
