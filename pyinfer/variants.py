@@ -110,7 +110,7 @@ class AttentionVariant:
     query
         An element of q -> another, before RoPE and the products. On a GPU the result is rounded to q's type.
     logits
-        score -> the logit that goes into the softmax.
+        score -> the logit that goes into the softmax. It is asked about keys that a mask hides as well, though never about one outside the request.
     mask
         -> whether the query sees the key, besides what causality, window and masks hide.
     output

@@ -25,17 +25,17 @@ PYINFER_DEVICE float tanh(float x) {
 }
 }  // namespace math
 
-#define REGISTER_LOGITS_TRANSFORM(params, logits, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx, ...)                                   \
-    template <typename Params, typename T>                                                                                                  \
+#define REGISTER_LOGITS_TRANSFORM(params, logits, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx, ...)                                      \
+    template <typename Params, typename T>                                                                                                       \
     PYINFER_DEVICE T LogitsTransform(const Params& params, T logits, uint32_t batch_idx, uint32_t qo_idx, uint32_t kv_idx, uint32_t qo_head_idx, \
-                                     uint32_t kv_head_idx) const {                                                                         \
-        __VA_ARGS__                                                                                                                         \
+                                     uint32_t kv_head_idx) const {                                                                               \
+        __VA_ARGS__                                                                                                                              \
     }
-#define REGISTER_LOGITS_MASK(params, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx, ...)                                                \
-    template <typename Params>                                                                                                              \
-    PYINFER_DEVICE bool LogitsMask(const Params& params, uint32_t batch_idx, uint32_t qo_idx, uint32_t kv_idx, uint32_t qo_head_idx,           \
-                                   uint32_t kv_head_idx) const {                                                                           \
-        __VA_ARGS__                                                                                                                         \
+#define REGISTER_LOGITS_MASK(params, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx, ...)                                                             \
+    template <typename Params>                                                                                                                             \
+    PYINFER_DEVICE bool LogitsMask(const Params& params, uint32_t batch_idx, uint32_t qo_idx, uint32_t kv_idx, uint32_t qo_head_idx, uint32_t kv_head_idx) \
+        const {                                                                                                                                            \
+        __VA_ARGS__                                                                                                                                        \
     }
 
 struct AttentionVariantBase {
