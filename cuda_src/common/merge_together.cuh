@@ -18,17 +18,21 @@ PYINFER_DEVICE int32_t load_acquire(const int32_t* p) {
     return x;
 }
 
-// THREADS threads call this, a multiple of 2 * 128, numbered by `thread`, after their partials and their partial LSEs are written; `sync` is their barrier. `row_0`
-// is the tile's first partial row of split 0, `split_stride` the rows between splits. `mailbox`: one word of shared memory.
-template <typename T, int HEAD_DIM, int THREADS, typename Params, typename Sync>
+// THREADS threads call this, whole multiples of HEAD_DIM / 4, numbered by `thread`, after their partials and their partial LSEs are written; `sync` is their
+// barrier. `row_0` is the tile's first partial row of split 0, `split_stride` the rows between splits. `mailbox`: one word of shared memory; `weights`: room
+// for ROOM floats there.
+template <typename T, int HEAD_DIM, int THREADS, int ROOM, typename Params, typename Sync>
 PYINFER_DEVICE void merge_together(const Params& p, const AttentionWork& w, int32_t* word, int64_t row_0, int64_t split_stride, int thread, int patience,
-                                   volatile int* mailbox, const Sync& sync) {
+                                   volatile int* mailbox, float* weights, const Sync& sync) {
     constexpr int COLUMNS = 4;
     constexpr int ROW_THREADS = HEAD_DIM / COLUMNS;
-    constexpr int ROWS = THREADS / ROW_THREADS;  // at a time
+    constexpr int ROWS = THREADS / ROW_THREADS;  // that the threads have side by side
+    constexpr int DEEP = 4;                      // rows that a thread has under way
     static_assert(ROW_THREADS % 32 == 0 && THREADS % ROW_THREADS == 0, "whole warps share a row");
-    const int share = ceil_div(ceil_div(w.row_count, w.num_splits), ROWS) * ROWS;  // rows that a block takes at a time
+    // Rows that a block takes at a time: its share, if the weights of so many find room.
+    const int share = max_of(1, min_of(ceil_div(w.row_count, w.num_splits), ROOM / w.num_splits));
     const int shares = ceil_div(w.row_count, share);
+    const int lane = thread % 32;
 
     __threadfence();
     sync();
@@ -42,16 +46,20 @@ PYINFER_DEVICE void merge_together(const Params& p, const AttentionWork& w, int3
     }
     sync();
     for (int mine = *mailbox; mine < shares;) {
+        const int begin = mine * share;
+        const int rows = min_of(share, w.row_count - begin);
         sync();  // all have read it
         if (thread == 0) {  // the next one: the answer arrives while this one is merged
             *mailbox = (atomicAdd(word, 1) & MERGE_COUNT) - w.num_splits;
         }
-        for (int row = mine * share + thread / ROW_THREADS; row < min_of((mine + 1) * share, w.row_count); row += ROWS) {
-            const int lane = thread % 32;
-            const float* lse = p.partial_lse + row_0 + row;
+        // What each split counts in each row: [row][split]. A warp makes a row's.
+        for (int row = thread / 32; row < rows; row += THREADS / 32) {
+            const float* lse = p.partial_lse + row_0 + begin + row;
             float highest = -infinity();
             for (int s = lane; s < w.num_splits; s += 32) {
-                highest = fmaxf(highest, __ldcg(lse + s * split_stride));
+                const float x = __ldcg(lse + s * split_stride);
+                weights[row * w.num_splits + s] = x;
+                highest = fmaxf(highest, x);
             }
 #pragma unroll
             for (int offset = 16; offset > 0; offset /= 2) {
@@ -60,40 +68,55 @@ PYINFER_DEVICE void merge_together(const Params& p, const AttentionWork& w, int3
             const float reference = highest == -infinity() ? 0.0f : highest;
             float total = 0.0f;
             for (int s = lane; s < w.num_splits; s += 32) {
-                total += exp2_approx(__ldcg(lse + s * split_stride) - reference);
+                total += exp2_approx(weights[row * w.num_splits + s] - reference);
             }
 #pragma unroll
             for (int offset = 16; offset > 0; offset /= 2) {
                 total += __shfl_xor_sync(0xffffffffu, total, offset);
             }
             const float factor = normaliser(total);
+            for (int s = lane; s < w.num_splits; s += 32) {
+                float& weight = weights[row * w.num_splits + s];
+                weight = exp2_approx(weight - reference) * factor;
+            }
+            if (lane == 0) {
+                store_lse(p, output_row(p, w, begin + row), log_sum(reference, total));
+            }
+        }
+        sync();
 
-            // A thread owns 4 columns; weights go from lane to lane.
-            const int column = thread % ROW_THREADS * COLUMNS;
-            const float* partial = p.partial_o + (row_0 + row) * HEAD_DIM + column;
-            float sum[COLUMNS] = {};
-            for (int first = 0; first < w.num_splits; first += 32) {
-                const int count = min_of(32, w.num_splits - first);
-                const float weight = lane < count ? exp2_approx(__ldcg(lse + (first + lane) * split_stride) - reference) * factor : 0.0f;
-#pragma unroll 8
-                for (int s = 0; s < count; ++s) {
-                    const float share_of = __shfl_sync(0xffffffffu, weight, s);
-                    const float4 o = __ldcg(reinterpret_cast<const float4*>(partial + (first + s) * split_stride * HEAD_DIM));
-                    sum[0] = fmaf(share_of, o.x, sum[0]);
-                    sum[1] = fmaf(share_of, o.y, sum[1]);
-                    sum[2] = fmaf(share_of, o.z, sum[2]);
-                    sum[3] = fmaf(share_of, o.w, sum[3]);
+        const int column = thread % ROW_THREADS * COLUMNS;
+        const int64_t split_bytes = split_stride * HEAD_DIM * sizeof(float);
+        for (int first = thread / ROW_THREADS; first < rows; first += ROWS * DEEP) {
+            float sum[DEEP][COLUMNS] = {};
+            const char* partial = reinterpret_cast<const char*>(p.partial_o + (row_0 + begin + first) * HEAD_DIM + column);
+#pragma unroll 4
+            for (int s = 0; s < w.num_splits; ++s) {
+#pragma unroll
+                for (int d = 0; d < DEEP; ++d) {
+                    const int row = first + d * ROWS;
+                    if (row < rows) {
+                        const float weight = weights[row * w.num_splits + s];
+                        const float4 o = __ldcg(reinterpret_cast<const float4*>(partial + s * split_bytes + d * ROWS * HEAD_DIM * 4));
+                        sum[d][0] = fmaf(weight, o.x, sum[d][0]);
+                        sum[d][1] = fmaf(weight, o.y, sum[d][1]);
+                        sum[d][2] = fmaf(weight, o.z, sum[d][2]);
+                        sum[d][3] = fmaf(weight, o.w, sum[d][3]);
+                    }
                 }
             }
-            const OutputRow at = output_row(p, w, row);
-            vec_t<T, COLUMNS> result;
 #pragma unroll
-            for (int i = 0; i < COLUMNS; ++i) {
-                result[i] = from_float<T>(sum[i]);
-            }
-            result.store(p.out + at.token * p.out_stride_token + at.head * p.out_stride_head + column);
-            if (column == 0) {
-                store_lse(p, at, log_sum(reference, total));
+            for (int d = 0; d < DEEP; ++d) {
+                const int row = first + d * ROWS;
+                if (row < rows) {
+                    const OutputRow at = output_row(p, w, begin + row);
+                    vec_t<T, COLUMNS> result;
+#pragma unroll
+                    for (int i = 0; i < COLUMNS; ++i) {
+                        result[i] = from_float<T>(sum[d][i]);
+                    }
+                    result.store(p.out + at.token * p.out_stride_token + at.head * p.out_stride_head + column);
+                }
             }
         }
         sync();

@@ -18,6 +18,11 @@ PYINFER_DEVICE void tma_load_3d_multicast(uint32_t destination, const TensorMap*
         : "memory");
 }
 
+// A box on its way from memory to L2.
+PYINFER_DEVICE void tma_prefetch_3d(const TensorMap* map, int x, int y, int z) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
 // Whether the phase of this parity has ended, without waiting.
 PYINFER_DEVICE bool mbarrier_test(uint32_t barrier, uint32_t parity) {
     uint32_t done;
