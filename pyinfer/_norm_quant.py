@@ -154,7 +154,7 @@ def _launch(
         address |= pointer
     aligned = remember and not address & 15
     count = len(pointers)
-    recipe = tuple([(i, 0) for i in range(count)]) + ((count, 0) if scale_ptr else None,)
+    recipe = (*((i, 0) for i in range(count)), (count, 0) if scale_ptr else None)
     pdl = has_pdl and enable_pdl is not False
     grid = config.grid(n, sms)
     calls.launch(scalars, known, x, kernel, grid, values, count + 1, pdl, aligned, outputs, recipe, count)

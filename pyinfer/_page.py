@@ -8,23 +8,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyinfer.core.calls import Calls, Source
-from pyinfer.core.dtypes import INT32, INT64, DType
+from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64, DType
 from pyinfer.core.errors import (
     check_dtype,
     check_last_dim_contiguous,
     check_ndim,
     check_same_device,
+    check_same_dtype,
     check_shape,
     fail,
 )
-from pyinfer.core.rows import row_layout, vector_length
-from pyinfer.core.scales import Scale
-from pyinfer.core.tensor import TensorView, as_numpy, current_stream, view
+from pyinfer.core.rows import vector_length
+from pyinfer.core.scales import FP8, Scale, given_scale, is_number
+from pyinfer.core.tensor import TensorView, as_numpy, view
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
 
 INTEGERS = (INT32, INT64)
+FLOATS = (FLOAT16, BFLOAT16, FLOAT32)
 append_calls = Calls()
 
 
@@ -67,7 +69,8 @@ class Places:
         from pyinfer.cpu import page as cpu
 
         arrays = [as_numpy(x) for x in self.arrays]
-        what, token, page_of, slot_of = cpu.locate(*arrays, self.page_size, self.num_pages)
+        requests, positions, pages, indptr = arrays
+        what, token, page_of, slot_of = cpu.locate(requests, positions, pages, indptr, self.page_size, self.num_pages)
         if what != cpu.OK:
             _fail_token(op, what, token, arrays, self.batch, self.page_size, self.num_pages)
         return page_of, slot_of
@@ -150,7 +153,84 @@ def check_cache(
 Two = tuple[TensorView, TensorView]
 
 
-def append(
+def with_scales(
+    scalars: tuple[Any, ...], tensors: tuple[Any, ...], first: Any, second: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What the call is recognised by with two scales: numbers among the scalars, tensors among the tensors."""
+    scales = [1.0 if s is None else s for s in (first, second)]
+    numbers = tuple([float(s) if is_number(s) else None for s in scales])
+    more = tuple([s for s in scales if not is_number(s)])
+    return (*scalars, numbers), (*tensors, *more)
+
+
+def one_head(x: TensorView) -> TensorView:
+    """[tokens, dim] as [tokens, 1, dim]."""
+    shape, strides = (x.shape[0], 1, x.shape[1]), (x.strides[0], 0, x.strides[1])
+    return TensorView(x.obj, x.ptr, shape, strides, x.dtype, x.device, x.framework)
+
+
+Names = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]
+
+
+def checked_caches(op: str, names: tuple[str, str], caches: Two, layout: str, heads: int, dims: tuple[int, int]) -> Two:
+    """Both as [pages, page_size, heads, dim], of one dtype and equal pages."""
+    dtype = (caches[0].dtype,)
+    first = check_cache(op, names[0], caches[0], layout, heads, dims[0], dtype)
+    second = check_cache(op, names[1], caches[1], layout, heads, dims[1], dtype)
+    check_shape(op, names[1], second, (*first.shape[:2], None, None))
+    if first.device != second.device:
+        check_same_device(op, {names[0]: first, names[1]: second})
+    return first, second
+
+
+def given_scales(
+    op: str, names: tuple[str, str], given: tuple[Any, Any], convert: bool, like: TensorView, heads: int
+) -> tuple[Scale, Scale] | None:
+    if not convert:
+        for name, scale in zip(names, given, strict=True):
+            if scale is not None:
+                fix = "Leave it out; the attention takes it."
+                fail(
+                    op, name, "is given where nothing is rounded", scale if is_number(scale) else "a tensor", None, fix
+                )
+        return None
+    first, second = (
+        given_scale(op, n, 1.0 if s is None else s, like, heads) for n, s in zip(names, given, strict=True)
+    )
+    return first, second
+
+
+def append_rows(
+    op: str,
+    scalars: tuple[Any, ...],
+    tensors: tuple[Any, ...],
+    names: Names,
+    rows: Two,
+    caches: Two,
+    layout: str,
+    index_tensors: tuple[Any, Any, Any, Any, Any],
+    first_scale: Any,
+    second_scale: Any,
+) -> None:
+    key = rows[0]
+    convert = caches[0].dtype in FP8 and key.dtype in FLOATS
+    for arg, row, cache_arg, cache in zip(names[0], rows, names[1], caches, strict=True):
+        if convert:
+            check_same_dtype(op, arg, row, names[0][0], key)
+        else:
+            check_same_dtype(op, arg, row, cache_arg, cache)
+        check_shape(op, arg, row, (*key.shape[:2], None))
+        check_last_dim_contiguous(op, arg, row)
+        if row.device != key.device or cache.device != key.device:
+            check_same_device(op, {names[0][0]: key, arg: row, cache_arg: cache})
+    heads, dims = key.shape[1], (key.shape[2], rows[1].shape[2])
+    checked = checked_caches(op, names[1], caches, layout, heads, dims)
+    places = check_places(op, names[0][0], key, *index_tensors, checked[0].shape[0], checked[0].shape[1])
+    scales = given_scales(op, names[2], (first_scale, second_scale), convert, key, heads)
+    _append(scalars, tensors, rows, checked, places, scales, op)
+
+
+def _append(
     scalars: Any,
     tensors: tuple[Any, ...],
     rows: Two,
@@ -159,7 +239,7 @@ def append(
     scales: tuple[Scale, Scale] | None,
     op: str,
 ) -> None:
-    """Rows [nnz, heads, dim] of keys and of values into caches [pages, page_size, heads, dim] (checked); `scales`: divide by them and round to the caches' dtype.
+    """Rows [nnz, heads, dim] of keys and of values into caches [pages, page_size, heads, dim] (checked).
 
     `scalars`, `tensors`: what `append_calls` is asked with.
     """
@@ -177,11 +257,11 @@ def append(
             else:
                 cpu.append_quantized(source, cache, bases, scales[i].numpy())
         return
-    access, chunks, strides = _accesses(rows, caches, scales is not None)
+    access, chunks, strides = accesses(rows, caches, scales is not None)
     quantize = None if scales is None else (key.dtype.name, caches[0].dtype.name)
     kernel, has_pdl, per_block = _append_kernel(key.device, access, heads, *chunks, quantize)
     parts = -(-heads * max(chunks) // per_block)
-    values, pointers = _values(rows, caches, places, scales, strides, parts)
+    values, pointers = struct_values(rows, caches, places, scales, strides, parts)
     aligned = not (key.ptr | value.ptr | caches[0].ptr | caches[1].ptr) & 15
     # key, value, one cache or two, batch_indices, positions, kv_indices, kv_indptr; kv_last_page_len is not passed on; scales that are tensors.
     count = sum(1 for s in scales or () if s.tensor is not None)
@@ -198,30 +278,7 @@ def append(
     )
 
 
-def gather(rows: Two, caches: Two, places: Places, scales: tuple[Scale, Scale] | None, op: str) -> None:
-    """The reverse of `append`: what lies in the caches to `rows`, times `scales` if they are of another dtype."""
-    key, value = rows
-    nnz, heads = key.shape[:2]
-    if not (nnz and heads and (key.shape[2] or value.shape[2])):
-        return
-    if key.device < 0:
-        from pyinfer.cpu import page as cpu
-
-        bases = places.bases(op)
-        for i, (target, cache) in enumerate(zip(rows, caches, strict=True)):
-            cpu.gather(target, cache, bases, None if scales is None else scales[i].numpy())
-        return
-    from pyinfer.jit.page import GATHER_BLOCK
-
-    access, chunks, strides = _accesses(rows, caches, scales is not None)
-    dequantize = None if scales is None else (key.dtype.name, caches[0].dtype.name)
-    kernel, has_pdl = _gather_kernel(key.device, access, *chunks, dequantize)
-    parts = -(-heads * max(chunks) // GATHER_BLOCK)
-    values, _ = _values(rows, caches, places, scales, strides, parts)
-    kernel(current_stream(key), nnz * parts, values, has_pdl)
-
-
-def _accesses(rows: Two, caches: Two, convert: bool) -> tuple[int, tuple[int, int], list[int]]:
+def accesses(rows: Two, caches: Two, convert: bool) -> tuple[int, tuple[int, int], list[int]]:
     """(bytes per access on the rows' side, accesses per head of keys and of values, strides: in elements if `convert`, else in bytes)."""
     size, cache_size = rows[0].dtype.itemsize, caches[0].dtype.itemsize
     bits = 0
@@ -237,7 +294,7 @@ def _accesses(rows: Two, caches: Two, convert: bool) -> tuple[int, tuple[int, in
     return access, chunks, strides
 
 
-def _values(
+def struct_values(
     rows: Two, caches: Two, places: Places, scales: tuple[Scale, Scale] | None, strides: list[int], parts: int
 ) -> tuple[tuple[Any, ...], int]:
     """The fields of either kernel's struct, and how many of them are pointers."""
@@ -291,102 +348,3 @@ def _append_kernel(
     block, unroll = append_config(heads * max(key_chunks, value_chunks))
     kernel = gen_append(access, heads, key_chunks, value_chunks, quantize=quantize).build_and_load(device)
     return kernel, pdl_supported(device), block * unroll
-
-
-@functools.cache
-def _gather_kernel(
-    device: int, access: int, key_chunks: int, value_chunks: int, dequantize: tuple[str, str] | None
-) -> tuple[Kernel, bool]:
-    from pyinfer.core.device import pdl_supported
-    from pyinfer.jit.page import gen_gather
-
-    return gen_gather(access, key_chunks, value_chunks, dequantize).build_and_load(device), pdl_supported(device)
-
-
-def copy_tensor(
-    op: str,
-    tag: str,
-    source: TensorView,
-    target: TensorView,
-    source_pages: TensorView,
-    target_pages: TensorView,
-    same: bool,
-) -> None:
-    """target[target_pages[i]] = source[source_pages[i]], both [pages, ...] of one page shape and dtype. `same`: they are one tensor."""
-    pairs, shape = source_pages.shape[0], tuple(source.shape[1:])
-    if source.device < 0:
-        from pyinfer.cpu import page as cpu
-
-        pages = as_numpy(source_pages), as_numpy(target_pages)
-        for arg, found, limit in (
-            ("source_pages", pages[0], source.shape[0]),
-            ("target_pages", pages[1], target.shape[0]),
-        ):
-            if len(found) and (int(found.min()) < 0 or int(found.max()) >= limit):
-                bad = int(found.min()) if int(found.min()) < 0 else int(found.max())
-                fail(op, arg, "names no page", bad, f"0 to {limit - 1}")
-        doubtful = cpu.doubtful_page(*pages, same)
-        if doubtful >= 0:
-            fail(
-                op,
-                "target_pages",
-                "names a page that is a target twice, or a source too",
-                doubtful,
-                "targets apart from each other and from sources",
-            )
-        as_numpy(target)[pages[1]] = as_numpy(source)[pages[0]]
-        return
-    if not pairs or 0 in shape:
-        return
-    (rows, inner, run, s_outer, s_inner), (_, _, _, t_outer, t_inner) = (
-        _runs(op, arg + tag, x) for arg, x in (("cache", source), ("out", target))
-    )
-    size = source.dtype.itemsize
-    if _runs(op, "out" + tag, target)[:3] != (
-        rows,
-        inner,
-        run,
-    ):  # dense on one side only: runs of one row of the last axis on both
-        rows, inner, run, s_outer, s_inner = _runs(op, "cache" + tag, source, True)
-        _, _, _, t_outer, t_inner = _runs(op, "out" + tag, target, True)
-    strides = [s * size for s in (source.strides[0], s_outer, s_inner, target.strides[0], t_outer, t_inner)]
-    bits = source.ptr | target.ptr | run * size
-    for s in strides:
-        bits |= s
-    access = vector_length(1, bits)
-    chunks = run * size // access
-    kernel, per_block, has_pdl = _copy_kernel(source.device, access)
-    parts = -(-rows * chunks // per_block)
-    wide = (source_pages.dtype is INT64) | (target_pages.dtype is INT64) << 1
-    values = (
-        source.ptr, target.ptr, source_pages.ptr, target_pages.ptr, *strides, source.shape[0], target.shape[0], rows, inner, chunks, parts, wide,
-    )  # fmt: skip
-    kernel(current_stream(source), pairs * parts, values, has_pdl)
-
-
-def _runs(op: str, arg: str, x: TensorView, by_rows: bool = False) -> tuple[int, int, int, int, int]:
-    """A page of [pages, ...] as runs of neighbouring elements: (runs, inner, elements per run, outer stride, inner stride).
-
-    As long as they can be, or with `by_rows` of the last axis only.
-    """
-    shape, strides = list(x.shape[1:]), list(x.strides[1:])
-    run, taken = 1, 0
-    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if (n != 1 and stride != run) or (by_rows and taken):
-            break
-        run *= n
-        taken += 1
-    keep = len(shape) - taken
-    # What is left, as rows of one element: row_layout collapses it into two strides or says why not.
-    rest = TensorView(x.obj, x.ptr, (*shape[:keep], 1), (*strides[:keep], 1), x.dtype, x.device, x.framework)
-    rows, inner, outer_stride, inner_stride = row_layout(op, arg, rest)
-    return rows, inner, run, outer_stride, inner_stride
-
-
-@functools.cache
-def _copy_kernel(device: int, access: int) -> tuple[Kernel, int, bool]:
-    """Kernel, accesses per block, whether the device has programmatic dependent launch."""
-    from pyinfer.core.device import pdl_supported
-    from pyinfer.jit.page import COPY_BLOCK, COPY_UNROLL, gen_copy_pages
-
-    return gen_copy_pages(access).build_and_load(device), COPY_BLOCK * COPY_UNROLL, pdl_supported(device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from pyinfer._page import Places, check_cache, check_places
+from pyinfer._page import check_cache, check_places, one_head
 from pyinfer._rope import check_indices, check_rotary, check_table
-from pyinfer.core.calls import MISS, Calls, Source
-from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT64, DType
+from pyinfer._rope_launch import INDICES, Heads, Outputs, calls, launch, memory
+from pyinfer.core.calls import MISS
+from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from pyinfer.core.errors import (
     check_dtype,
     check_last_dim_contiguous,
@@ -19,83 +19,10 @@ from pyinfer.core.errors import (
     fail,
     fail_type,
 )
-from pyinfer.core.rows import vector_length
-from pyinfer.core.scales import FP8, fp8_dtype
-from pyinfer.core.tensor import TensorView, as_numpy, empty, view
-
-if TYPE_CHECKING:
-    from pyinfer.core.launch import Kernel
+from pyinfer.core.scales import fp8_dtype
+from pyinfer.core.tensor import TensorView, empty, view
 
 _HALVES = (FLOAT16, BFLOAT16)
-_calls = Calls()
-
-
-class Heads(NamedTuple):
-    """A tensor [tokens, heads, dim] and its name in messages."""
-
-    arg: str
-    view: TensorView
-
-    @property
-    def dim(self) -> int:
-        """Elements of a head."""
-        return self.view.shape[2]
-
-
-class Outputs(NamedTuple):
-    """Where the results go. With `places` the keys' and values' are caches, with strides of (page, slot, head)."""
-
-    q_rope: TensorView
-    q_nope: TensorView | None
-    k_rope: TensorView
-    k_nope: TensorView | None
-    v: TensorView | None
-    places: Places | None
-
-
-class Memory(NamedTuple):
-    """What a call is remembered by.
-
-    Attributes
-    ----------
-    scalars, known
-        What `Calls.run` is asked with.
-    roles
-        A name for each of `known`.
-    made, made_roles
-        The outputs that the call allocated, and their names. Empty: none.
-    remember
-        Whether a later call can be answered.
-    """
-
-    scalars: tuple[Any, ...]
-    known: tuple[Any, ...]
-    roles: tuple[str, ...]
-    made: tuple[Any, ...]
-    made_roles: tuple[str, ...]
-    remember: bool
-
-
-def memory(
-    scalars: tuple[Any, ...],
-    roles: tuple[str, ...],
-    tensors: tuple[Any, ...],
-    output_roles: tuple[str, ...],
-    given: tuple[Any, ...],
-    made: list[Any],
-) -> Memory:
-    """`tensors`: one for each of `roles`, None where there is none. `given`: the outputs of the caller's, `made`: all outputs."""
-    some = sum(g is not None for g in given)
-    present = [(r, t) for r, t in zip(roles, tensors, strict=True) if t is not None]
-    allocated = not some
-    return Memory(
-        scalars,
-        tuple([t for _, t in present]),
-        tuple([r for r, _ in present]),
-        tuple(made) if allocated else (),
-        output_roles if allocated else (),
-        some in (0, len(given)),
-    )
 
 
 def split_heads(op: str, arg: str, x: Any, dtypes: tuple[DType, ...] = _HALVES, flat_ok: bool = False) -> Heads:
@@ -105,12 +32,6 @@ def split_heads(op: str, arg: str, x: Any, dtypes: tuple[DType, ...] = _HALVES, 
     check_dtype(op, arg, v, dtypes)
     check_last_dim_contiguous(op, arg, v)
     return Heads(arg, one_head(v) if len(v.shape) == 2 else v)
-
-
-def one_head(v: TensorView) -> TensorView:
-    """[tokens, dim] as [tokens, 1, dim]."""
-    shape, strides = (v.shape[0], 1, v.shape[1]), (v.strides[0], 0, v.strides[1])
-    return TensorView(v.obj, v.ptr, shape, strides, v.dtype, v.device, v.framework)
 
 
 def part_of(v: TensorView, begin: int, end: int) -> TensorView:
@@ -166,7 +87,7 @@ def rope_quantize(
     wanted = None if quantize_dtype is None else str(quantize_dtype)
     scalars = ("quantize", is_neox, wanted, scales, enable_pdl is not False, present, given)
     tensors = (*inputs, cos_sin_cache, pos_ids, *outputs)
-    result = _calls.run(scalars, tuple([x for x in tensors if x is not None]))
+    result = calls.run(scalars, tuple([x for x in tensors if x is not None]))
     if result is not MISS:
         return outputs if result is None else result
     mla = k_is_flat(op, inputs[1])
@@ -185,27 +106,35 @@ def rope_quantize(
     targets: list[TensorView | None] = []
     for i, (name, source, own) in enumerate(zip(names, (q_rope, k_rope, q_nope, k_nope), views, strict=True)):
         like = q_rope if i in (0, 2) else k_rope
-        shape = (*like.view.shape[:2], 0) if source is None else source.view.shape
-        shape = (shape[0], shape[2]) if flat[i] else tuple(shape)
-        if own is None:
-            made.append(empty(q_rope.view, shape, dtype))
-            own = view(made[-1])
-        else:
-            check_dtype(op, f"{name}_out", own, (dtype,))
-            check_shape(op, f"{name}_out", own, shape)
-            check_last_dim_contiguous(op, f"{name}_out", own)
-            if own.device != q_rope.view.device:
-                check_same_device(op, {"q_rope": q_rope.view, f"{name}_out": own})
-            made.append(outputs[i])
-        targets.append(None if source is None else one_head(own) if flat[i] else own)
+        obj, target = _output(op, f"{name}_out", source, like, flat[i], outputs[i], own, dtype)
+        made.append(obj)
+        targets.append(target)
     q_rope_out, k_rope_out, q_nope_out, k_nope_out = targets
     assert q_rope_out is not None and k_rope_out is not None
     out = Outputs(q_rope_out, q_nope_out, k_rope_out, k_nope_out, None, None)
     out_roles = tuple([f"{name}_out" for name in names])
     m = memory(scalars, (*names, "table", "pos_ids", *out_roles), tensors, out_roles, outputs, made)
     roles = (*names, "q_rope_out", "q_nope_out", "k_rope_out", "k_nope_out")
-    _launch(op, q_rope, k_rope, q_nope, k_nope, None, table, positions, out, is_neox, scales, enable_pdl, roles, m)
+    launch(op, q_rope, k_rope, q_nope, k_nope, None, table, positions, out, is_neox, scales, enable_pdl, roles, m)
     return made[0], made[1], made[2], made[3]
+
+
+def _output(
+    op: str, arg: str, source: Heads | None, like: Heads, flat: bool, obj: Any, own: TensorView | None, dtype: DType
+) -> tuple[Any, TensorView | None]:
+    """An output as the caller gets it, checked or made, and as [tokens, heads, dim] (None: `source` is absent, and the output without elements)."""
+    shape = (*like.view.shape[:2], 0) if source is None else tuple(source.view.shape)
+    shape = (shape[0], shape[2]) if flat else shape
+    if own is None:
+        obj = empty(like.view, shape, dtype)
+        own = view(obj)
+    else:
+        check_dtype(op, arg, own, (dtype,))
+        check_shape(op, arg, own, shape)
+        check_last_dim_contiguous(op, arg, own)
+        if own.device != like.view.device:
+            check_same_device(op, {like.arg: like.view, arg: own})
+    return obj, None if source is None else one_head(own) if flat else own
 
 
 def k_is_flat(op: str, k_rope: Any) -> bool:
@@ -230,14 +159,15 @@ def rope_quantize_append(
 ) -> tuple[Any, Any]:
     """`inputs`: q_rope, k_rope, q_nope, k_nope, v. `indices`: kv_indices, kv_indptr, batch_indices, positions. `outputs`: q_rope_out, q_nope_out."""
     if type(paged_kv_cache) is not tuple or len(paged_kv_cache) != 2:
-        got = f"{type(paged_kv_cache).__name__} of {len(paged_kv_cache)}" if isinstance(paged_kv_cache, list | tuple) else type(paged_kv_cache).__name__  # fmt: skip
+        several = isinstance(paged_kv_cache, list | tuple)
+        got = type(paged_kv_cache).__name__ + (f" of {len(paged_kv_cache)}" if several else "")
         fail_type(op, "paged_kv_cache", "is no pair", got, "a tuple (k_cache, v_cache), or (ckv_cache, kpe_cache)")
     present = tuple([x is not None for x in inputs])
     given = tuple([o is not None for o in outputs])
     wanted = None if quantize_dtype is None else str(quantize_dtype)
     scalars = ("append", is_neox, wanted, scales, page_size, kv_layout, enable_pdl is not False, present, given)
     tensors = (*inputs, cos_sin_cache, pos_ids, *paged_kv_cache, *indices, *outputs)
-    result = _calls.run(scalars, tuple([x for x in tensors if x is not None]))
+    result = calls.run(scalars, tuple([x for x in tensors if x is not None]))
     if result is not MISS:
         return outputs if result is None else result
     mla = k_is_flat(op, inputs[1])
@@ -276,13 +206,8 @@ def rope_quantize_append(
         k_nope_cache = part_of(keys, rotary_dim, rotary_dim + nope)
         first, second = keys, v_cache
     if second.shape[:2] != first.shape[:2]:
-        fail(
-            op,
-            "paged_kv_cache[1]",
-            "has other pages than paged_kv_cache[0]",
-            tuple(second.shape[:2]),
-            tuple(first.shape[:2]),
-        )
+        pages, others = tuple(first.shape[:2]), tuple(second.shape[:2])
+        fail(op, "paged_kv_cache[1]", "has other pages than paged_kv_cache[0]", others, pages)
     if first.shape[1] != page_size:
         fix = "Pass page_size as the cache has it."
         fail(op, "page_size", "is not the cache's", page_size, first.shape[1], fix)
@@ -292,34 +217,19 @@ def rope_quantize_append(
     )
     if first.device != q_rope.view.device or second.device != q_rope.view.device:
         check_same_device(op, {"q_rope": q_rope.view, "paged_kv_cache[0]": first, "paged_kv_cache[1]": second})
-    made: list[Any] = []
-    targets: list[TensorView] = []
+    made, targets = [], []
     for name, source, own, obj in zip(("q_rope", "q_nope"), (q_rope, q_nope), views, outputs, strict=True):
-        shape = (*q_rope.view.shape[:2], 0) if source is None else tuple(source.view.shape)
-        if own is None:
-            obj = empty(q_rope.view, shape, dtype)
-            own = view(obj)
-        else:
-            check_dtype(op, f"{name}_out", own, (dtype,))
-            check_shape(op, f"{name}_out", own, shape)
-            check_last_dim_contiguous(op, f"{name}_out", own)
-            if own.device != q_rope.view.device:
-                check_same_device(op, {"q_rope": q_rope.view, f"{name}_out": own})
+        obj, target = _output(op, f"{name}_out", source, q_rope, False, obj, own, dtype)
         made.append(obj)
-        targets.append(own)
-    out = Outputs(targets[0], targets[1] if q_nope is not None else None, k_rope_cache, k_nope_cache if k_nope is not None else None, v_cache, places)  # fmt: skip
+        targets.append(target)
+    assert targets[0] is not None
+    out = Outputs(targets[0], targets[1], k_rope_cache, None if k_nope is None else k_nope_cache, v_cache, places)
     out_roles = ("q_rope_out", "q_nope_out")
-    m = memory(
-        scalars,
-        (*names, "table", "pos_ids", "cache0", "cache1", *_INDICES, *out_roles),
-        tensors,
-        out_roles,
-        outputs,
-        made,
-    )
+    tensor_roles = (*names, "table", "pos_ids", "cache0", "cache1", *INDICES, *out_roles)
+    m = memory(scalars, tensor_roles, tensors, out_roles, outputs, made)
     caches = ("cache1", "cache0", "") if mla else ("cache0", "cache0", "cache1")
     roles = (*names, *out_roles, *caches)
-    _launch(op, q_rope, k_rope, q_nope, k_nope, v, table, cache_positions, out, is_neox, scales, enable_pdl, roles, m)
+    launch(op, q_rope, k_rope, q_nope, k_nope, v, table, cache_positions, out, is_neox, scales, enable_pdl, roles, m)
     return made[0], made[1]
 
 
@@ -344,7 +254,7 @@ def rope_append(
     scalars = ("plain", is_neox, kv_layout, pair, enable_pdl is not False, q_out is not None)
     caches = paged_kv_cache if pair else (paged_kv_cache,)
     tensors = (q, k, v, cos_sin_cache, pos_ids, *caches, *indices, q_out)
-    result = _calls.run(scalars, tensors if q_out is not None else tensors[:-1])
+    result = calls.run(scalars, tensors if q_out is not None else tensors[:-1])
     if result is not MISS:
         return q_out if result is None else result
     dtypes = (*_HALVES, FLOAT32)
@@ -394,10 +304,10 @@ def rope_append(
         places,
     )
     cache_roles = ("cache0", "cache1") if pair else ("cache0",)
-    all_roles = ("q", "k", "v", "table", "pos_ids", *cache_roles, *_INDICES, "q_out")
+    all_roles = ("q", "k", "v", "table", "pos_ids", *cache_roles, *INDICES, "q_out")
     m = memory(scalars, all_roles, tensors, ("q_out",), (q_out,), [obj])
     roles = ("q", "k", "q", "k", "v", "q_out", "q_out", "cache0", "cache0", "cache1" if pair else "cache0")
-    _launch(
+    launch(
         op,
         Heads("q", part_of(q_all.view, 0, rotary_dim)),
         Heads("k", part_of(k_all.view, 0, rotary_dim)),
@@ -406,144 +316,3 @@ def rope_append(
         values, table, positions, out, is_neox, (1.0, 1.0), enable_pdl, roles, m,
     )  # fmt: skip
     return obj
-
-
-def _launch(
-    op: str,
-    q_rope: Heads,
-    k_rope: Heads,
-    q_nope: Heads | None,
-    k_nope: Heads | None,
-    v: Heads | None,
-    table: TensorView,
-    positions: TensorView,
-    out: Outputs,
-    is_neox: bool,
-    scales: tuple[float, float],
-    enable_pdl: bool | None,
-    roles: tuple[str, ...],
-    m: Memory,
-) -> None:
-    """`roles`: which of the call's tensors each input and output lies in."""
-    for arg, scale in (("quant_scale_q", scales[0]), ("quant_scale_kv", scales[1])):
-        if not 0.0 < scale < float("inf"):
-            fail(op, arg, "is no scale", scale, "a positive, finite number")
-    tokens = q_rope.view.shape[0]
-    if not tokens:
-        return
-    if q_rope.view.device < 0:
-        from pyinfer.cpu import rope as cpu
-
-        where, limit = as_numpy(positions), table.shape[0]
-        if int(where.min()) < 0 or int(where.max()) >= limit:
-            bad = int(where.min()) if int(where.min()) < 0 else int(where.max())
-            fail(op, "pos_ids", "lies outside cos_sin_cache", bad, f"0 to {limit - 1}")
-        bases = None if out.places is None else out.places.bases(op)
-        pairs = ((q_rope, out.q_rope, None), (k_rope, out.k_rope, bases))
-        for (source, target, at), scale in zip(pairs, scales, strict=True):
-            cpu.rope_rounded(source.view, target, where, as_numpy(table), not is_neox, scale, at)
-        moves = (
-            (q_nope, out.q_nope, None, scales[0]),
-            (k_nope, out.k_nope, bases, scales[1]),
-            (v, out.v, bases, scales[1]),
-        )
-        for source_or_none, target_or_none, at, scale in moves:
-            if source_or_none is not None and target_or_none is not None:
-                cpu.move_rounded(source_or_none.view, target_or_none, scale, at)
-        return
-    _launch_cuda(q_rope, k_rope, q_nope, k_nope, v, table, positions, out, is_neox, scales, enable_pdl, roles, m)
-
-
-def _launch_cuda(
-    q_rope: Heads,
-    k_rope: Heads,
-    q_nope: Heads | None,
-    k_nope: Heads | None,
-    v: Heads | None,
-    table: TensorView,
-    positions: TensorView,
-    out: Outputs,
-    is_neox: bool,
-    scales: tuple[float, float],
-    enable_pdl: bool | None,
-    roles: tuple[str, ...],
-    m: Memory,
-) -> None:
-    places, append = out.places, out.places is not None
-    dtype, out_dtype = q_rope.view.dtype, out.q_rope.dtype
-    inputs = [x if x is None else x.view for x in (q_rope, k_rope, q_nope, k_nope)] + ([v and v.view] if append else [])
-    q_outs, k_outs = [out.q_rope, out.q_nope], [out.k_rope, out.k_nope] + ([out.v] if append else [])
-    rotary_dim, nope = q_rope.dim, 0 if q_nope is None else q_nope.dim
-    value = 0 if v is None or not append else v.dim
-    ratio = dtype.itemsize // out_dtype.itemsize
-    bits = (rotary_dim // 2 | nope | value) * dtype.itemsize
-    for group, factor in ((inputs, 1), (q_outs, ratio), (k_outs, ratio)):
-        for x in group:
-            if x is not None:
-                for s in x.strides[:-1]:
-                    bits |= s * dtype.itemsize
-                bits |= x.ptr * factor
-    misaligned = (table.ptr | (table.strides[0] | rotary_dim // 2) * 4) & 15
-    vec = 1 if misaligned else vector_length(dtype.itemsize, bits)
-    in_place = out.q_nope is not None and q_nope is not None and out.q_nope.ptr == q_nope.view.ptr and ratio == 1
-    q_heads, kv_heads = q_rope.view.shape[1], k_rope.view.shape[1]
-    heads = (q_heads, kv_heads, 0 if in_place or q_nope is None else q_heads)
-    kernel, has_pdl = _kernel(
-        q_rope.view.device, dtype.name, out_dtype.name, rotary_dim, nope, not is_neox, append, value, vec
-    )
-    from pyinfer.jit.rope import rope_quantize_parts
-
-    parts = rope_quantize_parts(heads, rotary_dim // 2, nope, value, vec)
-    tensors = [*inputs, *q_outs, *k_outs, table, positions, *(places.arrays if places is not None else ())]
-    pointers = [0 if x is None else x.ptr for x in tensors]
-    strides = [s for x in (*inputs, *q_outs) for s in ((0, 0) if x is None else x.strides[:2])]
-    strides += [s for x in k_outs for s in ((0,) * (3 if append else 2) if x is None else x.strides[:-1])]
-    wide = (positions.dtype is INT64) << 16
-    bounds: tuple[int, ...] = ()
-    paged: tuple[int, ...] = ()
-    if places is not None:
-        wide |= places.wide
-        bounds, paged = (places.num_indices, places.num_pages), (places.batch, places.page_size)
-    values = (*pointers, *strides, table.strides[0], table.shape[0], *bounds, *heads, parts, wide, *paged, *scales)
-    recipe = _recipe([*inputs, *q_outs, *k_outs], roles, append, m)
-    wants = len(inputs) + len(q_outs) + len(k_outs) + 1  # the data and the table
-    outputs = tuple([(tuple(view(x).shape), out_dtype) for x in m.made])
-    _calls.launch(
-        m.scalars, m.known, q_rope.view, kernel, q_rope.view.shape[0] * parts, values, len(pointers),
-        has_pdl and enable_pdl is not False, m.remember and vec * dtype.itemsize == 16, outputs, recipe, wants,
-    )  # fmt: skip
-
-
-_INDICES = ("kv_indices", "kv_indptr", "batch_indices", "positions")
-
-
-def _recipe(data: list[TensorView | None], roles: tuple[str, ...], append: bool, m: Memory) -> tuple[Source, ...]:
-    """Where each pointer comes from: the call's tensor of that role, bytes behind its address."""
-    places = {role: i for i, role in enumerate((*m.roles, *m.made_roles))}
-    tensors = (*m.known, *m.made)
-    recipe: list[Source] = []
-    for x, role in zip(data, roles, strict=True):
-        recipe.append(None if x is None else (places[role], x.ptr - view(tensors[places[role]]).ptr))
-    for role in ("table", "pos_ids", *(("batch_indices", "positions", "kv_indices", "kv_indptr") if append else ())):
-        recipe.append((places[role], 0))
-    return tuple(recipe)
-
-
-@functools.cache
-def _kernel(
-    device: int,
-    dtype: str,
-    out: str,
-    rotary_dim: int,
-    nope: int,
-    interleave: bool,
-    append: bool,
-    value: int,
-    vec: int,
-) -> tuple[Kernel, bool]:
-    """Kernel, whether the device has programmatic dependent launch."""
-    from pyinfer.core.device import pdl_supported
-    from pyinfer.jit.rope import gen_rope_quantize
-
-    spec = gen_rope_quantize(dtype, out, rotary_dim, nope, interleave, append, value, vec)
-    return spec.build_and_load(device), pdl_supported(device)

@@ -6,9 +6,10 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from pyinfer._attention import check_layout, paged_views
-from pyinfer._page import Two, append, append_calls, batch_of, check_cache, check_places, gather, index_array
+from pyinfer._page import append_calls, append_rows, batch_of, index_array, one_head, with_scales
+from pyinfer._page_moves import copy_tensor, gather_rows
 from pyinfer.core.calls import MISS, Calls
-from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64, canonical_dtype
+from pyinfer.core.dtypes import INT32, INT64
 from pyinfer.core.errors import (
     check_dtype,
     check_last_dim_contiguous,
@@ -17,10 +18,8 @@ from pyinfer.core.errors import (
     check_same_dtype,
     check_shape,
     fail,
-    fail_type,
 )
-from pyinfer.core.scales import FP8, Scale, given_scale, is_number
-from pyinfer.core.tensor import TensorView, as_numpy, empty, view
+from pyinfer.core.tensor import as_numpy, empty, view
 from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ __all__ = [
     "get_seq_lens",
 ]
 
-_FLOATS = (FLOAT16, BFLOAT16, FLOAT32)
 _position_calls, _length_calls = Calls(), Calls()
 
 
@@ -73,7 +71,7 @@ def get_batch_indices_positions(
     given = (batch_indices is not None) + (positions is not None)
     known = (append_indptr, seq_lens, *((batch_indices, positions) if given else ()))
     scalars = (nnz, given)
-    result = _position_calls.run(scalars, known) if given != 1 else MISS
+    result: Any = _position_calls.run(scalars, known) if given != 1 else MISS
     if result is not MISS:
         return (batch_indices, positions) if given else result
     indptr, lengths = index_array(op, "append_indptr", append_indptr), index_array(op, "seq_lens", seq_lens)
@@ -190,7 +188,8 @@ def append_paged_kv_cache(
     Parameters
     ----------
     append_key, append_value
-        [nnz, num_kv_heads, head_dim], dtype of the cache; any strides but a contiguous last axis. The head dims of keys and values may differ. float16, bfloat16 or
+        [nnz, num_kv_heads, head_dim], dtype of the cache; any strides but a contiguous last axis. The head dims of keys and values may differ.
+        float16, bfloat16 or
         float32 also for a cache of 8-bit floats: they are rounded on the way.
     batch_indices, positions
         int32 or int64 [nnz], see `get_batch_indices_positions`.
@@ -206,7 +205,8 @@ def append_paged_kv_cache(
     kv_layout
         "NHD" or "HND".
     k_scale, v_scale
-        For a cache of 8-bit floats and keys of another dtype: what a stored value is worth (the same that the attention is given), a positive number or a float32 tensor of one
+        For a cache of 8-bit floats and keys of another dtype: what a stored value is worth (the same that the attention is given), a positive number
+        or a float32 tensor of one
         element, or of one a head. ``stored = key / k_scale``, saturating; 1 if None.
 
     Raises
@@ -214,7 +214,8 @@ def append_paged_kv_cache(
     TypeError
         For dtypes that differ, or a list of caches.
     ValueError
-        For shapes, devices or a layout that do not fit, or a scale where nothing is rounded. On the CPU also for a token without a place: a batch index or page out of range,
+        For shapes, devices or a layout that do not fit, or a scale where nothing is rounded. On the CPU also for a token without a place: a batch
+        index or page out of range,
         a position beyond the request's pages; nothing is written then. On a GPU such tokens are left out, since finding them would take a synchronisation.
     """
     op = "append_paged_kv_cache"
@@ -223,7 +224,7 @@ def append_paged_kv_cache(
     tensors = (append_key, append_value, *(paged_kv_cache if pair else (paged_kv_cache,)), *index_tensors)
     scalars: tuple[Any, ...] = (kv_layout, len(tensors))
     if k_scale is not None or v_scale is not None:
-        scalars, tensors = _with_scales(scalars, tensors, k_scale, v_scale)
+        scalars, tensors = with_scales(scalars, tensors, k_scale, v_scale)
     if append_calls.run(scalars, tensors) is not MISS:
         return
     check_layout(op, kv_layout)
@@ -232,7 +233,7 @@ def append_paged_kv_cache(
     check_ndim(op, "append_value", value, 3)
     caches = paged_views(op, paged_kv_cache, kv_layout, 1)
     names = ("append_key", "append_value"), ("paged_kv_cache (K)", "paged_kv_cache (V)"), ("k_scale", "v_scale")
-    _append(op, scalars, tensors, names, (key, value), caches, kv_layout, index_tensors, k_scale, v_scale)
+    append_rows(op, scalars, tensors, names, (key, value), caches, kv_layout, index_tensors, k_scale, v_scale)
 
 
 def append_paged_mla_kv_cache(
@@ -271,17 +272,19 @@ def append_paged_mla_kv_cache(
     tensors: tuple[Any, ...] = (append_ckv, append_kpe, ckv_cache, kpe_cache, *index_tensors)
     scalars: tuple[Any, ...] = (op, 9)
     if ckv_scale is not None or kpe_scale is not None:
-        scalars, tensors = _with_scales(scalars, tensors, ckv_scale, kpe_scale)
+        scalars, tensors = with_scales(scalars, tensors, ckv_scale, kpe_scale)
     if append_calls.run(scalars, tensors) is not MISS:
         return
     sources = []
     for arg, x in (("append_ckv", append_ckv), ("append_kpe", append_kpe)):
         v = view(x, op, arg)
         check_ndim(op, arg, v, 2)
-        sources.append(_one_head(v))
+        sources.append(one_head(v))
     caches = view(ckv_cache, op, "ckv_cache"), view(kpe_cache, op, "kpe_cache")
     names = ("append_ckv", "append_kpe"), ("ckv_cache", "kpe_cache"), ("ckv_scale", "kpe_scale")
-    _append(op, scalars, tensors, names, (sources[0], sources[1]), caches, "MLA", index_tensors, ckv_scale, kpe_scale)
+    append_rows(
+        op, scalars, tensors, names, (sources[0], sources[1]), caches, "MLA", index_tensors, ckv_scale, kpe_scale
+    )
 
 
 def gather_paged_kv_cache(
@@ -299,7 +302,8 @@ def gather_paged_kv_cache(
 ) -> tuple[Any, Any]:
     """Read keys and values of tokens out of a paged KV cache into ragged tensors: the reverse of `append_paged_kv_cache`.
 
-    Row t is what lies at page ``kv_indices[kv_indptr[b] + positions[t] // page_size]``, slot ``positions[t] % page_size``, ``b = batch_indices[t]``. Rows of tokens with a
+    Row t is what lies at page ``kv_indices[kv_indptr[b] + positions[t] // page_size]``, slot ``positions[t] % page_size``, ``b = batch_indices[t]``.
+    Rows of tokens with a
     negative batch index or position become zeros.
 
     Parameters
@@ -330,7 +334,7 @@ def gather_paged_kv_cache(
     heads = caches[0].shape[2 if kv_layout == "NHD" else 1]
     names = ("k_out", "v_out"), ("paged_kv_cache (K)", "paged_kv_cache (V)"), ("k_scale", "v_scale")
     indices = (batch_indices, positions, kv_indices, kv_indptr)
-    return _gather(op, names, caches, kv_layout, heads, indices, (k_out, v_out), (k_scale, v_scale), dtype)
+    return gather_rows(op, names, caches, kv_layout, heads, indices, (k_out, v_out), (k_scale, v_scale), dtype)
 
 
 def gather_paged_mla_kv_cache(
@@ -346,12 +350,15 @@ def gather_paged_mla_kv_cache(
     kpe_scale: Any = None,
     dtype: Any = None,
 ) -> tuple[Any, Any]:
-    """As `gather_paged_kv_cache` for multi-head latent attention: caches as in `append_paged_mla_kv_cache`, results [nnz, head_dim_ckv] and [nnz, head_dim_kpe]."""
+    """As `gather_paged_kv_cache` for multi-head latent attention.
+
+    Caches as in `append_paged_mla_kv_cache`, results [nnz, head_dim_ckv] and [nnz, head_dim_kpe].
+    """
     op = "gather_paged_mla_kv_cache"
     indices = (batch_indices, positions, kv_indices, kv_indptr)
     caches = view(ckv_cache, op, "ckv_cache"), view(kpe_cache, op, "kpe_cache")
     names = ("ckv_out", "kpe_out"), ("ckv_cache", "kpe_cache"), ("ckv_scale", "kpe_scale")
-    return _gather(op, names, caches, "MLA", 1, indices, (ckv_out, kpe_out), (ckv_scale, kpe_scale), dtype)
+    return gather_rows(op, names, caches, "MLA", 1, indices, (ckv_out, kpe_out), (ckv_scale, kpe_scale), dtype)
 
 
 def copy_pages(cache: Any, source_pages: Any, target_pages: Any, out: Any = None) -> None:
@@ -371,11 +378,10 @@ def copy_pages(cache: Any, source_pages: Any, target_pages: Any, out: Any = None
     Raises
     ------
     TypeError, ValueError
-        For dtypes, shapes, strides or devices that do not fit. On the CPU also for a page that does not exist, or that is a target twice or both source and target; nothing is
+        For dtypes, shapes, strides or devices that do not fit. On the CPU also for a page that does not exist, or that is a target twice or both
+        source and target; nothing is
         written then. On a GPU pairs with a page that does not exist are left out.
     """
-    from pyinfer._page import copy_tensor
-
     op = "copy_pages"
     sources = cache if type(cache) is tuple else (cache,)
     targets = sources if out is None else out if type(out) is tuple else (out,)
@@ -396,128 +402,6 @@ def copy_pages(cache: Any, source_pages: Any, target_pages: Any, out: Any = None
         jobs.append((tag, s, t))
     for tag, s, t in jobs:
         copy_tensor(op, tag, s, t, from_pages, to_pages, out is None)
-
-
-def _with_scales(
-    scalars: tuple[Any, ...], tensors: tuple[Any, ...], first: Any, second: Any
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What the call is recognised by with two scales: numbers among the scalars, tensors among the tensors."""
-    scales = [1.0 if s is None else s for s in (first, second)]
-    numbers = tuple([float(s) if is_number(s) else None for s in scales])
-    more = tuple([s for s in scales if not is_number(s)])
-    return (*scalars, numbers), (*tensors, *more)
-
-
-def _one_head(x: TensorView) -> TensorView:
-    """[tokens, dim] as [tokens, 1, dim]."""
-    shape, strides = (x.shape[0], 1, x.shape[1]), (x.strides[0], 0, x.strides[1])
-    return TensorView(x.obj, x.ptr, shape, strides, x.dtype, x.device, x.framework)
-
-
-_Names = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]
-
-
-def _checked_caches(
-    op: str, names: tuple[str, str], caches: Two, layout: str, heads: int, dims: tuple[int, int]
-) -> Two:
-    """Both as [pages, page_size, heads, dim], of one dtype and equal pages."""
-    dtype = (caches[0].dtype,)
-    first = check_cache(op, names[0], caches[0], layout, heads, dims[0], dtype)
-    second = check_cache(op, names[1], caches[1], layout, heads, dims[1], dtype)
-    check_shape(op, names[1], second, (*first.shape[:2], None, None))
-    if first.device != second.device:
-        check_same_device(op, {names[0]: first, names[1]: second})
-    return first, second
-
-
-def _scales(
-    op: str, names: tuple[str, str], given: tuple[Any, Any], convert: bool, like: TensorView, heads: int
-) -> tuple[Scale, Scale] | None:
-    if not convert:
-        for name, scale in zip(names, given, strict=True):
-            if scale is not None:
-                fix = "Leave it out; the attention takes it."
-                fail(
-                    op, name, "is given where nothing is rounded", scale if is_number(scale) else "a tensor", None, fix
-                )
-        return None
-    first, second = (
-        given_scale(op, n, 1.0 if s is None else s, like, heads) for n, s in zip(names, given, strict=True)
-    )
-    return first, second
-
-
-def _append(
-    op: str,
-    scalars: tuple[Any, ...],
-    tensors: tuple[Any, ...],
-    names: _Names,
-    rows: Two,
-    caches: Two,
-    layout: str,
-    index_tensors: tuple[Any, Any, Any, Any, Any],
-    first_scale: Any,
-    second_scale: Any,
-) -> None:
-    key = rows[0]
-    convert = caches[0].dtype in FP8 and key.dtype in _FLOATS
-    for arg, row, cache_arg, cache in zip(names[0], rows, names[1], caches, strict=True):
-        if convert:
-            check_same_dtype(op, arg, row, names[0][0], key)
-        else:
-            check_same_dtype(op, arg, row, cache_arg, cache)
-        check_shape(op, arg, row, (*key.shape[:2], None))
-        check_last_dim_contiguous(op, arg, row)
-        if row.device != key.device or cache.device != key.device:
-            check_same_device(op, {names[0][0]: key, arg: row, cache_arg: cache})
-    heads, dims = key.shape[1], (key.shape[2], rows[1].shape[2])
-    checked = _checked_caches(op, names[1], caches, layout, heads, dims)
-    places = check_places(op, names[0][0], key, *index_tensors, checked[0].shape[0], checked[0].shape[1])
-    scales = _scales(op, names[2], (first_scale, second_scale), convert, key, heads)
-    append(scalars, tensors, rows, checked, places, scales, op)
-
-
-def _gather(
-    op: str,
-    names: _Names,
-    caches: Two,
-    layout: str,
-    heads: int,
-    indices: tuple[Any, Any, Any, Any],
-    outputs: tuple[Any, Any],
-    scales: tuple[Any, Any],
-    dtype: Any,
-) -> tuple[Any, Any]:
-    checked = _checked_caches(op, names[1], caches, layout, heads, (caches[0].shape[-1], caches[1].shape[-1]))
-    cache = checked[0]
-    given = [None if o is None else view(o, op, arg) for o, arg in zip(outputs, names[0], strict=True)]
-    like = next((i for i, row in enumerate(given) if row is not None), None)
-    if dtype is not None:
-        wanted, source = canonical_dtype(dtype, op, "dtype"), "dtype"
-    else:
-        wanted, source = (cache.dtype, "dtype") if like is None else (given[like].dtype, names[0][like])  # type: ignore[union-attr]
-    convert = wanted is not cache.dtype
-    if convert and not (cache.dtype in FP8 and wanted in _FLOATS):
-        fix = "Only 8-bit floats are converted, to float16, bfloat16 or float32."
-        fail_type(op, source, "cannot be made", wanted.name, cache.dtype.name, fix)
-    nnz = index_array(op, "batch_indices", indices[0]).shape[0]
-    rows, results = [], []
-    for i, c in enumerate(checked):
-        shape = (nnz, c.shape[3]) if layout == "MLA" else (nnz, heads, c.shape[3])
-        row, result = given[i], outputs[i]
-        if row is None:
-            result = empty(cache, shape, wanted)
-            row = view(result)
-        check_dtype(op, names[0][i], row, (wanted,))
-        check_shape(op, names[0][i], row, shape)
-        check_last_dim_contiguous(op, names[0][i], row)
-        if row.device != cache.device:
-            check_same_device(op, {names[1][0]: cache, names[0][i]: row})
-        rows.append(_one_head(row) if layout == "MLA" else row)
-        results.append(result)
-    places = check_places(op, names[0][0], rows[0], *indices, None, cache.shape[0], cache.shape[1])
-    gather((rows[0], rows[1]), checked, places, _scales(op, names[2], scales, convert, cache, heads), op)
-    return results[0], results[1]
 
 
 @functools.cache

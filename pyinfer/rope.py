@@ -247,7 +247,8 @@ def rope_quantize_fp8(
     Parameters
     ----------
     q_rope, k_rope
-        [nnz, num_qo_heads, rope_dim] and [nnz, num_kv_heads, rope_dim] (or [nnz, rope_dim]: one latent head), float16 or bfloat16; any strides but a contiguous last
+        [nnz, num_qo_heads, rope_dim] and [nnz, num_kv_heads, rope_dim] (or [nnz, rope_dim]: one latent head), float16 or bfloat16; any strides but a
+        contiguous last
         axis.
     q_nope, k_nope
         [nnz, num_qo_heads, no_rope_dim] and [nnz, num_kv_heads, no_rope_dim] (or [nnz, no_rope_dim]), or both None: heads are rotated whole.
@@ -343,7 +344,8 @@ def rope_quantize_fp8_append_paged_kv_cache(
     v
         [nnz, num_kv_heads, head_dim], dtype of q_rope; None for latent attention.
     paged_kv_cache
-        (k_cache, v_cache): [pages, page_size, num_kv_heads, dim] (NHD) or [pages, num_kv_heads, page_size, dim] (HND); a key lies there as its rotated elements, then the others.
+        (k_cache, v_cache): [pages, page_size, num_kv_heads, dim] (NHD) or [pages, num_kv_heads, page_size, dim] (HND); a key lies there as its
+        rotated elements, then the others.
         For latent attention (ckv_cache, kpe_cache): [pages, page_size, no_rope_dim] and [pages, page_size, rope_dim].
     kv_indices, kv_indptr, batch_indices, positions
         Where tokens go, as in `append_paged_kv_cache`; tokens without a place are treated as there.
@@ -407,7 +409,8 @@ def rope_append_paged_kv_cache(
     Parameters
     ----------
     q, k, v
-        [nnz, num_qo_heads, head_dim], [nnz, num_kv_heads, head_dim] and [nnz, num_kv_heads, head_dim_v], float16, bfloat16 or float32; any strides but a contiguous last axis.
+        [nnz, num_qo_heads, head_dim], [nnz, num_kv_heads, head_dim] and [nnz, num_kv_heads, head_dim_v], float16, bfloat16 or float32; any strides
+        but a contiguous last axis.
         The first rotary_dim elements of queries and keys are rotated. k and v stay as they are.
     cos_sin_cache
         float32 [max_position, rotary_dim].

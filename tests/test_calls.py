@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pyinfer
-from pyinfer import _norm_quant, _page, _rope, _rope_quant, activation, norm, page
+from pyinfer import _norm_quant, _page, _page_moves, _rope, _rope_launch, _rope_quant, activation, norm, page
 from pyinfer.core import calls
 from tests import stub_driver
 
@@ -25,9 +25,9 @@ def forget():
     stores += [_page.append_calls, page._position_calls, page._length_calls]
     caches = [norm._rmsnorm_kernel, norm._fused_add_rmsnorm_kernel, activation._act_and_mul_kernel, _rope._rope_kernel]
     caches += [page._kernel, _page._append_kernel]
-    stores += [norm._layer_calls, _norm_quant._static_calls, _norm_quant._dynamic_calls, _rope_quant._calls]
+    stores += [norm._layer_calls, _norm_quant._static_calls, _norm_quant._dynamic_calls, _rope_launch.calls]
     stores += [activation._quant_calls, activation._dynamic_calls]
-    caches += [norm._layernorm_kernel, _norm_quant._kernel, _rope_quant._kernel, activation._rows_kernel]
+    caches += [norm._layernorm_kernel, _norm_quant._kernel, _rope_launch._kernel, activation._rows_kernel]
 
     def clear():
         for x in stores:
@@ -124,7 +124,7 @@ def operators():
             k, k, where, pos, fp8(3, 4, 2, 64), fp8(3, 4, 2, 64), pages, indptr, last,
         ),
         "append rounded by scales": make(
-            lambda k, v, b, p, c, i, n, l, s: pyinfer.append_paged_kv_cache(k, v, b, p, c, i, n, l, "NHD", 0.5, s),
+            lambda k, v, b, p, c, i, n, last, s: pyinfer.append_paged_kv_cache(k, v, b, p, c, i, n, last, "NHD", 0.5, s),
             k, k, where, pos, fp8(3, 2, 4, 2, 64), pages, indptr, last, torch.ones(2),
         ),
         "rope quantize": make(
@@ -168,7 +168,7 @@ def test_second_call_launches_what_the_full_path_would(launches, monkeypatch, na
     assert not launches
     call = fresh()
     with monkeypatch.context() as patch:
-        for module in (norm, activation, _rope, page, _norm_quant, _rope_quant, _page):
+        for module in (norm, activation, _rope, page, _norm_quant, _rope_quant, _page, _page_moves):
             patch.setattr(module, "view", lambda *_: pytest.fail("the full path was taken"))
         got = call()
     second = launches.pop()

@@ -243,8 +243,11 @@ class BoundLaunch:
             self._submit(slot)  # another device is current, or an error to deal with: all over again
 
     def parts(self) -> tuple[Any, ...]:
-        """What a call consists of, for functions that do it themselves (`core.calls`): the thread's buffers, packers of pointers and of the stream and the stream's place,
-        the query of the current device, launch function, kernel, and what deals with errors."""
+        """What a call consists of, for functions that do it themselves (`core.calls`).
+
+        The thread's buffers, packers of pointers and of the stream and the stream's place, the query of the current device, launch function, kernel, and
+        what deals with errors.
+        """
         return (
             self._slot,
             self._pack_pointers,

@@ -95,7 +95,11 @@ def fp8_dtype(op: str, arg: str, dtype: Any, *outputs: TensorView | None) -> DTy
         If it is no 8-bit float.
     """
     if dtype is None:
-        return next((o.dtype for o in outputs if o is not None), FLOAT8_E4M3)
+        found = next((o.dtype for o in outputs if o is not None), FLOAT8_E4M3)
+        if found not in FP8:
+            fix = "Give an output of 8-bit floats."
+            fail_type(op, arg, "cannot be that of the output given", found.name, " or ".join(x.name for x in FP8), fix)
+        return found
     d = canonical_dtype(dtype, op, arg)
     if d not in FP8:
         fail_type(op, arg, "is no 8-bit float", d.name, " or ".join(x.name for x in FP8))

@@ -60,7 +60,8 @@ def _f32_to_e5m2(typingctx: Any, x: Any) -> Any:
 
 def saturate(value: Any, like: Any) -> Any:
     """`value` as an element of the array `like` (whose type alone counts): as `from_f32`, and into 8-bit floats to nearest even, what lies beyond the largest
-    value becoming that value. For use inside kernels."""
+    value becoming that value. For use inside kernels.
+    """
     for name, carrier in FP8_CARRIERS.items():
         if like.dtype == carrier:  # plain Python: what runs under NUMBA_DISABLE_JIT
             import ml_dtypes

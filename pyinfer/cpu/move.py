@@ -51,7 +51,7 @@ def _move_rounded(begin, end, sources, targets, heads, dim, x, x0, x_head, out, 
 
 def carrier(view: TensorView) -> np.dtype:
     """What kernels see of a tensor's elements, 8-bit floats included."""
-    return FP8_CARRIERS.get(view.dtype.name) or CARRIERS[view.dtype.name]
+    return np.dtype(FP8_CARRIERS.get(view.dtype.name) or CARRIERS[view.dtype.name])
 
 
 def row_bases(view: TensorView) -> np.ndarray:
@@ -64,7 +64,10 @@ def _grain(view: TensorView) -> int:
 
 
 def bits(source: TensorView, target: TensorView, sources: np.ndarray, targets: np.ndarray) -> None:
-    """Heads (the last but one axis of both) from `sources` to `targets`: where each token begins, in elements from its tensor's first. No target (-1): left out; no source: zeros."""
+    """Heads (the last but one axis of both) from `sources` to `targets`.
+
+    Both say where each token begins, in elements from its tensor's first. No target (-1): left out; no source: zeros.
+    """
     kind = _BITS[source.dtype.itemsize]
     heads, dim = source.shape[-2:]
     threads.run(

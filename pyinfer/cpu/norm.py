@@ -235,7 +235,8 @@ def quantized(
 ) -> None:
     """out = x / rms(x) * weight / scale as 8-bit floats, of x + residual (which is written) if there is one.
 
-    `layouts`: of x, residual (if given) and out, as `core.rows.row_layout` gives them. `scales`: float32 of as many elements as rows, to which each row's own scale is
+    `layouts`: of x, residual (if given) and out, as `core.rows.row_layout` gives them. `scales`: float32 of as many elements as rows, to which each
+    row's own scale is
     written instead of using `scale`.
     """
     n, inner = layouts[0][:2]

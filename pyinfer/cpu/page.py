@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pyinfer.core.tensor import TensorView
-from pyinfer.cpu import threads
+from pyinfer.cpu import move, threads
 from pyinfer.cpu.compile import kernel
-from pyinfer.cpu import move
 from pyinfer.cpu.storage import flat
 
 _CARRIERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # bits are moved, whatever they mean

@@ -189,7 +189,8 @@ def rmsnorm_config(vectors: int, quantize: str = "") -> RowConfig:
 def rmsnorm_candidates(vectors: int, quantize: str = "") -> list[RowConfig]:
     """Configurations worth timing for long rows, the default first (tools/gpu/time_ops.py).
 
-    What they try: fewer vectors a thread and more threads (what is in flight then comes from many warps), reads through L1 or past L2, writes past L2, a bound on
+    What they try: fewer vectors a thread and more threads (what is in flight then comes from many warps), reads through L1 or past L2, writes past
+    L2, a bound on
     registers so that more blocks share a multiprocessor, and blocks that load a row ahead.
     """
     found = [rmsnorm_config(vectors, quantize)]

@@ -253,29 +253,34 @@ def rms(bench: Bench, quantize: str = "") -> None:
 
 def quant(bench: Bench) -> None:
     """Operators with 8-bit results, as their callers call them."""
+    rms(bench, "row")
+    bench.timer.seconds = 0.2  # one variant a table
+    for rows, hidden in SHAPES[1:]:
+        _quant(bench, rows, hidden)
+
+
+def _quant(bench: Bench, rows: int, hidden: int) -> None:
     import torch
 
     import pyinfer
 
-    rms(bench, "row")
-    bench.timer.seconds = 0.2  # one variant a table
-    for rows, hidden in SHAPES[1:]:
-        x, residual, weight = (randn(s, "bfloat16", "cuda") for s in ((rows, hidden), (rows, hidden), (hidden,)))
-        wide = randn((rows, 2 * hidden), "bfloat16", "cuda")
-        out = torch.empty((rows, hidden), dtype=torch.float8_e4m3fn, device="cuda")
-        scale, scales = torch.full((1,), 0.01, device="cuda"), torch.empty((rows, 1), device="cuda")
-        beta = randn((hidden,), "float32", "cuda")
-        plain = torch.empty_like(x)
-        n = float(rows * hidden)
-        for name, moved, run in (
-            ("rmsnorm_quant", 3 * n, lambda: pyinfer.rmsnorm_quant(out, x, weight, scale)),
-            ("fused_add_rmsnorm_quant", 7 * n, lambda: pyinfer.fused_add_rmsnorm_quant(out, x, residual, weight, scale)),
-            ("fused_add_rmsnorm_dynamic_quant", 7 * n, lambda: pyinfer.fused_add_rmsnorm_dynamic_quant(x, residual, weight, 1e-6, out, scales)),
-            ("silu_and_mul_quant", 5 * n, lambda: pyinfer.silu_and_mul_quant(out, wide, scale)),
-            ("silu_and_mul_dynamic_quant", 5 * n, lambda: pyinfer.silu_and_mul_dynamic_quant(wide, out, scales)),
-            ("layernorm", 4 * n, lambda: pyinfer.layernorm(x, beta, beta, out=plain)),
-        ):  # fmt: skip
-            bench.table(f"{name} {rows}x{hidden}", moved, [("pyinfer", run)], _no_peer)
+    x, residual, weight = (randn(s, "bfloat16", "cuda") for s in ((rows, hidden), (rows, hidden), (hidden,)))
+    wide = randn((rows, 2 * hidden), "bfloat16", "cuda")
+    out = torch.empty((rows, hidden), dtype=torch.float8_e4m3fn, device="cuda")
+    scale, scales = torch.full((1,), 0.01, device="cuda"), torch.empty((rows, 1), device="cuda")
+    beta = randn((hidden,), "float32", "cuda")
+    plain = torch.empty_like(x)
+    n = float(rows * hidden)
+    p = pyinfer
+    for name, moved, run in (
+        ("rmsnorm_quant", 3 * n, lambda: p.rmsnorm_quant(out, x, weight, scale)),
+        ("fused_add_rmsnorm_quant", 7 * n, lambda: p.fused_add_rmsnorm_quant(out, x, residual, weight, scale)),
+        ("fused_add_rmsnorm_dynamic_quant", 7 * n, lambda: p.fused_add_rmsnorm_dynamic_quant(x, residual, weight, 1e-6, out, scales)),
+        ("silu_and_mul_quant", 5 * n, lambda: p.silu_and_mul_quant(out, wide, scale)),
+        ("silu_and_mul_dynamic_quant", 5 * n, lambda: p.silu_and_mul_dynamic_quant(wide, out, scales)),
+        ("layernorm", 4 * n, lambda: p.layernorm(x, beta, beta, out=plain)),
+    ):  # fmt: skip
+        bench.table(f"{name} {rows}x{hidden}", moved, [("pyinfer", run)], _no_peer)
 
 
 def _no_peer() -> Callable[[], Any]:
@@ -284,53 +289,68 @@ def _no_peer() -> Callable[[], Any]:
 
 def fused(bench: Bench) -> None:
     """Rotation with rounding, with the append, page moves: as their callers call them."""
+    bench.timer.seconds = 0.2  # one variant a table
+    for tokens in TOKENS[1:]:
+        _fused(bench, tokens)
+
+
+def _fused(bench: Bench, tokens: int) -> None:
     import torch
 
     import pyinfer
 
-    bench.timer.seconds = 0.2  # one variant a table
-    fp8 = torch.float8_e4m3fn
-    for tokens in (128, 4096, 16384):
-        pages = -(-tokens // 16) + 1
-        ints = lambda v: torch.as_tensor(v, dtype=torch.int32, device="cuda")  # noqa: E731
-        index = (torch.randperm(pages, device="cuda").int(), ints([0, pages]), torch.zeros(tokens, dtype=torch.int32, device="cuda"), torch.arange(tokens, device="cuda").int())  # fmt: skip
-        angles = torch.randn((32768, 64), device="cuda")
-        table = torch.cat([angles.cos(), angles.sin()], 1)
-        pos = torch.randperm(32768, device="cuda")[:tokens].int()
-        q, k, v = (randn((tokens, h, 128), "bfloat16", "cuda") for h in (32, 8, 8))
-        cache = torch.zeros((pages, 2, 16, 8, 128), dtype=torch.bfloat16, device="cuda")
-        small = (
-            torch.zeros((pages, 16, 8, 128), device="cuda").to(fp8),
-            torch.zeros((pages, 16, 8, 128), device="cuda").to(fp8),
-        )
-        q_out = torch.empty_like(q)
-        q8, empty8 = torch.empty_like(q, dtype=fp8), torch.empty((tokens, 32, 0), dtype=fp8, device="cuda")
-        last = ints([1])
-        moved = 48 * 128.0 * tokens
-        latent_q, latent_k = randn((tokens, 128, 576), "bfloat16", "cuda"), randn((tokens, 576), "bfloat16", "cuda")
-        ckv, kpe = (
-            torch.zeros((pages, 16, 512), device="cuda").to(fp8),
-            torch.zeros((pages, 16, 64), device="cuda").to(fp8),
-        )
-        lq, lp = (
-            torch.empty((tokens, 128, 64), dtype=fp8, device="cuda"),
-            torch.empty((tokens, 128, 512), dtype=fp8, device="cuda"),
-        )
-        half = torch.cat([angles[:, :32].cos(), angles[:, :32].sin()], 1)
-        at = (*index[2:], small, *index[:2], last)
-        flat = (q.view(tokens, -1), k.view(tokens, -1))
-        gathered = (torch.empty_like(k), torch.empty_like(v))
-        pairs = (index[0][: pages // 2], index[0][pages // 2 : pages // 2 * 2])
-        for name, bytes_moved, run in (
-            ("rope_append", 4 * moved, lambda: pyinfer.rope_append_paged_kv_cache(q, k, v, table, pos, cache, *index, q_out=q_out)),
-            ("  rope in place, then append", 4 * moved, lambda: (pyinfer.apply_rope_with_cos_sin_cache_inplace(pos, *flat, 128, table), pyinfer.append_paged_kv_cache(k, v, *index[2:], cache, *index[:2], last))),
-            ("rope_quantize_fp8_append", 3 * moved, lambda: pyinfer.rope_quantize_fp8_append_paged_kv_cache(q, k, None, None, v, table, pos, small, *index, q_rope_out=q8, q_nope_out=empty8)),
-            ("rope_quantize_fp8_append, latent", 3 * 129 * 576.0 * tokens, lambda: pyinfer.rope_quantize_fp8_append_paged_kv_cache(latent_q[..., 512:], latent_k[:, 512:], latent_q[..., :512], latent_k[:, :512], None, half, pos, (ckv, kpe), *index, q_rope_out=lq, q_nope_out=lp)),
-            ("append_paged_kv_cache to 8 bits", 3 * 16 * 128.0 * tokens, lambda: pyinfer.append_paged_kv_cache(k, v, *at, "NHD", 0.5, 0.5)),
-            ("gather_paged_kv_cache", 4 * 16 * 128.0 * tokens, lambda: pyinfer.gather_paged_kv_cache(*index[2:], cache, *index[:2], "NHD", *gathered)),
-            ("copy_pages", 4 * 16 * 128.0 * (pages // 2 * 16), lambda: pyinfer.copy_pages(cache, *pairs)),
-        ):  # fmt: skip
-            bench.table(f"{name} {tokens} tokens", bytes_moved, [("pyinfer", run)], _no_peer)
+    def ints(v: Any) -> Any:
+        return torch.as_tensor(v, dtype=torch.int32, device="cuda")
+
+    def zeros(*shape: int) -> Any:
+        return torch.zeros(shape, device="cuda").to(fp8)
+
+    def empty(*shape: int) -> Any:
+        return torch.empty(shape, dtype=fp8, device="cuda")
+
+    p, fp8 = pyinfer, torch.float8_e4m3fn
+    pages = -(-tokens // 16) + 1
+    where, last = (
+        (torch.zeros(tokens, dtype=torch.int32, device="cuda"), torch.arange(tokens, device="cuda").int()),
+        ints([1]),
+    )
+    table = (torch.randperm(pages, device="cuda").int(), ints([0, pages]))
+    index = (*table, *where)
+    angles = torch.randn((32768, 64), device="cuda")
+    angles, half = (torch.cat([a.cos(), a.sin()], 1) for a in (angles, angles[:, :32]))
+    pos = torch.randperm(32768, device="cuda")[:tokens].int()
+    q, k, v = (randn((tokens, h, 128), "bfloat16", "cuda") for h in (32, 8, 8))
+    flat = (q.view(tokens, -1), k.view(tokens, -1))
+    q_out, gathered = torch.empty_like(q), (torch.empty_like(k), torch.empty_like(v))
+    cache = torch.zeros((pages, 2, 16, 8, 128), dtype=torch.bfloat16, device="cuda")
+    small, outs = (
+        (zeros(pages, 16, 8, 128), zeros(pages, 16, 8, 128)),
+        {"q_rope_out": empty(tokens, 32, 128), "q_nope_out": empty(tokens, 32, 0)},
+    )
+    lq, lk = randn((tokens, 128, 576), "bfloat16", "cuda"), randn((tokens, 576), "bfloat16", "cuda")
+    parts = (lq[..., 512:], lk[:, 512:], lq[..., :512], lk[:, :512])
+    latent, latent_outs = (
+        (zeros(pages, 16, 512), zeros(pages, 16, 64)),
+        {"q_rope_out": empty(tokens, 128, 64), "q_nope_out": empty(tokens, 128, 512)},
+    )
+    pairs = (table[0][: pages // 2], table[0][pages // 2 : pages // 2 * 2])
+
+    def apart() -> None:
+        p.apply_rope_with_cos_sin_cache_inplace(pos, *flat, 128, angles)
+        p.append_paged_kv_cache(k, v, *where, cache, *table, last)
+
+    moved, kv = 48 * 128.0 * tokens, 16 * 128.0 * tokens
+    for name, bytes_moved, run in (
+        ("rope_append", 4 * moved, lambda: p.rope_append_paged_kv_cache(q, k, v, angles, pos, cache, *index, q_out=q_out)),
+        ("  rope in place, then append", 4 * moved, apart),
+        ("rope_quantize_fp8_append", 3 * moved, lambda: p.rope_quantize_fp8_append_paged_kv_cache(q, k, None, None, v, angles, pos, small, *index, **outs)),
+        ("rope_quantize_fp8_append, latent", 3 * 129 * 576.0 * tokens, lambda: p.rope_quantize_fp8_append_paged_kv_cache(*parts, None, half, pos,
+        latent, *index, **latent_outs)),
+        ("append_paged_kv_cache to 8 bits", 3 * kv, lambda: p.append_paged_kv_cache(k, v, *where, small, *table, last, "NHD", 0.5, 0.5)),
+        ("gather_paged_kv_cache", 4 * kv, lambda: p.gather_paged_kv_cache(*where, cache, *table, "NHD", *gathered)),
+        ("copy_pages", 4 * 16 * 128.0 * (pages // 2 * 16), lambda: p.copy_pages(cache, *pairs)),
+    ):  # fmt: skip
+        bench.table(f"{name} {tokens} tokens", bytes_moved, [("pyinfer", run)], _no_peer)
 
 
 def main() -> None:
