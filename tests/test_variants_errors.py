@@ -302,3 +302,29 @@ def test_text_is_the_identity() -> None:
         called(functions[1].source) == [(functions[0].symbol, ("f32", "f32"), "f32")]
         and called(functions[0].source) == []
     )
+
+
+def test_edited_since() -> None:
+    """A function whose file no longer has it at its line."""
+    import linecache
+
+    text = "def old(score):\n    return score\n"
+    scope: dict[str, Any] = {}
+    exec(compile(text, "<edited>", "exec"), scope)
+    other = "def new(score):\n    return 2 * score\n"
+    try:
+        linecache.cache["<edited>"] = (len(other), None, ("\n" + other).splitlines(True), "<edited>")
+        with pytest.raises(
+            ValueError,
+            match="logits cannot be found in its file: got old, wanted one function that has not been edited",
+        ):
+            AttentionVariant("x", logits=scope["old"])
+        linecache.cache["<edited>"] = (len(text), None, text.splitlines(True), "<edited>")
+        assert AttentionVariant("x", logits=scope["old"]).user.hooks == ("logits",)
+    finally:
+        del linecache.cache["<edited>"]
+
+
+def test_tensor_on_another_device() -> None:
+    with pytest.raises(ValueError, match=r"op: bias is on another device: got cpu, wanted cuda:0 \(where q is\)"):
+        BIASED.check_args("op", GOOD, 0, 2, 1, 1)

@@ -9,7 +9,8 @@ from tests.error_sites import ROOT, sites
 
 ATTENTION = (
     "_attention", "_attention_options", "_batch_attention", "_batch_pod", "_batch_prefill", "_batch_run", "_cascade_wrappers", "_flashinfer", "_paged_mla", "_sink_wrapper",
-    "_support", "attention", "cascade", "decode", "mla", "pod", "prefill", "quantization", "sparse", "utils",
+    "_support", "_jit_module", "_variant_source", "attention", "cascade", "decode", "jit/customize", "mla", "pod", "prefill", "quantization", "sparse", "utils",
+    "variants",
 )  # fmt: skip
 SCHEDULERS = ("decode", "mixed", "plan", "prefill")
 FILES = [ROOT / f"{name}.py" for name in ATTENTION] + [ROOT.parent / "schedulers" / f"{name}.py" for name in SCHEDULERS]
@@ -17,7 +18,7 @@ FILES = [ROOT / f"{name}.py" for name in ATTENTION] + [ROOT.parent / "schedulers
 NEEDED = {
     "test_attention_errors", "test_batch_attention", "test_batch_pod", "test_cascade", "test_cascade_wrappers", "test_decode", "test_device_errors", "test_flashinfer",
     "test_mla", "test_options", "test_plan_contract", "test_plan_wrappers", "test_pod", "test_prefill", "test_quantization", "test_schedulers",
-    "test_sink_wrapper", "test_sparse", "test_support", "test_utils",
+    "test_sink_wrapper", "test_sparse", "test_support", "test_utils", "test_variants_errors",
 }  # fmt: skip
 
 

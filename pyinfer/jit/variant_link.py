@@ -195,9 +195,9 @@ def link(spec: JitSpec, kernel: bytes, arch: str) -> tuple[bytes, str]:
             size, get = linker.get_linked_ptx_size, linker.get_linked_ptx
         else:
             size, get = linker.get_linked_cubin_size, linker.get_linked_cubin
-        code = bytearray(size(handle))
-        get(handle, code)
-        return bytes(code), log
+        linked = bytearray(size(handle))
+        get(handle, linked)
+        return bytes(linked), log
     finally:
         linker.destroy(handle)
 
