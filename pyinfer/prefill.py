@@ -51,6 +51,8 @@ def single_prefill_with_kv_cache(
     backend: str = "auto",
     return_lse: bool = False,
     *,
+    k_scale: Any = None,
+    v_scale: Any = None,
     variant: AttentionVariant | None = None,
     variant_args: Sequence[Any] | None = None,
 ) -> Any:
@@ -66,6 +68,8 @@ def single_prefill_with_kv_cache(
         As k, with head_dim_vo. Any strides but a last one of 1.
     scale_q, scale_k, scale_v
         Numbers or tensors of one element (one on the GPU is read, which waits for it): scale_q and scale_k multiply sm_scale, scale_v the output.
+    k_scale, v_scale
+        Other names of scale_k and scale_v.
     o_dtype
         Of the output: float16, bfloat16 or float32; q's dtype by default.
     custom_mask
@@ -105,6 +109,10 @@ def single_prefill_with_kv_cache(
         Before any launch, naming the argument.
     """
     op = "single_prefill_with_kv_cache"
+    for arg, first, second in (("k_scale", scale_k, k_scale), ("v_scale", scale_v, v_scale)):
+        if first is not None and second is not None:
+            fail(op, arg, "was given twice", "both", f"scale_{arg[0]} or {arg}")
+    scale_k, scale_v = (a if b is None else b for a, b in ((scale_k, k_scale), (scale_v, v_scale)))
     common.check_layout(op, kv_layout)
     common.check_options(op, backend=backend)
     encoding = common.check_pos_encoding(op, pos_encoding_mode, rope_scale, rope_theta)
@@ -128,8 +136,8 @@ def single_prefill_with_kv_cache(
     common.run_single(
         op, qv, kv, vv, kv_layout, view(out), None if lse is None else view(lse), causal=bool(causal) and bound is None,
         window_left=common.check_window(op, window_left), sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap),
-        v_scale=common.scale(op, "scale_v", scale_v), options=options_of(*encoding, bound is not None, family=KERNEL_FAMILIES[backend]), mask=bound, variant=variant,
-        variant_args=variant_args,
+        v_scale=common.scale(op, "scale_v", scale_v), options=options_of(*encoding, bound is not None, family=KERNEL_FAMILIES[backend]), mask=bound,
+        variant=variant, variant_args=variant_args,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -204,6 +204,7 @@ SINGLE_CASES = {
     "o_dtype": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.k, x.k, o_dtype="int8"), TypeError, "o_dtype is no output dtype: got int8"),
     "integers": (lambda x: pyinfer.single_prefill_with_kv_cache(*(x.zeros(4, 2, 64, dtype="int32"),) * 3), TypeError, r"q has no \w+ kernel: got int32"),
     "head_dim": (lambda x: pyinfer.single_prefill_with_kv_cache(*(x.zeros(4, 2, 512),) * 3), ValueError, r"head_dim has no \w+ kernel: got 512 \(qk\), 512 \(vo\)"),
+    "two scales": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.k, x.k, scale_k=2.0, k_scale=2.0), ValueError, "k_scale was given twice: got both, wanted scale_k or k_scale"),
     "scale per head": (lambda x: pyinfer.single_prefill_with_kv_cache(x.q, x.k, x.k, np.ones(4)), ValueError, r"scale_q is not one number: got shape \(4,\)"),
 }  # fmt: skip
 

@@ -337,3 +337,12 @@ for kernel in (decode.decode_items, prefill.prefill_items):
     import sys
 
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_other_names_of_scales(rng, backend_arrays, device):
+    b, dtype = backend_arrays, cases.dtypes(device)[0]
+    q, k, v = (b.array(rng.standard_normal(s), dtype) for s in ((5, 4, 64), (9, 2, 64), (9, 2, 64)))
+    one = pyinfer.single_prefill_with_kv_cache(q, k, v, scale_k=0.5, scale_v=2.0)
+    two = pyinfer.single_prefill_with_kv_cache(q, k, v, k_scale=0.5, v_scale=2.0)
+    assert_same_bits(b.numpy(one), b.numpy(two))
+    assert not (b.numpy(one) == b.numpy(pyinfer.single_prefill_with_kv_cache(q, k, v))).all()

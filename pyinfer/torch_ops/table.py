@@ -121,7 +121,7 @@ FUNCTIONS: dict[str, dict[str, Operator]] = {
         "single_prefill_with_kv_cache": Operator(
             "q, k, v, number scale_q, number scale_k, number scale_v, dtype o_dtype, Tensor? custom_mask, Tensor? packed_custom_mask, bool causal, "
             "str kv_layout, str pos_encoding_mode, bool use_fp16_qk_reduction, float? sm_scale, int window_left, float? logits_soft_cap, "
-            "float? rope_scale, float? rope_theta, str backend, flag return_lse, none variant, none variant_args",
+            "float? rope_scale, float? rope_theta, str backend, flag return_lse, number k_scale, number v_scale, none variant, none variant_args",
             r.prefill,
             1,
         ),
@@ -180,6 +180,15 @@ FUNCTIONS: dict[str, dict[str, Operator]] = {
             1,
             random=True,
             packed="(made[0], maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num, *made[1:])",
+        ),
+    },
+    "topk": {
+        "top_k": Operator("input, int k, bool sorted, bool deterministic, int tie_break", r.largest, 2),
+        "top_k_page_table_transform": Operator(
+            "input, src_page_table, lengths, int k, Tensor? row_to_batch, bool deterministic, int tie_break", r.selected("input", "k"), 1
+        ),
+        "top_k_ragged_transform": Operator(
+            "input, offsets, lengths, int k, bool deterministic, int tie_break", r.selected("input", "k"), 1
         ),
     },
     "sparse": {"convert_bsr_mask_layout": Operator("mask, ints indptr", r.flattened, 1, waits=True)},
@@ -260,6 +269,8 @@ METHODS: dict[str, dict[str, Operator]] = {
 }
 
 NOT_TRACED: dict[str, str] = {
+    "TopKTieBreak": "an enumeration",
+    "top_k_varlen": "takes dictionaries and hints; compiled code takes top_k_ragged_transform",
     "fast_decode_plan": "plans, outside of compiled code",
     "install_as_flashinfer": "changes what an import finds; takes no tensor",
     "copy_pages": "takes any number of caches; bookkeeping of a server between steps, no part of a model",
