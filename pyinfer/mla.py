@@ -31,7 +31,8 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
     qo_indptr, kv_indptr, kv_indices, kv_len_arr
         int32 [batch + 1], [batch + 1], [most pages ever], [batch]: plan() copies its arguments there. They fix the batch size.
     backend
-        "auto"; or the kernel family: "fa2" runs everywhere, "fa3" on Hopper with pages of a multiple of 8 tokens. "auto" takes it there.
+        "auto", or the family of CUDA kernels: "fa2" runs on every GPU, "fa3" on Hopper, with pages of a multiple of 8 tokens, where "auto" takes it. On the CPU
+        there is one family.
     """
 
     _op = "BatchMLAPagedAttentionWrapper"

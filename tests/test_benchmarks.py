@@ -233,7 +233,7 @@ def fake_flashinfer(monkeypatch):
 
 
 def test_suites_run_on_tiny_cases(fake_flashinfer, tmp_path, capsys):
-    suites = ["decode", "prefill", "memory_bound", "sampling", "host_cost", "cpu_attention"]
+    suites = ["decode", "prefill", "mla", "memory_bound", "sampling", "host_cost", "cpu_attention"]
     code = main([*suites, "--device", "cpu", "--quick", "--peers", "flashinfer", "torch", "--out", str(tmp_path)])
     out = capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
