@@ -91,6 +91,8 @@ def single_prefill_with_kv_cache(
         1 / sqrt(head_dim_qk) by default.
     rope_scale, rope_theta
         Pair i turns by position * rope_theta^(-2 i / head_dim_qk) / rope_scale; 1 and 10,000 by default.
+    backend
+        "auto"; "fa2" takes the kernels that run everywhere, "fa3" those of Hopper, a ValueError where there is none. On the CPU all are the same.
     return_lse
         Also return the base-2 log-sum-exp of the scaled scores.
     variant, variant_args
@@ -150,7 +152,9 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
 
     Parameters
     ----------
-    float_workspace_buffer, kv_layout, use_cuda_graph, backend, variant, jit_args, jit_kwargs
+    backend
+        "auto"; "fa2" takes the kernels that run everywhere, "fa3" those of Hopper, which plan() and run() then require. On the CPU all are the same.
+    float_workspace_buffer, kv_layout, use_cuda_graph, variant, jit_args, jit_kwargs
         As in `BatchDecodeWithPagedKVCacheWrapper`.
     qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf
         CUDA graph mode: int32 [batch + 1], [batch + 1], [most pages ever], [batch]. The first plan fixes the most query rows.
@@ -347,7 +351,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
 
     Parameters
     ----------
-    float_workspace_buffer, kv_layout, use_cuda_graph, backend, variant, jit_args, jit_kwargs
+    backend
+        "auto"; "fa2" takes the kernels that run everywhere, "fa3" those of Hopper, which plan() and run() then require. On the CPU all are the same.
+    float_workspace_buffer, kv_layout, use_cuda_graph, variant, jit_args, jit_kwargs
         As in `BatchDecodeWithPagedKVCacheWrapper`; kv_layout says whether k and v are [tokens, heads, dim] (NHD) or [heads, tokens, dim] (HND).
     qo_indptr_buf, kv_indptr_buf
         CUDA graph mode: int32 [batch + 1] both. The first plan fixes the most query rows.

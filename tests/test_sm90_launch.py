@@ -27,7 +27,7 @@ def hopper(monkeypatch):
     """cuda:0 is a Hopper GPU with the family switched on, and launches are recorded."""
     pytest.importorskip("torch")
     submitted = stub_driver.install(monkeypatch)
-    monkeypatch.setenv("PYINFER_SM90", "1")
+    monkeypatch.delenv("PYINFER_SM90", raising=False)
     monkeypatch.setattr(tensormap, "encode", fake_map)
     caches = (
         attention_sm90.enabled,
@@ -152,10 +152,10 @@ def test_bound_launch_follows_addresses(hopper):
 
 def test_choice(monkeypatch):
     attention_sm90.enabled.cache_clear()
-    monkeypatch.delenv("PYINFER_SM90", raising=False)
+    monkeypatch.setenv("PYINFER_SM90", "0")
     assert attention_sm90.config_for(90, BFLOAT16, 128, 128, 1000) is None
     attention_sm90.enabled.cache_clear()
-    monkeypatch.setenv("PYINFER_SM90", "1")
+    monkeypatch.delenv("PYINFER_SM90")
     chosen = attention_sm90.config_for
     assert chosen(90, BFLOAT16, 128, 128, 65).tile_q == 128
     assert (

@@ -178,8 +178,8 @@ def candidates(
 
 @functools.cache
 def enabled(arch: int) -> bool:
-    """Whether this family may be chosen for an architecture number: on Hopper, with PYINFER_SM90=1."""
-    return arch == 90 and os.environ.get("PYINFER_SM90") == "1"
+    """Whether this family may be chosen for an architecture number: on Hopper, unless PYINFER_SM90=0."""
+    return arch == 90 and os.environ.get("PYINFER_SM90", "1") != "0"
 
 
 def config_for(
