@@ -1,5 +1,5 @@
-"""Operators that only move bytes: rmsnorm, fused_add_rmsnorm, silu_and_mul, rope, append. bf16. TB/s count what must
-be read plus what must be written.
+"""Operators that only move bytes: norms, gated activations, rope, append, their forms with 8-bit results, the fused ones, page
+moves. bf16. TB/s count what must be read plus what must be written.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def run(ctx: Context) -> None:
         spec = f"{rows}×{columns} {dtype}"
         n = rows * columns * size
         _norms(ctx, spec, rows, columns, dtype, n)
+        _quantized(ctx, spec, rows, columns, dtype, size)
         case = Case("silu_and_mul", spec, bytes=3.0 * n)
         if ctx.selected(case):
             x = randn((rows, 2 * columns), dtype, ctx.device)
@@ -38,6 +39,7 @@ def run(ctx: Context) -> None:
     for tokens in (3, 8) if tiny else TOKENS:
         _rope(ctx, tokens, dtype, size, (4, 2, 32) if tiny else (32, 8, 128))
         _append(ctx, tokens, dtype, size, (2, 32) if tiny else (8, 128))
+        _fused(ctx, tokens, "float16" if tiny else dtype, (4, 2, 32) if tiny else (32, 8, 128))
 
 
 def _elementwise(style: str) -> Any:
@@ -77,6 +79,84 @@ def _norms(ctx: Context, spec: str, rows: int, columns: int, dtype: str, n: int)
         lambda m: calls.fused_add_rmsnorm(m, x, residual, weight),
         lambda style: _elementwise(style).fused_add_rmsnorm(x, residual, weight),
     )
+
+
+def _quantized(ctx: Context, spec: str, rows: int, columns: int, dtype: str, size: int) -> None:
+    """8-bit results; layernorm. What ours makes is checked by the peers only where they have the operator: the tests check the rest."""
+    n = float(rows * columns)
+    read, residual_too, pair = n * (size + 1), n * (3 * size + 1), n * (2 * size + 1)
+    cases = {
+        name: Case(name, spec, bytes=moved, tolerance=0.05)
+        for name, moved in (
+            ("rmsnorm_quant", read),
+            ("fused_add_rmsnorm_quant", residual_too),
+            ("rmsnorm_dynamic_quant", read),
+            ("silu_and_mul_quant", pair),
+            ("silu_and_mul_dynamic_quant", pair),
+            ("layernorm", 2 * n * size),
+        )
+    }
+    if not any(map(ctx.selected, cases.values())):
+        return
+    x, residual, weight = (randn(shape, dtype, ctx.device) for shape in ((rows, columns), (rows, columns), (columns,)))
+    wide = randn((rows, 2 * columns), dtype, ctx.device)
+    scale = x.new_full((1,), 0.02).float()
+    for name, module, call in (
+        ("rmsnorm_quant", "norm", lambda m: calls.rmsnorm_quant(m, x, weight, scale)),
+        ("fused_add_rmsnorm_quant", "norm", lambda m: calls.fused_add_rmsnorm_quant(m, x, residual, weight, scale)),
+        ("rmsnorm_dynamic_quant", "norm", lambda m: calls.rmsnorm_dynamic_quant(m, x, weight)),
+        ("silu_and_mul_quant", "activation", lambda m: calls.silu_and_mul_quant(m, wide, False)),
+        ("silu_and_mul_dynamic_quant", "activation", lambda m: calls.silu_and_mul_quant(m, wide, True)),
+        ("layernorm", "norm", lambda m: calls.layernorm(m, x, weight)),
+    ):
+        _measure(ctx, cases[name], module, call)
+
+
+def _fused(ctx: Context, tokens: int, dtype: str, shape: tuple[int, int, int]) -> None:
+    """Rotation with append, with rounding; append with rounding; gather; copies of pages."""
+    q_heads, kv_heads, dim = shape
+    q, kv = float(tokens * q_heads * dim), float(2 * tokens * kv_heads * dim)
+    spec, cache_spec = (
+        f"{tokens} tokens {q_heads}/{kv_heads}×{dim} {dtype}",
+        f"{tokens} tokens {kv_heads}×{dim} page 16 {dtype}",
+    )
+    angles = 4.0 * tokens * dim
+    half_pages = (-(-tokens // 16) + 1) // 2 * 16 * kv_heads * dim * 2.0
+    together, rounded = (
+        Case("rope_append_paged_kv_cache", spec, bytes=4 * (q + kv) + angles),
+        Case("rope_quantize_fp8_append_paged_kv_cache", spec, bytes=3 * (q + kv) + angles, tolerance=0.05),
+    )
+    small = Case("append_paged_kv_cache to 8 bits", cache_spec, bytes=3 * kv)
+    out, moved = (
+        Case("gather_paged_kv_cache", cache_spec, bytes=4 * kv),
+        Case("copy_pages", cache_spec, bytes=4 * half_pages),
+    )
+    if not any(map(ctx.selected, (together, rounded, small, out, moved))):
+        return
+    a = calls.Fused(tokens, q_heads, kv_heads, dim, dtype, ctx.device)
+    ctx.measure(
+        together,
+        [
+            ("pyinfer", lambda: calls.rope_append(_ours(), a)),
+            ("pyinfer apart", lambda: calls.rope_then_append(_ours(), a)),
+            ("flashinfer apart", lambda: calls.rope_then_append(_both(), a)),
+        ],
+    )
+    _measure(ctx, rounded, "rope", lambda m: calls.rope_quantize_append(m, a))
+    for case, call in ((small, calls.append_quantized), (out, calls.gather), (moved, calls.copy_pages)):
+        ctx.measure(case, [("pyinfer", lambda call=call: call(_ours(), a))])
+
+
+def _ours() -> Any:
+    import pyinfer
+
+    return pyinfer
+
+
+def _both() -> Any:
+    """FlashInfer, if rope and page are built."""
+    peers.flashinfer("page")
+    return peers.flashinfer("rope")
 
 
 def _rope(ctx: Context, tokens: int, dtype: str, size: int, shape: tuple[int, int, int]) -> None:
