@@ -373,7 +373,7 @@ def single_prefill(d: Draw) -> Prepared:
     def run(**results: Any) -> Any:
         return pyinfer.single_prefill_with_kv_cache(
             q, k, v, o_dtype=None if c.out == "same" else c.out, causal=c.causal, kv_layout=c.layout, sm_scale=d.sm_scale, window_left=c.window,
-            logits_soft_cap=c.cap, **arguments, **results,
+            logits_soft_cap=c.cap, backend=c.backend, **arguments, **results,
         )  # fmt: skip
 
     want = d.expect(q64, [qo], [k64], [v64], each, **{**d.options(), **d.scaled(d.sm_scale, "q", "k", "v")})
@@ -392,7 +392,7 @@ def decode(d: Draw) -> Prepared:
     c = d.case
     qo, lens = d.lengths(decode=True)
     t, (q, q64), (sinks, sinks64) = d.paged(lens), d.queries(len(lens)), d.sinks()
-    w = pyinfer.BatchDecodeWithPagedKVCacheWrapper(d.workspace(), c.layout)
+    w = pyinfer.BatchDecodeWithPagedKVCacheWrapper(d.workspace(), c.layout, backend=c.backend)
     w.plan(
         *(d.metadata(x) for x in (t.indptr, t.indices, t.last)), c.heads, c.kv_heads, c.dims[0], c.page, o_data_type=None if c.out == "same" else c.out,
         **_types(c), **_scores(d), **d.encoding(), **d.splits(),
@@ -410,7 +410,12 @@ def paged(d: Draw) -> Prepared:
     qo, lens = d.lengths()
     t, (q, q64), (sinks, sinks64) = d.paged(lens), d.queries(sum(qo)), d.sinks()
     _, each, mask = d.masks(list(zip(qo, lens, strict=True)))
-    w = pyinfer.BatchPrefillWithPagedKVCacheWrapper(d.workspace(), c.layout)
+    wrapper = (
+        pyinfer.BatchAttentionWithAttentionSinkWrapper
+        if c.op == "sinks"
+        else pyinfer.BatchPrefillWithPagedKVCacheWrapper
+    )
+    w = wrapper(d.workspace(), c.layout, backend=c.backend)
     w.plan(
         *(d.metadata(x) for x in (indptr_of(qo), t.indptr, t.indices, t.last)), c.heads, c.kv_heads, c.dims[0], c.page, c.dims[1], causal=c.causal,
         o_data_type=None if c.out == "same" else c.out, **_types(c), **_scores(d), **d.encoding(), **d.splits(), **mask,
@@ -428,7 +433,7 @@ def ragged(d: Draw) -> Prepared:
     qo, lens = d.lengths()
     (k, v, k64, v64), (q, q64), (sinks, sinks64) = d.dense(sum(lens)), d.queries(sum(qo)), d.sinks()
     _, each, mask = d.masks(list(zip(qo, lens, strict=True)))
-    w = pyinfer.BatchPrefillWithRaggedKVCacheWrapper(d.workspace(), c.layout)
+    w = pyinfer.BatchPrefillWithRaggedKVCacheWrapper(d.workspace(), c.layout, backend=c.backend)
     w.plan(
         *(d.metadata(x) for x in (indptr_of(qo), indptr_of(lens))), c.heads, c.kv_heads, *c.dims, causal=c.causal,
         o_data_type=None if c.out == "same" else c.out, **_types(c), **_scores(d), **d.encoding(), **d.splits(), **mask,
@@ -544,6 +549,37 @@ def pod(d: Draw) -> Prepared:
     return Prepared(run, [Wanted(prefill, c.dtype), Wanted(both, c.dtype)])
 
 
+def batch_pod(d: Draw) -> Prepared:
+    """Two batches, each with its own cache: one prefills, one decodes."""
+    c = d.case
+    qo_p, lens_p = d.lengths()
+    qo_d, lens_d = d.lengths(decode=True)
+    (t_p, t_d), (q_p, q_p64), (q_d, q_d64) = (
+        (d.paged(lens_p), d.paged(lens_d)),
+        d.queries(sum(qo_p)),
+        d.queries(sum(qo_d)),
+    )
+    _, each, mask = d.masks(list(zip(qo_p, lens_p, strict=True)))
+    w = pyinfer.BatchPODWithPagedKVCacheWrapper(d.workspace(), c.layout)
+    tables = [(indptr_of(qo), t.indptr, t.indices, t.last) for qo, t in ((qo_p, t_p), (qo_d, t_d))]
+    w.plan(
+        *(d.metadata(x) for table in tables for x in table), c.heads, c.kv_heads, c.dims[0], c.page, window_left=c.window, sm_scale=d.sm_scale,
+        **_types(c), **d.encoding(),
+    )  # fmt: skip
+    mask = {name + "_p": x for name, x in mask.items()}
+    scales = d.scales("q_scale", "k_scale", "v_scale")
+    lse = c.results == "both"
+
+    def run() -> list[tuple[Any, Any]]:
+        got = w.run(q_p, t_p.cache, q_d, t_d.cache, causal_p=c.causal, return_lse=lse, **mask, **scales)
+        return list(zip(*got, strict=True)) if lse else [(x, None) for x in got]
+
+    options = d.options()
+    prefill = d.expect(q_p64, qo_p, t_p.k, t_p.v, each, **{**options, **d.scaled(d.sm_scale)})
+    both = d.expect(q_d64, qo_d, t_d.k, t_d.v, **{**options, **d.scaled(d.sm_scale, "q", "k", "v"), "causal": False})
+    return Prepared(run, [Wanted(prefill, c.dtype), Wanted(both, c.dtype)])
+
+
 def block_sparse(d: Draw) -> Prepared:
     c, rng = d.case, d.rng
     r = {"mixed": 40, "decode": 1, "long": 34, "shared": 36}[c.shape]
@@ -571,7 +607,7 @@ def block_sparse(d: Draw) -> Prepared:
         else:
             bits = [packed(m) for m in by_row]
             arguments["packed_mask"] = d.b.array(np.concatenate(bits))
-    w = pyinfer.BlockSparseAttentionWrapper(d.workspace())
+    w = pyinfer.BlockSparseAttentionWrapper(d.workspace(), c.backend)
     w.plan(
         d.metadata(indptr), d.metadata(indices), mb * r, nb * c.page, r, c.page, c.heads, c.kv_heads, c.dims[0], causal=c.causal, sm_scale=d.sm_scale,
         logits_soft_cap=c.cap, o_data_type=None if c.out == "same" else c.out, **_types(c), **d.encoding(), **arguments,
@@ -605,7 +641,7 @@ def variable_sparse(d: Draw) -> Prepared:
     v = d.normal((c.kv_heads, keys, c.dims[1]))
     k64, v64 = rounded(k, c.kv_dtype), rounded(v, c.kv_dtype)
     k, v = d.tensor(k, c.kv_dtype), d.tensor(v, c.kv_dtype)
-    w = pyinfer.VariableBlockSparseAttentionWrapper(d.workspace())
+    w = pyinfer.VariableBlockSparseAttentionWrapper(d.workspace(), c.backend)
     tables = [seen, row_sz, col_sz]
     if c.index == "device":
         tables = [d.b.array(x) for x in tables]
@@ -648,7 +684,7 @@ def _latent(d: Draw, decode_only: bool) -> tuple[Any, ...]:
 def mla(d: Draw) -> Prepared:
     c = d.case
     qo, t, (nope, pe, ckv, kpe), q64, values = _latent(d, False)
-    w = pyinfer.mla.BatchMLAPagedAttentionWrapper(d.workspace())
+    w = pyinfer.mla.BatchMLAPagedAttentionWrapper(d.workspace(), backend=c.backend)
     tables = [d.metadata(x) for x in (indptr_of(qo), t.indptr, t.indices, t.lens)]
     w.plan(*tables, c.heads, c.dims[1], c.dims[0] - c.dims[1], c.page, c.causal, MLA_SCALE, c.dtype, c.dtype)
     want = d.expect(q64, qo, t.k, values, **{**d.options(), "sm_scale": MLA_SCALE})
@@ -715,10 +751,10 @@ def prefix_prefill(d: Draw) -> Prepared:
 RUNNERS: dict[str, Callable[[Draw], Prepared]] = {
     f.__name__: f
     for f in (
-        single_decode, single_prefill, decode, paged, ragged, batch_attention, cascade, cascade_one, pod, block_sparse, variable_sparse, mla, mla_decode,
-        prefix_decode, prefix_prefill,
+        single_decode, single_prefill, decode, paged, ragged, batch_attention, cascade, cascade_one, pod, batch_pod, block_sparse, variable_sparse, mla,
+        mla_decode, prefix_decode, prefix_prefill,
     )
-}  # fmt: skip
+} | {"sinks": paged}  # fmt: skip
 
 
 # ---- the comparison -------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ PAGES: dict[str, tuple[int, ...]] = {
 FACTORS: dict[str, tuple[Any, ...]] = {
     "op": (
         "single_decode", "single_prefill", "decode", "paged", "ragged", "batch_attention", "cascade", "cascade_one", "pod", "block_sparse",
-        "variable_sparse", "mla", "mla_decode", "prefix_decode", "prefix_prefill",
+        "variable_sparse", "mla", "mla_decode", "prefix_decode", "prefix_prefill", "batch_pod", "sinks",
     ),
     "dtype": ("float16", "bfloat16", "float32"),
     "kv": ("same", "float8_e4m3fn", "float8_e5m2"),
@@ -72,10 +72,12 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "shape": ("mixed", "decode", "short", "long", "shared"),
     "framework": ("torch", "native"),
     "workspace": ("own", "given"),
+    "backend": ("auto", "fa2", "fa3"),
 }  # fmt: skip
 OFF: dict[str, Any] = {
     "kv": "same", "out": "same", "page": "none", "layout": "NHD", "form": "plain", "causal": False, "mask": "none", "window": -1, "cap": 0.0,
     "scale": "default", "pos": "NONE", "sinks": False, "scales": "none", "split": "auto", "index": "int32", "results": "out", "workspace": "own",
+    "backend": "auto",
 }  # fmt: skip
 
 _ALL_PAGES = tuple(p for p in PAGES if p != "none")
@@ -95,19 +97,24 @@ _PAGED = dict(page=_ALL_PAGES, dims=_EQUAL)
 OPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "single_decode": _op("kv", "layout", "window", "cap", "scale", "pos", "scales", dims=_ANY, results=("out", "both"), **_DENSE),
     "single_prefill": _op(
-        "kv", "out", "layout", "causal", "window", "cap", "scale", "pos", "scales",
+        "kv", "out", "layout", "causal", "window", "cap", "scale", "pos", "scales", "backend",
         dims=_ANY, mask=("none", "bool", "packed"), results=("out", "both"), **_DENSE,
     ),
     "decode": _op(
-        "kv", "out", "layout", "form", "window", "cap", "scale", "pos", "sinks", "scales", "split", "index", "results", "workspace", **_PAGED
+        "kv", "out", "layout", "form", "window", "cap", "scale", "pos", "sinks", "scales", "split", "index", "results", "workspace",
+        backend=("auto", "fa2"), **_PAGED,
     ),
     "paged": _op(
         "kv", "out", "layout", "form", "causal", "mask", "window", "cap", "scale", "pos", "sinks", "scales", "split", "index", "results", "workspace",
-        dims=_ANY, page=_ALL_PAGES,
+        "backend", dims=_ANY, page=_ALL_PAGES,
+    ),
+    "sinks": _op(
+        "kv", "out", "layout", "form", "causal", "mask", "window", "cap", "scale", "pos", "scales", "split", "index", "results", "workspace", "backend",
+        dims=_ANY, page=_ALL_PAGES, sinks=(True,),
     ),
     "ragged": _op(
         "kv", "out", "layout", "causal", "mask", "window", "cap", "scale", "pos", "sinks", "scales", "split", "index", "results", "workspace",
-        dims=_ANY, **_DENSE,
+        "backend", dims=_ANY, **_DENSE,
     ),
     "batch_attention": _op("kv", "layout", "form", "causal", "cap", "scale", "scales", "index", results=("both", "given"), **_PAGED),
     "cascade": _op("kv", "layout", "form", "causal", "cap", "scale", "scales", "index", "results", "workspace", **_PAGED),
@@ -116,15 +123,19 @@ OPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "kv", "layout", "form", "causal", "window", "scale", "pos", "scales", "index", "workspace",
         mask=("none", "bool", "packed"), results=("out", "both"), **_PAGED,
     ),
+    "batch_pod": _op(
+        "kv", "layout", "form", "causal", "window", "scale", "pos", "scales", "index", "workspace",
+        mask=("none", "bool", "packed"), results=("out", "both"), **_PAGED,
+    ),
     "block_sparse": _op(
-        "kv", "out", "causal", "cap", "scale", "pos", "scales", "index", "results", "workspace",
+        "kv", "out", "causal", "cap", "scale", "pos", "scales", "index", "results", "workspace", "backend",
         mask=("none", "bool", "packed"), form=("plain", "strided", "unaligned"), shape=("mixed", "decode", "long", "shared"), **_PAGED,
     ),
     "variable_sparse": _op(
-        "kv", "causal", "cap", "scale", "pos", "results", "workspace",
+        "kv", "causal", "cap", "scale", "pos", "results", "workspace", "backend",
         dims=_EQUAL, index=("int32", "int64", "device"), form=("plain", "strided", "unaligned"), shape=("mixed", "decode", "long"),
     ),
-    "mla": _op("causal", "index", "results", "workspace", dims=("mla",), page=_ALL_PAGES, scale=("given",), form=("plain", "strided")),
+    "mla": _op("causal", "index", "results", "workspace", "backend", dims=("mla",), page=_ALL_PAGES, scale=("given",), form=("plain", "strided")),
     "mla_decode": _op(
         "window", "cap", "scales", "index", "results", "workspace", dims=("mla",), page=_ALL_PAGES, scale=("given",), form=("plain", "strided")
     ),
@@ -142,6 +153,8 @@ NAMES = {  # of the public functions and wrappers
     "cascade": "MultiLevelCascadeAttentionWrapper",
     "cascade_one": "MultiLevelCascadeAttentionWrapper",
     "pod": "PODWithPagedKVCacheWrapper",
+    "batch_pod": "BatchPODWithPagedKVCacheWrapper",
+    "sinks": "BatchAttentionWithAttentionSinkWrapper",
     "block_sparse": "BlockSparseAttentionWrapper",
     "variable_sparse": "VariableBlockSparseAttentionWrapper",
     "mla": "BatchMLAPagedAttentionWrapper",
@@ -241,6 +254,7 @@ class Case(NamedTuple):
     shape: str
     framework: str
     workspace: str
+    backend: str
 
     @property
     def kv_dtype(self) -> str:

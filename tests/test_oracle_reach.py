@@ -16,7 +16,6 @@ pytestmark = pytest.mark.cpu
 
 OTHER_NAMES = {
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "decode, with buffers: tests/test_graph_replay.py",
-    "BatchAttentionWithAttentionSinkWrapper": "paged, with sinks in run(): tests of its own",
     "single_prefill_with_kv_cache_return_lse": "single_prefill",
 }
 MLA = ("mla", "mla_decode")
@@ -119,7 +118,7 @@ def test_named_options(op, device):
         assert taken(op, device, "page_size", (-1, 0, 1, 2, 256, 1024)) == {1, 2, 256, 1024}
     if "backend" in names:
         known = (*_support.BACKENDS, "cudnn", "trtllm-gen", "cutlass", "xqa", "")
-        assert taken(op, device, "backend", known) <= set(_support.BACKENDS)
+        assert taken(op, device, "backend", known) == in_grid(op, device, "backend") <= set(_support.BACKENDS)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------------------
@@ -137,21 +136,23 @@ FACTOR = {  # of the grid, by the names that arguments have
     "split": "fixed_split_size disable_split_kv",
     "results": "out lse return_lse return_lse_p return_lse_d",
     "workspace": "float_workspace_buffer",
+    "backend": "backend",
     "out": "o_dtype o_data_type",
     "kv": "kv_data_type",
     "dtype": "q_data_type data_type",
     "dims": "head_dim head_dim_qk head_dim_vo head_dim_ckv head_dim_kpe head_dim_compressed_kv",
     "group": "num_qo_heads num_kv_heads num_heads",
     "page": "page_size C",
-    "index": "indptr indices last_page_len qo_indptr kv_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len kv_indices kv_len_arr "
+    "index": "qo_indptr_p kv_indptr_p kv_indices_p last_page_len_p qo_indptr_d kv_indptr_d kv_indices_d last_page_len_d "
+             "indptr indices last_page_len qo_indptr kv_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len kv_indices kv_len_arr "
              "qo_indptr_arr paged_kv_indptr_arr paged_kv_indices_arr block_mask_map block_row_sz block_col_sz "
              "unique_kv_indptr unique_kv_indices unique_kv_last_page_len",
-    "form": "q k v paged_kv_cache kv_cache q_p k_p v_p q_d paged_kv_cache_d q_nope q_pe ckv_cache kpe_cache paged_ckv_cache paged_kpe_cache "
+    "form": "q k v paged_kv_cache kv_cache q_p k_p v_p q_d paged_kv_cache_p paged_kv_cache_d q_nope q_pe ckv_cache kpe_cache paged_ckv_cache paged_kpe_cache "
             "k_shared v_shared unique_kv_cache",
     "shape": "M N R num_levels",
 }  # fmt: skip
 ELSEWHERE = {  # arguments that change no number, or that only one value is taken for
-    "self args kwargs": "",
+    "self args kwargs options": "",
     "use_cuda_graph max_batch_size max_num_tokens max_num_pages paged_kv_indptr_buffer "
     "paged_kv_indices_buffer paged_kv_last_page_len_buffer qo_indptr_buf paged_kv_indptr_buf kv_indptr_buf "
     "paged_kv_indices_buf paged_kv_last_page_len_buf custom_mask_buf mask_indptr_buf qo_indptr_buf_arr paged_kv_indptr_buf_arr paged_kv_indices_buf_arr "
@@ -163,7 +164,6 @@ ELSEWHERE = {  # arguments that change no number, or that only one value is take
     "custom_mask_d packed_custom_mask_d rope_scale_d rope_theta_d kv_layout_d pos_encoding_mode_d window_left_d sm_scale_d causal_d": "test_pod: "
     "refused, or the plan's once more",
     "return_lse_base_on_e": "test_mla",
-    "backend": "auto and fa2 are one family; test_named_options",
     "jit_args jit_kwargs variant variant_args": "test_variants",
 }  # fmt: skip
 KNOWN = {name for names in FACTOR.values() for name in names.split()} | {
@@ -194,6 +194,7 @@ def test_every_argument_is_accounted_for(op):
 
 
 FIXED = {  # arguments that an operator has and the grid leaves alone, for one value is all it takes
+    "sinks": {"sinks"},  # it has no run() without them
     "cascade": {"pos_encoding_mode", "rope_scale", "rope_theta", "window_left"},
     "mla": {"q_data_type", "kv_data_type", "sm_scale"},
     "mla_decode": {"sm_scale", "rope_scale", "rope_theta", "v_scale"},
