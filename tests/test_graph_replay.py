@@ -171,6 +171,34 @@ class Pod(Decode):
         return [*super().wanted(s), *attention(*x, causal=True)]
 
 
+class Ragged(Kind):
+    """Keys one request after another, in tensors with room for the most."""
+
+    def sizes(self) -> tuple[int, ...]:
+        return (BATCH + 1, BATCH + 1)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"q": (ROWS, HEADS[0], 64), "k": (PAGES * PAGE, HEADS[1], 64), "v": (PAGES * PAGE, HEADS[1], 64)}
+
+    def make(self, workspace: Any) -> Any:
+        return pyinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", True, *self.buffers)
+
+    def plan(self, s: Step) -> None:
+        kv_indptr = np.concatenate([[0], np.cumsum(s.kv)]).astype(np.int32)
+        self.wrapper.plan(s.qo_indptr, kv_indptr, *HEADS, 64, causal=True, q_data_type=self.dtype)
+
+    def run(self) -> None:
+        x = self.x
+        self.wrapper.run(x["q"], x["k"], x["v"], out=self.outs[0], lse=self.outs[1], return_lse=True)
+
+    def wanted(self, s: Step) -> list[np.ndarray]:
+        q, k, v = (self.b.float64(self.x[name]) for name in "qkv")
+        ends = np.concatenate([[0], np.cumsum(s.kv)])
+        own = [slice(int(ends[i]), int(ends[i + 1])) for i in range(BATCH)]
+        parts = [attention(q[s.rows(i)], k[at], v[at], causal=True) for i, at in enumerate(own)]
+        return [np.concatenate(x) for x in zip(*parts, strict=True)]
+
+
 class Mixed(Kind):
     """Prefill and decode requests in one launch; the wrapper's own memory, and no buffers."""
 
