@@ -108,6 +108,13 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "VariableBlockSparseAttentionWrapper",
         "convert_bsr_mask_layout",
     ),
+    "topk": (
+        "TopKTieBreak",
+        "top_k",
+        "top_k_page_table_transform",
+        "top_k_ragged_transform",
+        "top_k_varlen",
+    ),
     "variants": ("AttentionVariant",),
 }
 _MODULE_OF = {name: family for family, names in _FAMILIES.items() for name in names}
@@ -213,6 +220,11 @@ if TYPE_CHECKING:
     from pyinfer.sparse import BlockSparseAttentionWrapper as BlockSparseAttentionWrapper
     from pyinfer.sparse import VariableBlockSparseAttentionWrapper as VariableBlockSparseAttentionWrapper
     from pyinfer.sparse import convert_bsr_mask_layout as convert_bsr_mask_layout
+    from pyinfer.topk import TopKTieBreak as TopKTieBreak
+    from pyinfer.topk import top_k as top_k
+    from pyinfer.topk import top_k_page_table_transform as top_k_page_table_transform
+    from pyinfer.topk import top_k_ragged_transform as top_k_ragged_transform
+    from pyinfer.topk import top_k_varlen as top_k_varlen
     from pyinfer.variants import AttentionVariant as AttentionVariant
 
 

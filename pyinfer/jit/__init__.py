@@ -25,6 +25,7 @@ FAMILIES = (
     "pod",
     "mla",
     "quantization",
+    "topk",
     "replan",
     "gemm",
 )
