@@ -281,6 +281,7 @@ class Cascade(Kind):
 KINDS: dict[str, Callable[..., Kind]] = {
     "decode": Decode,
     "prefill": Kind,
+    "ragged": Ragged,
     "mixed": Mixed,
     "pod": Pod,
     "mla": Mla,
