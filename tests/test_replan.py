@@ -60,7 +60,7 @@ def random_lens(rng: np.random.Generator, i: int, batch: int, most: int) -> np.n
     if i % 4 == 1:
         return np.full(batch, int(rng.integers(0, most + 1)))
     if i % 4 == 2:
-        return rng.permutation([most] + [int(rng.integers(0, 20))] * (batch - 1))
+        return rng.permutation([most] + [int(rng.integers(0, min(20, most) + 1))] * (batch - 1))
     return rng.integers(0, 2, batch) * rng.integers(1, most + 1, batch)
 
 
@@ -243,7 +243,7 @@ def test_refusals(rng, backend_arrays, device):
     with pytest.raises(ValueError, match=r"replan: kv_len is not contiguous: got strides \(2,\)"):
         t.wrapper.replan(b.array(np.zeros(6), "int32")[::2])
     if device == "cuda":
-        with pytest.raises(ValueError, match=r"replan: kv_len is on another device: got the CPU, wanted cuda:0"):
+        with pytest.raises(ValueError, match=r"replan: kv_len is on another device: got cpu, wanted cuda:0"):
             t.wrapper.replan(np.zeros(3, np.int32))
 
 
@@ -330,15 +330,15 @@ def test_what_is_launched(stub, rng, backend_arrays):
         assert [values[x] for x in ("at_work", "at_kv_indptr", "at_kv_len")] == [at.work, at.kv_indptr, at.kv_len]
         counts = [values[x] for x in ("max_work", "batch", "max_pages", "page_size", "rows", "tile_q", "window_left")]
         assert counts == [plan.capacity.max_work, 3, 30, 16, 4, 16, 40]
-        # 6 requests' heads of 132 multiprocessors: one block of 8 warps and 128 keys on each, 66 items a round
-        assert [values[x] for x in ("unit", "slots", "extra_items", "chunk")] == [128, 66, 132, -1]
+        # two blocks on each of 132 multiprocessors, shared by two heads
+        assert [values[x] for x in ("unit", "slots", "extra_items", "chunk")] == [64, 132, 264, -1]
 
 
 @pytest.mark.cpu
 def test_few_requests_take_the_wide_kernel(stub, rng, backend_arrays):
-    """Up to a block for each multiprocessor, and the plan is cut for the kernel that runs it."""
+    """From half a block to one for each multiprocessor, and the plan is cut for the kernel that runs it."""
     b = backend_arrays
-    for batch, wide in ((1, True), (16, True), (17, False), (40, False)):
+    for batch, wide in ((1, False), (8, False), (9, True), (16, True), (17, False)):
         t = Tables(rng, b, batch, 70, 16)
         t.wrapper.plan(*t.compact(np.full(batch, 1100)), 32, 8, 128, 16, q_data_type="float16")
         q, cache = b.full((batch, 32, 128), 0, "float16"), b.full((1, 2, 16, 8, 128), 0, "float16")
@@ -349,4 +349,4 @@ def test_few_requests_take_the_wide_kernel(stub, rng, backend_arrays):
         assert name.endswith("_w8_c1_s3_qreg" if wide else "_w4_c2_s3_qreg")
         plan = t.wrapper.plan_info
         assert plan.shape.numbers[3:5].tolist() == ([128, 16] if wide else [64, 33])
-        assert (plan.n_work, plan.num_partials) == (16, 0) or batch != 16  # one round, nothing to merge
+        assert batch != 16 or (plan.n_work, plan.num_partials) == (16, 0)  # one round, nothing to merge

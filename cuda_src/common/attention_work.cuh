@@ -20,10 +20,10 @@ struct AttentionWork {
     int diagonal;    // kv_len - qo_len
 };
 
-// Starts the fetch of what `planned_work` reads second, the requests' page ranges and lengths, while it reads the item that names the request: from a
-// cold L2 that saves most of one trip to memory. The three sections lie side by side, `entries` int32 each.
+// Starts the fetch of what is read after the item that names the request, while that is read: the requests' page ranges and lengths (three sections
+// side by side, `entries` int32 each), and the page table, of which every block fetches a line for all. From a cold L2 that saves two trips to memory.
 template <typename Params>
-PYINFER_DEVICE void prefetch_requests(const Params& p) {
+PYINFER_DEVICE void prefetch_tables(const Params& p, uint32_t block) {
     const int entries = static_cast<int>(p.kv_indptr - p.qo_indptr);
     for (int i = threadIdx.x * 32; i < entries; i += blockDim.x * 32) {
         prefetch_l2(p.qo_indptr + i);
@@ -31,6 +31,9 @@ PYINFER_DEVICE void prefetch_requests(const Params& p) {
         if (i < entries - 4) {  // kv_len has one entry less: the last may lie behind the buffer
             prefetch_l2(p.kv_len + i);
         }
+    }
+    if (threadIdx.x == 0 && block < static_cast<uint32_t>(p.num_indices + 31) / 32) {
+        prefetch_l2(p.kv_indices + block * 32);
     }
 }
 

@@ -132,9 +132,16 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
         const int row = task / GROUP;
         const bool in_tile = row < w.row_count;
         const float* lse = p.partial_lse + row_0 + (in_tile ? row : 0);
-        float highest = -infinity();
+        constexpr int KEPT = 4;  // a lane's first values are read once, more (that many splits are rare) twice
+        float kept[KEPT];
+#pragma unroll
+        for (int i = 0; i < KEPT; ++i) {
+            const int s = task % GROUP + i * GROUP;
+            kept[i] = s < w.num_splits ? __ldcg(lse + s * split_stride) : -infinity();
+        }
+        float highest = fmaxf(fmaxf(kept[0], kept[1]), fmaxf(kept[2], kept[3]));
 #pragma unroll 4
-        for (int s = task % GROUP; s < w.num_splits; s += GROUP) {
+        for (int s = task % GROUP + KEPT * GROUP; s < w.num_splits; s += GROUP) {
             highest = fmaxf(highest, __ldcg(lse + s * split_stride));
         }
 #pragma unroll
@@ -143,8 +150,12 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
         }
         float sum = 0.0f;
         const float reference = highest == -infinity() ? 0.0f : highest;
+#pragma unroll
+        for (int i = 0; i < KEPT; ++i) {
+            sum += exp2_approx(kept[i] - reference);
+        }
 #pragma unroll 4
-        for (int s = task % GROUP; s < w.num_splits; s += GROUP) {
+        for (int s = task % GROUP + KEPT * GROUP; s < w.num_splits; s += GROUP) {
             sum += exp2_approx(__ldcg(lse + s * split_stride) - reference);
         }
 #pragma unroll

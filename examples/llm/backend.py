@@ -22,8 +22,8 @@ class NumpyBackend:
 
     dtype = "float32"
 
-    def weight(self, array: np.ndarray, float32: bool = False) -> Array:
-        """Put a float32 weight on the device in the compute dtype, or in float32 if so asked."""
+    def weight(self, array: np.ndarray) -> Array:
+        """Put a float32 weight on the device in the compute dtype."""
         return array
 
     def empty(self, shape: tuple[int, ...]) -> Array:
@@ -56,7 +56,7 @@ class NumpyBackend:
         return np.ascontiguousarray((weight @ x.T).T)
 
     def logits(self, x: Array, weight: Array) -> Array:
-        """`linear` in float32, whatever the compute dtype."""
+        """`linear` with a float32 result, whatever the compute dtype."""
         return self.linear(x, weight)
 
 
@@ -75,10 +75,9 @@ class TorchBackend:
             )
         self.torch, self.device = torch, torch.device(device)
 
-    def weight(self, array: np.ndarray, float32: bool = False) -> Array:
-        """Put a float32 weight on the device in the compute dtype, or in float32 if so asked."""
-        dtype = self.torch.float32 if float32 else self.torch.bfloat16
-        return self.torch.from_numpy(array).to(self.device, dtype)
+    def weight(self, array: np.ndarray) -> Array:
+        """Put a float32 weight on the device in the compute dtype."""
+        return self.torch.from_numpy(array).to(self.device, self.torch.bfloat16)
 
     def empty(self, shape: tuple[int, ...]) -> Array:
         """Uninitialised array in the compute dtype."""
@@ -132,7 +131,7 @@ class TorchBackend:
 
     def take(self, table: Array, rows: Array) -> Array:
         """Rows of a 2-D array, in the compute dtype."""
-        return table.index_select(0, rows).to(self.torch.bfloat16)
+        return table.index_select(0, rows)
 
     def linear(self, x: Array, weight: Array) -> Array:
         """``x @ weight.T`` for x [rows, in], weight [out, in]."""
@@ -143,9 +142,13 @@ class TorchBackend:
         return out
 
     def logits(self, x: Array, weight: Array) -> Array:
-        """`linear` in float32, whatever the compute dtype."""
+        """`linear` with a float32 result, whatever the compute dtype."""
         # bfloat16 keeps 8 bits: near 20, neighbouring logits would be 0.125 apart and the two best would often tie.
-        return self.torch.nn.functional.linear(x.float(), weight)
+        if x.shape[0] > self.few_rows:
+            return self.torch.mm(x, weight.T, out_dtype=self.torch.float32)
+        out = self.torch.empty((x.shape[0], weight.shape[0]), dtype=self.torch.float32, device=self.device)
+        pyinfer.tinygemm_bf16(x, weight, out, use_pdl=True)
+        return out
 
 
 def make_backend(device: str) -> NumpyBackend | TorchBackend:

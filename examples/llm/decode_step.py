@@ -97,8 +97,8 @@ class DecodeStep:
         self._attention.replan(t["length"])
         inputs = StepInputs(t["token"], t["row"], t["length"] - 1, t["pages"], t["page_indptr"], t["last_page_len"])
         logits = self._model.run_layers(inputs, self._cache, self._attention.run)
-        probs = pyinfer.softmax(logits, t["temperature"])
-        t["token"][:] = pyinfer.top_k_top_p_sampling_from_probs(
-            probs, t["top_k"], t["top_p"], seed=t["seed"], offset=t["place"]
+        logits /= t["temperature"][:, None]
+        t["token"][:] = pyinfer.top_k_top_p_sampling_from_logits(
+            logits, t["top_k"], t["top_p"], seed=t["seed"], offset=t["place"]
         )
         t["place"] += 1

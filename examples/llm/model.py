@@ -127,11 +127,9 @@ class Llama:
             arrays = [host.pop(name) for name in names]
             return backend.weight(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
 
-        # float32 on both devices: it is also the output matrix, and the choice of a token deserves float32 logits.
-        self.embedding = backend.weight(host.pop("token_embd.weight"), float32=True)
+        self.embedding = put("token_embd.weight")
         # Without a matrix of its own the output layer is tied to the embedding (so in SmolLM2).
-        head = host.pop("output.weight", None)
-        self.head = self.embedding if head is None else backend.weight(head, float32=True)
+        self.head = put("output.weight") if "output.weight" in host else self.embedding
         self.final_norm = put("output_norm.weight")
         self.layers = [
             Layer(

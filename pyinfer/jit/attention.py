@@ -94,6 +94,7 @@ _SOURCE_FIELDS = {
         ptr("qo_indptr", "const int32_t", "[batch + 1], tokens"),
         ptr("kv_indptr", "const int32_t", "[batch + 1], pages or (ragged) tokens"),
         ptr("kv_len", "const int32_t", "[batch], tokens"),
+        i32("num_indices", "entries of kv_indices that may be fetched ahead"),
     ),
     "single": (
         i32("qo_len"),

@@ -211,7 +211,7 @@ def plan_part(
         k_stride_page=page, k_stride_token=third if hnd else second, k_stride_head=second if hnd else third,
         v_stride_page=v_page, v_stride_token=v_third if hnd else v_second, v_stride_head=v_second if hnd else v_third,
         plan_header=plan_ptr, work=plan_ptr + 4 * at.work, qo_indptr=plan_ptr + 4 * at.qo_indptr, kv_indptr=plan_ptr + 4 * at.kv_indptr,
-        kv_len=plan_ptr + 4 * at.kv_len,
+        kv_len=plan_ptr + 4 * at.kv_len, num_indices=plan.total_kv if plan.page_size else 0,
     )  # fmt: skip
     return Part(values, plan.max_work * plan.num_kv_heads)
 

@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from pyinfer.core.errors import fail
-from pyinfer.core.params import ParamStruct, i32, ptr
+from pyinfer.core.params import ParamStruct, i32, ptr, u32
 from pyinfer.jit.spec import JitSpec
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ REPLAN = ParamStruct(
     i32("rows", "packed rows of a request: query heads per kv head"),
     i32("tile_q"),
     i32("unit", "splits are multiples of this many keys"),
+    u32("unit_magic", "division by unit: fast_divide"),
+    i32("unit_shift"),
     i32("slots", "items that run at a time"),
     i32("extra_items", "items that splitting may add"),
     i32("window_left", "-1: none"),
@@ -70,9 +72,11 @@ def replan_values(
     """The parameters: addresses of the device (kv_len 0: none), and the size of the page index buffer."""
     at, capacity = plan.offsets, plan.capacity
     assert capacity is not None
+    from pyinfer.jit.attention_launch import divisor
+
     page_size, group, tile_q, tile_kv, slots, extra, _, window_left, chunk = plan.shape.numbers[:9].tolist()
     sections = (at.work, at.kv_indptr, at.kv_len, capacity.max_work, capacity.max_batch, max_pages)
-    cuts = (page_size, group, tile_q, tile_kv, slots, extra, window_left, chunk)
+    cuts = (page_size, group, tile_q, tile_kv, *divisor(tile_kv), slots, extra, window_left, chunk)
     return (plan_ptr, kv_indptr, last_page_len, kv_len, *sections, *cuts)
 
 
