@@ -133,6 +133,23 @@ def ids(name: str) -> Rule:
     return rule
 
 
+def largest(a: dict[str, Any]) -> list[Any]:
+    """`top_k`: values and int64 indices."""
+    import torch
+
+    x, shape = a["input"], (a["input"].shape[0], a["k"])
+    return [x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)]
+
+
+def selected(name: str, k: str) -> Rule:
+    """int32 [rows, k]."""
+
+    def rule(a: dict[str, Any]) -> list[Any]:
+        return [_int32(a[name], (a[name].shape[0], a[k]))]
+
+    return rule
+
+
 def chain(a: dict[str, Any]) -> list[Any]:
     """`chain_speculative_sampling`: ids, and which requests are valid."""
     x = a["target_probs"]

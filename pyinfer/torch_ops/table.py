@@ -185,7 +185,9 @@ FUNCTIONS: dict[str, dict[str, Operator]] = {
     "topk": {
         "top_k": Operator("input, int k, bool sorted, bool deterministic, int tie_break", r.largest, 2),
         "top_k_page_table_transform": Operator(
-            "input, src_page_table, lengths, int k, Tensor? row_to_batch, bool deterministic, int tie_break", r.selected("input", "k"), 1
+            "input, src_page_table, lengths, int k, Tensor? row_to_batch, bool deterministic, int tie_break",
+            r.selected("input", "k"),
+            1,
         ),
         "top_k_ragged_transform": Operator(
             "input, offsets, lengths, int k, bool deterministic, int tie_break", r.selected("input", "k"), 1

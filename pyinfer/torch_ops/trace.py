@@ -135,10 +135,18 @@ def subsets(flags: list[str]) -> list[list[str]]:
     return chosen
 
 
+def _literal(default: Any) -> Any:
+    """A default as source can write it: members of an IntEnum are numbers there."""
+    return int(default) if isinstance(default, int) and type(default) is not bool else default
+
+
 def source(public: str, op: Operator, signature: inspect.Signature) -> str:
     """Source of the function to trace in the place of `public`: its arguments and defaults, without annotations."""
     arguments = parse(op.arguments)
-    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    plain = [
+        p.replace(annotation=inspect.Parameter.empty, default=_literal(p.default))
+        for p in signature.parameters.values()
+    ]
     head = str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
     lines = [f"def traced{head}:", "    import torch", "    _ready()"]
     for a in arguments:
