@@ -203,13 +203,9 @@ class BatchPODWithPagedKVCacheWrapper:
                 return done
         p = self._prefill
         if masked or self._masked or p.plan_info is None or p.plan_info.causal != causal:
-            p.plan(
-                *self._tables[0],
-                causal=causal,
-                custom_mask=custom_mask_p,
-                packed_custom_mask=packed_custom_mask_p,
-                **self._options,
-            )
+            masks: dict[str, Any] = dict(custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p)
+            qo, kv, indices, last = self._tables[0]
+            p.plan(qo, kv, indices, last, causal=causal, **masks, **self._options)
         self._causal, self._masked = causal and not masked, masked
         out_p = p.run(q_p, paged_kv_cache_p, return_lse=return_lse, enable_pdl=enable_pdl)
         out_d = self._decode.run(q_d, paged_kv_cache_d, return_lse=return_lse, enable_pdl=enable_pdl, **scales)  # type: ignore[arg-type]
@@ -256,9 +252,9 @@ class BatchPODWithPagedKVCacheWrapper:
                     ready.workspaces[i], sm_scale=scale, v_scale=factor,
                 )
             )  # fmt: skip
-        launch_pod(
-            ready.kernel, ready.pod, current_stream(qp), *parts, ready.rate, common.use_pdl(qp.device, enable_pdl)
-        )
+        prefill, decode = parts
+        pdl = common.use_pdl(qp.device, enable_pdl)
+        launch_pod(ready.kernel, ready.pod, current_stream(qp), prefill, decode, ready.rate, pdl)
         return ((outs[0], outs[1]), (lses[0], lses[1])) if return_lse else (outs[0], outs[1])
 
     def _arrange(self, home: TensorView, causal: bool) -> _Ready:

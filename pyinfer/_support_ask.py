@@ -331,8 +331,9 @@ def _ask_wrapper(t: _Maker, cls: Any, config: dict[str, Any]) -> None:
 
         wrapper._home = view(q)
         _answer(lambda: wrapper.plan(**args))
-        sizes = (args["page_size"], args["num_kv_heads"])
-        page = sizes if own.get("kv_layout", "NHD") == "NHD" else sizes[::-1]
+        page = [args["page_size"], args["num_kv_heads"]]
+        if own.get("kv_layout", "NHD") == "HND":
+            page.reverse()
         cache = tuple(t(args["kv_data_type"], 1, *page, args[d]) for d in ("head_dim_qk", "head_dim_vo"))
         _answer(lambda: wrapper.run(q, cache))
         return
