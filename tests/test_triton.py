@@ -238,7 +238,7 @@ def test_append(b, rng, dtype, kind):
 # ---- quantization ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", FP8_AND_HALF)
 def test_scale_and_clamp(b, rng, dtype):
-    from pyinfer.triton.quantization import LARGEST, scale_and_clamp
+    from pyinfer.triton.quantize import LARGEST, scale_and_clamp
 
     values = rng.standard_normal((3, 9000)) * 10.0 ** rng.integers(-3, 6, (3, 9000))
     values[0, 0] = np.nan
@@ -251,7 +251,7 @@ def test_scale_and_clamp(b, rng, dtype):
 
 @no_fp8_rounding
 def test_quantize_per_token(b, rng):
-    from pyinfer.triton.quantization import quantize_per_token
+    from pyinfer.triton.quantize import quantize_per_token
 
     values = rng.standard_normal((2, 3, 300)) * 10.0 ** rng.integers(-6, 6, (2, 3, 1))
     values[0, 1], values[1, 2, 7] = 0.0, np.nan
@@ -270,7 +270,7 @@ def test_quantize_per_token(b, rng):
 @pytest.mark.parametrize("bitorder", ["big", "little"])
 @pytest.mark.parametrize("n", [0, 1, 8, 2999])
 def test_packbits(b, rng, n, bitorder):
-    from pyinfer.triton.quantization import packbits
+    from pyinfer.triton.quantize import packbits
 
     bits = rng.random(2 * n) < 0.5
     got = packbits(b.array(bits)[::2], bitorder)
@@ -279,7 +279,7 @@ def test_packbits(b, rng, n, bitorder):
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
 def test_errors(b):
-    from pyinfer.triton import activation, norm, quantization
+    from pyinfer.triton import activation, norm, quantize
 
     x, w = b.array(np.ones((2, 8)), "float16"), b.array(np.ones(8), "float16")
     with pytest.raises(ValueError, match=r"weight has the wrong shape: got \(4,\), wanted \(8\)"):
@@ -295,13 +295,13 @@ def test_errors(b):
     with pytest.raises(ValueError, match="in_scale has the wrong number of elements: got 8, wanted 1"):
         norm.rms_norm(x, w, x, 1e-6, b.array(np.ones(8), "float32"))
     with pytest.raises(TypeError, match="dtype is no dtype to clamp to: got float32"):
-        quantization.scale_and_clamp(x, 1.0, "float32")
+        quantize.scale_and_clamp(x, 1.0, "float32")
     with pytest.raises(ValueError, match="scale is missing: got None"):
-        quantization.scale_and_clamp(x, None, "float16")
+        quantize.scale_and_clamp(x, None, "float16")
     with pytest.raises(TypeError, match="dtype is no 8-bit float: got float16"):
-        quantization.quantize_per_token(x, "float16")
+        quantize.quantize_per_token(x, "float16")
     with pytest.raises(ValueError, match="bitorder is no bit order: got 'middle'"):
-        quantization.packbits(b.array(np.ones(8, bool)), "middle")
+        quantize.packbits(b.array(np.ones(8, bool)), "middle")
 
 
 @pytest.mark.cpu
@@ -321,7 +321,7 @@ def test_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import pyinfer, pyinfer.triton\n"
-        "from pyinfer.triton import activation, cascade, norm, page, quantization\n"
+        "from pyinfer.triton import activation, cascade, norm, page, quantize\n"
         "assert 'torch' not in sys.modules\n"
         "try: norm.rmsnorm(1, 2)\n"
         "except ImportError as error: print(error)\n"

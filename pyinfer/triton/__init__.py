@@ -1,4 +1,4 @@
-"""Triton alternatives to some of the CUDA kernels: activation, cascade, norm, page, quantization.
+"""Triton alternatives to some of the CUDA kernels: activation, cascade, norm, page, quantize.
 
 They take torch tensors on a GPU (or on the CPU under ``TRITON_INTERPRET=1``) and need the package triton, which torch's CUDA wheels bring along; nothing else
 in pyinfer does. Importing these modules needs neither: a call without triton raises ImportError and says what to install. Names, layouts and results are
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["activation", "cascade", "norm", "page", "quantization"]
+__all__ = ["activation", "cascade", "norm", "page", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,7 +42,7 @@ def scale_and_clamp(x: Any, scale: Any, dtype: Any, out: Any = None) -> Any:
     ImportError
         Without triton.
     """
-    op = "triton.quantization.scale_and_clamp"
+    op = "triton.quantize.scale_and_clamp"
     module = kernels(op)
     v = torch_view(op, "x", x)
     check_dtype(op, "x", v, _FLOATS)
@@ -73,7 +73,7 @@ def quantize_per_token(x: Any, dtype: Any = "float8_e4m3fn", out: Any = None) ->
     out, scale
         x's shape in `dtype`; float32 [...], the factors that dequantise. A row of zeros has scale 0 and stays zero, one with a NaN is all NaN.
     """
-    op = "triton.quantization.quantize_per_token"
+    op = "triton.quantize.quantize_per_token"
     module = kernels(op)
     v = torch_view(op, "x", x)
     check_dtype(op, "x", v, _FLOATS)
@@ -92,7 +92,7 @@ def quantize_per_token(x: Any, dtype: Any = "float8_e4m3fn", out: Any = None) ->
 
 def packbits(x: Any, bitorder: str = "big") -> Any:
     """`pyinfer.packbits` in Triton."""
-    op = "triton.quantization.packbits"
+    op = "triton.quantize.packbits"
     module = kernels(op)
     v = torch_view(op, "x", x)
     check_dtype(op, "x", v, (BOOL, UINT8))
