@@ -150,7 +150,13 @@ SIGNATURES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("top_k_renorm_probs", "top_k_renorm_prob"), "probs top_k"),
         "top_k_mask_logits": "logits top_k",
         "chain_speculative_sampling": "draft_probs draft_token_ids target_probs maybe_output_accepted_token_num maybe_output_emitted_draft_token_num deterministic generator",
-        **dict.fromkeys(("top_k", "top_k_page_table_transform", "top_k_ragged_transform", "top_k_varlen"), ""),
+    },
+    "topk": {
+        "top_k": "input k sorted deterministic tie_break",
+        "top_k_page_table_transform": "input src_page_table lengths k row_to_batch deterministic tie_break",
+        "top_k_ragged_transform": "input offsets lengths k deterministic tie_break",
+        "top_k_varlen": "logits seq_lens top_k pre_idx compress_ratio next_n return_values out_indices out_values backend load_balance workspace approx_ties",
+        "TopKTieBreak": "",
     },
     "quantization": {"packbits": "x bitorder", "segment_packbits": "x indptr bitorder"},
     "logits_processor": dict.fromkeys(
