@@ -103,6 +103,7 @@ class BatchAttention(BatchRun):
         self._q_shape = (0, 0, 0)
         self._kv_tokens = 0
         self._repeated = RepeatedRun()
+        self._noted_args: tuple[Any, ...] | None = ()
         self._options: AttentionOptions = PLAIN
         self._extras: AttentionExtras = NO_EXTRAS
         self._mask: Mask | None = None

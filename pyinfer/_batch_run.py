@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyinfer import _attention as common
 from pyinfer._attention_options import Items, Mask, sinks_view
-from pyinfer._repeated_run import RepeatedRun
+from pyinfer._repeated_run import RepeatedRun, args_key
 from pyinfer.core.dtypes import FLOAT32, DType
 from pyinfer.core.errors import (
     check_last_dim_contiguous,
@@ -47,6 +47,7 @@ class BatchRun:
     _kv_tokens: int
     _kv_known: tuple[Any, ...] | None
     _repeated: RepeatedRun
+    _noted_args: tuple[Any, ...] | None
     _plan_ptr: int
     _indices_ptr: int
     _workspace_ptr: int
@@ -56,6 +57,18 @@ class BatchRun:
 
     def _move_plan(self, q: TensorView) -> None:
         raise NotImplementedError
+
+    def _args_as_noted(self, args: tuple[Any, ...]) -> bool:
+        """Whether the variant's values are those of the bound launch, which has them in it."""
+        return args_key(args) == self._noted_args if args or self._noted_args else True
+
+    def _note_args(self, args: tuple[Any, ...]) -> bool:
+        """Remember a call's values; False if such values cannot be told from others later."""
+        key = args_key(args) if args else ()
+        if key != self._noted_args:
+            self._repeated.forget()
+            self._noted_args = key
+        return key is not None
 
     def _check_run(self, q: Any, window_left: int | None, args: tuple[Any, ...]) -> TensorView:
         plan = self._plan
@@ -224,7 +237,7 @@ class BatchRun:
                 sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl, options=selected, extras=extras,
             )  # fmt: skip
             launch()
-            if not given_lse and sinks is None and not values:  # which `options` does not tell apart
+            if not given_lse and sinks is None and self._note_args(args):  # which `options` does not tell apart
                 self._repeated.note(q, k, v, out_view, lse_view, options, functools.partial(launch, bind=True))
         else:
             from pyinfer.cpu.attention import run_plan

@@ -30,6 +30,20 @@ def layout(x: Any) -> Layout:
     return x.shape, x.stride(), x.dtype, x.get_device()
 
 
+def args_key(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What a variant's values put into a launch: numbers, and addresses and layouts of torch tensors; None for anything else."""
+    torch = sys.modules.get("torch")
+    key: list[Any] = []
+    for x in args:
+        if type(x) is float or type(x) is int:
+            key.append((type(x), x))
+        elif torch is not None and type(x) is torch.Tensor:
+            key.append((x.data_ptr(), *layout(x)))
+        else:
+            return None
+    return tuple(key)
+
+
 class RepeatedRun:
     """Recognises run() calls like the last one.
 

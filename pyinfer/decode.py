@@ -418,7 +418,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             A request without keys: zeros and -inf.
         """
         options = (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left)
-        if self._repeated.ready and not args and sinks is None:
+        if self._repeated.ready and sinks is None and self._args_as_noted(args):
             done = self._repeated(q, paged_kv_cache, out, lse, options)
             if done is not None:
                 return done
