@@ -184,6 +184,35 @@ def test_weights_are_the_a_operand(kernel):
                 assert held == [(row, key), (row, key + 1)]
 
 
+@pytest.mark.parametrize("dim", [64, 72, 96, 128, 192, 256])
+def test_output_rows(dim):
+    """Accumulators of a warp, through stmatrix and shared memory, leave as the 16-byte pieces of 16 rows."""
+    source = render(attention_sm90.gen_prefill_sm90(attention_sm90.candidates(dim)[0], "bfloat16"), "90a")
+    matrix_row = expression(source, r"const int matrix_row = (.+?);")
+    chunk_of = expression(source, r"swizzled_offset<OUT_ROW>\(matrix_row, (d \+ lane / 16)\)")
+    row_of = expression(source, r"const int row = min_of\((\(n \* 32 \+ lane\) / CHUNKS), 15\);")
+    piece_of = expression(source, r"const int chunk = (\(n \* 32 \+ lane\) % CHUNKS);")
+    blocks, out_row = dim // 8, -(-dim // 64) * 128
+    memory = np.full(16 * out_row // 2, -1)
+
+    def offset(row, chunk):
+        return (row * out_row + ((chunk ^ row & 7) << 4)) // 2
+
+    for d in range(0, blocks, 2):
+        for lane in range(32):  # lane 8m + r has the address of row r of matrix m, lane 4r + t its elements 2t and 2t + 1
+            at, m = offset(matrix_row(lane=lane), chunk_of(d=d, lane=lane)), lane // 8
+            if d + m // 2 < blocks:
+                row = lane % 8 + m % 2 * 8
+                memory[at : at + 8] = row * dim + (d + m // 2) * 8 + np.arange(8)
+    found = np.full((16, dim), -1)
+    for n in range(-(-16 * blocks // 32)):
+        for lane in range(32):
+            if n * 32 + lane < 16 * blocks:
+                row, chunk = row_of(n=n, lane=lane, CHUNKS=blocks), piece_of(n=n, lane=lane, CHUNKS=blocks)
+                found[row, chunk * 8 : chunk * 8 + 8] = memory[offset(row, chunk) : offset(row, chunk) + 8]
+    np.testing.assert_array_equal(found, np.arange(16 * dim).reshape(16, dim))
+
+
 class Ring:
     """The kernel's `Ring`: slot and parity of the n-th use."""
 
