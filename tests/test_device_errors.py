@@ -273,6 +273,36 @@ def test_a_plan_for_another_tile(monkeypatch):
         prepare_mla(0, plan_of(num_kv_heads=1, head_dim_qk=576), 0, FLOAT16, False, config)
 
 
+def test_no_pod_configuration_fits(monkeypatch):
+    from pyinfer.jit import pod
+
+    monkeypatch.setattr(pod, "smem_limits", lambda arch: (16384, 32768))
+    config = getattr(pod.pod_config, "__wrapped__", pod.pod_config)
+    with pytest.raises(
+        ValueError,
+        match="pod: head_dim has no configuration that fits the GPU: got 128 on sm_80, wanted 64, 128 or 256",
+    ):
+        config(80, H, 128, 128)
+
+
+def test_alignment_of_latent_rows():
+    from pyinfer.jit.attention_launch import _check_alignment
+
+    odd = view(np.zeros(1032, H)[4:].reshape(2, 514)[:, :512])
+    odd.ptr = 24
+    with pytest.raises(
+        ValueError,
+        match=r"ckv is not aligned: got an address of 8 modulo 16, wanted a multiple of 16 bytes\. Pass ckv\.clone",
+    ):
+        _check_alignment(ckv=odd)
+    odd.ptr = 32
+    with pytest.raises(
+        ValueError,
+        match=r"ckv has rows that are not aligned: got strides \(514, 1\), wanted strides \(but the last\) in multiples of 8",
+    ):
+        _check_alignment(ckv=odd)
+
+
 @pytest.mark.parametrize("name", JIT_CASES)
 def test_factory(name):
     call, error, text = JIT_CASES[name]
