@@ -165,6 +165,9 @@ def samples(rng):
         "silu_and_mul": [((wide,), {}), ((wide,), dict(out=torch.empty(5, 32)))],
         "gelu_and_mul": [((wide,), {})],
         "gelu_tanh_and_mul": [((wide,), dict(enable_pdl=False))],
+        "top_k": [((logits, 5), {}), ((logits, 40), dict(sorted=True, tie_break=pyinfer.TopKTieBreak.LARGE))],
+        "top_k_page_table_transform": [((logits, ids.new_zeros(6, 40), positions[[0, 1, 2, 3, 4, 4]], 7), {})],
+        "top_k_ragged_transform": [((logits, positions[[0, 1, 2, 3, 4, 4]], positions[[4, 1, 2, 3, 4, 0]], 7), {})],
         "tinygemm_bf16": [
             ((query[0], keys[0], torch.empty(4, 2, dtype=torch.float16)), {}),
             ((query[0], keys[0], torch.empty(4, 2)), dict(bias=keys[0, :, 0].contiguous())),
