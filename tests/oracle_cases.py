@@ -35,6 +35,11 @@ SHAPES = {
 ONE = {"mixed": (40, 90), "decode": (1, 200), "short": (40, 3), "long": (34, 700), "shared": (36, 33)}
 
 
+def refused(error: Exception) -> bool:
+    """Whether an operator said that the kernel family asked for does not do the case, or the GPU."""
+    return any(text in str(error) for text in ("backend has no kernel for", "backend needs a Hopper GPU"))
+
+
 class Wanted(NamedTuple):
     """What a result should be: the reference, the result's dtype, and how often it was rounded to the queries' on the way."""
 

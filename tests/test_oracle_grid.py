@@ -36,7 +36,8 @@ def run(case, rng, device, **kind) -> float:
         try:
             return run_case(case, rng, device, **kind)
         except ValueError as error:
-            assert "backend has no kernel" in str(error)
+            if not oracle_cases.refused(error):
+                raise
             case = case._replace(backend="auto")
     return run_case(case, rng, device, **kind)
 
@@ -92,7 +93,8 @@ def test_grid_of_the_hopper_family(rng):
             try:
                 run_case(case, rng, "cuda", extreme=extreme)
             except ValueError as error:
-                assert "backend has no kernel" in str(error)
+                if not oracle_cases.refused(error):
+                    raise
                 refused += not extreme
     print(f"{len(found) - refused} of {len(found)} rows by the sm90 family")
     assert 0 < refused < len(found)
