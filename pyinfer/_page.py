@@ -259,8 +259,8 @@ def _append(
         return
     access, chunks, strides = accesses(rows, caches, scales is not None)
     quantize = None if scales is None else (key.dtype.name, caches[0].dtype.name)
-    kernel, has_pdl, per_block = _append_kernel(key.device, access, heads, *chunks, quantize)
-    parts = -(-heads * max(chunks) // per_block)
+    kernel, has_pdl, config = _append_kernel(key.device, access, heads, *chunks, quantize)
+    parts = -(-heads * max(chunks) // (config[0] * config[1]))
     values, pointers = struct_values(rows, caches, places, scales, strides, parts)
     aligned = not (key.ptr | value.ptr | caches[0].ptr | caches[1].ptr) & 15
     # key, value, one cache or two, batch_indices, positions, kv_indices, kv_indptr; kv_last_page_len is not passed on; scales that are tensors.
@@ -272,7 +272,7 @@ def _append(
     for s in scales or ():
         recipe.append(None if s.tensor is None else (at, 0))
         at += s.tensor is not None
-    grid = nnz * parts
+    grid = -(-nnz // config[2]) * parts
     append_calls.launch(
         scalars, tensors, key, kernel, grid, values, pointers, has_pdl, aligned, recipe=tuple(recipe), wants=4
     )
@@ -340,11 +340,11 @@ def _fail_token(op: str, what: int, token: int, arrays: list[Any], batch: int, p
 @functools.cache
 def _append_kernel(
     device: int, access: int, heads: int, key_chunks: int, value_chunks: int, quantize: tuple[str, str] | None = None
-) -> tuple[Kernel, bool, int]:
-    """Kernel, whether it was built for programmatic dependent launch, chunks per block."""
+) -> tuple[Kernel, bool, tuple[int, int, int]]:
+    """Kernel, whether it was built for programmatic dependent launch, its `append_config`."""
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.page import append_config, gen_append
 
-    block, unroll = append_config(heads * max(key_chunks, value_chunks))
+    config = append_config(heads * max(key_chunks, value_chunks))
     kernel = gen_append(access, heads, key_chunks, value_chunks, quantize=quantize).build_and_load(device)
-    return kernel, pdl_supported(device), block * unroll
+    return kernel, pdl_supported(device), config

@@ -45,6 +45,7 @@ def _tokens(name: str, rows: tuple[Field, ...], caches: tuple[Field, ...], scale
         u32("page_size"),
         u32("num_heads"),
         u32("parts", "blocks per token"),
+        u32("tokens"),
         i32("wide", "bit per index array: int64"),
         *(_SCALE_VALUES if scaled else ()),
     )
@@ -110,21 +111,25 @@ SEQ_LENS = ParamStruct(
 )
 
 
-def append_config(chunks: int) -> tuple[int, int]:
-    """(threads, chunks per thread) for a token of `chunks` accesses: one block if 256 threads can hold it, four chunks each.
+def append_config(chunks: int) -> tuple[int, int, int]:
+    """(threads, chunks per thread, tokens per block) for a token of `chunks` accesses: 256 threads hold it at four chunks each, or several blocks take parts of it.
 
     Measured on an H200 (tools/gpu/time_ops.py): four beat two and one from 1 to 16384 tokens, by up to 8%.
     """
-    return _append_block(chunks, 1 if chunks <= 64 else 4)
+    return _append_block(chunks, 1 if chunks <= 64 else 4, 1)
 
 
-def _append_block(chunks: int, unroll: int) -> tuple[int, int]:
-    return min(256, 32 * -(-chunks // (32 * unroll))), unroll
+def _append_block(chunks: int, unroll: int, tokens: int) -> tuple[int, int, int]:
+    threads = min(256, 32 * -(-chunks // (32 * unroll)))
+    return threads, unroll, tokens if threads * unroll >= chunks and threads * tokens <= 256 else 1
 
 
-def append_candidates(chunks: int) -> list[tuple[int, int]]:
+def append_candidates(chunks: int) -> list[tuple[int, int, int]]:
     """Configurations worth timing, the default first (tools/gpu/time_ops.py)."""
-    return list(dict.fromkeys([append_config(chunks), *(_append_block(chunks, unroll) for unroll in (1, 2, 4))]))
+    tried = [
+        _append_block(chunks, unroll, tokens) for unroll, tokens in ((1, 1), (2, 1), (4, 1), (4, 4), (2, 2), (4, 8))
+    ]
+    return list(dict.fromkeys([append_config(chunks), *tried]))
 
 
 @functools.cache
@@ -133,7 +138,7 @@ def gen_append(
     num_heads: int,
     key_chunks: int,
     value_chunks: int | None = None,
-    config: tuple[int, int] | None = None,
+    config: tuple[int, int, int] | None = None,
     quantize: tuple[str, str] | None = None,
 ) -> JitSpec:
     """The append kernel. It moves bytes, of any element type, or rounds to 8-bit floats.
@@ -152,18 +157,19 @@ def gen_append(
         Dtypes of what comes in and of the cache, if they differ.
     """
     value_chunks = key_chunks if value_chunks is None else value_chunks
-    block, unroll = config or append_config(num_heads * max(key_chunks, value_chunks))
+    block, unroll, tokens = config or append_config(num_heads * max(key_chunks, value_chunks))
     source, cache, vec, kind = _types(access_bytes, quantize)
     constants = (
         ("source_t", source), ("cache_t", cache), ("VEC", vec), ("QUANTIZE", bool(quantize)), ("BLOCK", block), ("UNROLL", unroll),
-        ("KEY_CHUNKS", key_chunks), ("VALUE_CHUNKS", value_chunks),
+        ("TOKENS", tokens), ("KEY_CHUNKS", key_chunks), ("VALUE_CHUNKS", value_chunks),
     )  # fmt: skip
+    several = f"_n{tokens}" if tokens > 1 else ""
     return JitSpec(
-        f"append_paged_kv_cache{kind}_v{access_bytes}_{key_chunks}_{value_chunks}_t{block}_u{unroll}",
+        f"append_paged_kv_cache{kind}_v{access_bytes}_{key_chunks}_{value_chunks}_t{block}_u{unroll}{several}",
         "page/append.cu.jinja",
         append_params(bool(quantize)),
         constants,
-        block=(block, 1, 1),
+        block=(block, tokens, 1),
     )
 
 

@@ -95,7 +95,13 @@ def heads_config(slots: int, num_heads: int) -> int:
 
 @functools.cache
 def gen_rope(
-    mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads: int, vec: int | None = None
+    mode: str,
+    dtype: str,
+    rotary_dim: int,
+    interleave: bool,
+    num_heads: int,
+    vec: int | None = None,
+    ahead: bool = False,
 ) -> JitSpec:
     """The kernel for a rotary dimension.
 
@@ -109,6 +115,8 @@ def gen_rope(
         Heads of q and k together (decides the block's shape).
     vec
         Elements per access; default: what rotary_dim allows if pointers and strides are multiples of 16 bytes.
+    ahead
+        Load a head while the one before it is worked on, and the first before its angles are known.
     """
     if mode not in MODES:
         fail("gen_rope", "mode", "is unknown", repr(mode), "one of " + ", ".join(MODES))
@@ -123,8 +131,10 @@ def gen_rope(
         ("PAIRS", pairs),
         ("HEADS", heads),
         ("INTERLEAVE", interleave),
+        ("AHEAD", ahead),
     )
-    name = f"rope_{mode}_{d.short}_d{rotary_dim}_v{v}_h{heads}{'_interleave' if interleave else ''}"
+    tags = f"{'_interleave' if interleave else ''}{'_ahead' if ahead else ''}"
+    name = f"rope_{mode}_{d.short}_d{rotary_dim}_v{v}_h{heads}{tags}"
     return JitSpec(name, "rope/rope.cu.jinja", rope_params(mode, pairs), constants, block=(pairs // v, heads, 1))
 
 
@@ -241,6 +251,7 @@ def all_specs() -> list[JitSpec]:
         gen_rope("pos_ids", "float16", 6, False, 3),
         gen_rope("pos_ids", "bfloat16", 256, False, 2),
     ]
+    specs += [gen_rope(m, "bfloat16", 128, inter, 40, ahead=True) for m in MODES for inter in (False, True)]
     e4m3, e5m2 = "float8_e4m3fn", "float8_e5m2"
     specs += [
         gen_rope_quantize("bfloat16", e4m3, 64, 512),  # MLA

@@ -161,7 +161,7 @@ def append(bench: Bench) -> None:
         variants: list[Variant] = []
         for config in append_candidates(heads * dim * 2 // 16):
             kernel = gen_append(16, heads, dim * 2 // 16, config=config).build_and_load(0)
-            _page._append_kernel = lambda *_, k=kernel, c=config: (k, pdl_supported(0), c[0] * c[1])  # type: ignore[assignment]
+            _page._append_kernel = lambda *_, k=kernel, c=config: (k, pdl_supported(0), c)  # type: ignore[assignment]
             _page.append_calls.clear()
             run, result = calls.append(pyinfer, *arguments)
             if not result().equal(want):
@@ -170,8 +170,8 @@ def append(bench: Bench) -> None:
 
             def timed(run: Any = run, config: Any = config, kernel: Any = kernel, store: dict[Any, Any] = {}) -> None:  # noqa: B006
                 """The candidate's own remembered calls, not another's."""
-                _page._append_kernel = lambda *_: (kernel, pdl_supported(0), config[0] * config[1])  # type: ignore[assignment]
-                _page.append_calls._found = store.setdefault(config, {})
+                _page._append_kernel = lambda *_: (kernel, pdl_supported(0), config)  # type: ignore[assignment]
+                _page.append_calls._found, _page.append_calls._recent = store.setdefault(config, ({}, {}))
                 run()
 
             variants.append((kernel.spec.name, timed))
@@ -186,26 +186,63 @@ def append(bench: Bench) -> None:
 
 
 def rope(bench: Bench) -> None:
-    """apply_rope_pos_ids_inplace."""
+    """apply_rope_pos_ids_inplace and apply_rope_with_cos_sin_cache_inplace: every candidate in the operator's own place."""
     import torch
 
-    import pyinfer
+    from pyinfer import _rope
+    from pyinfer.core.device import pdl_supported
+    from pyinfer.jit.rope import gen_rope
 
+    original, many = _rope._rope_kernel, _rope._MANY_TOKENS
     for tokens in TOKENS:
         q, k = (randn((tokens, heads, 128), "bfloat16", "cuda") for heads in (32, 8))
         positions = torch.randperm(32768, device="cuda")[:tokens].to(torch.int32)
-        angle = positions.double()[:, None, None] * 10000.0 ** (-torch.arange(64, device="cuda").double() / 64)
+        angle = torch.arange(32768, device="cuda").double()[:, None] * 10000.0 ** (
+            -torch.arange(64, device="cuda").double() / 64
+        )
+        table = torch.cat([angle.cos(), angle.sin()], 1).float()
+        angle = angle[positions.long()][:, None]
         x = torch.cat([q, k], dim=1).double()
         a, b = x[..., :64], x[..., 64:]
         want = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
-        run, result = calls.rope(pyinfer, q, k, positions)
-        close(result(), want, "apply_rope_pos_ids_inplace")
-        bench.table(
-            f"apply_rope_pos_ids_inplace {tokens} tokens 32/8x128",
-            4.0 * tokens * 40 * 128 * 2 / 2,
-            [("pyinfer", run)],
-            lambda q=q, k=k, p=positions: calls.rope(peers.flashinfer("rope"), q, k, p)[0],
-        )
+        for mode in ("pos_ids", "cache"):
+            _rope_mode(bench, mode, q, k, positions, table, want, gen_rope, pdl_supported(0))
+    _rope._rope_kernel, _rope._MANY_TOKENS = original, many
+    _rope._calls.clear()
+
+
+def _rope_mode(
+    bench: Bench, mode: str, q: Any, k: Any, positions: Any, table: Any, want: Any, gen: Any, pdl: bool
+) -> None:
+    import pyinfer
+    from pyinfer import _rope
+
+    def call(module: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        if mode == "pos_ids":
+            return calls.rope(module, q, k, positions)
+        return calls.rope_cached(module, q, k, positions, table)
+
+    variants: list[Variant] = []
+    for ahead in (False, True):
+        for many in (1, 2048, 1 << 30) if len(q) >= 2048 else (2048,):
+            spec = gen(mode, "bfloat16", 128, False, 40, ahead=ahead)
+            kernel = spec.build_and_load(0)
+            store: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
+
+            def choose(kernel: Any = kernel, spec: Any = spec, many: int = many, store: Any = store) -> None:
+                """The candidate's own kernel and remembered calls, not another's."""
+                _rope._rope_kernel = lambda *_: (kernel, spec.block[1], pdl)  # type: ignore[assignment]
+                _rope._MANY_TOKENS = many
+                _rope._calls._found, _rope._calls._recent = store
+
+            choose()
+            run, result = call(pyinfer)
+            close(result().view(want.shape), want, spec.name)
+            variants.append((f"{spec.name} whole tokens from {many}", lambda run=run, choose=choose: (choose(), run())))
+    tokens = len(q)
+    name = "apply_rope_pos_ids_inplace" if mode == "pos_ids" else "apply_rope_with_cos_sin_cache_inplace"
+    moved = 4.0 * tokens * 40 * 128 + (4.0 * tokens * 128 if mode == "cache" else 0)
+    bench.table(f"{name} {tokens} tokens 32/8x128", moved, variants, lambda: call(peers.flashinfer("rope"))[0])
 
 
 def rms(bench: Bench, quantize: str = "") -> None:
