@@ -310,6 +310,7 @@ def struct_values(
         places.page_size,
         rows[0].shape[1],
         parts,
+        rows[0].shape[0],
         places.wide,
     )
     return (*pointers, *strides, *counts, *last), len(pointers)
