@@ -27,7 +27,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.timer = CudaTimer()
-        self.timer.seconds = 0.8
+        self.timer.seconds = 0.5
         self.copy = measure_limits(self.timer, quick=False)["copy_tb_s"]
         print(f"copy {self.copy:.2f} TB/s")
 
