@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyinfer
 from pyinfer import AttentionVariant
 from tests.arrays import EPSILON, Backend, assert_close
 from tests.attention_cases import Shape, lse_tolerance, paged_cache
+from tests.reference.attention import rotated
 from tests.reference.variants import variant_attention
 from tests.variant_cases import EXAMPLES, Example
 
@@ -164,6 +166,49 @@ def test_with_the_built_in_options(backend_arrays: Backend, device: str, rng: np
         q64, k64, v64, keep=keep, soft_cap=1.5, logits=lambda s, at: (s + slopes[at.head] * (at.j - at.i)) / 2, mask=lambda at: at.j % 5 != 2,
     )  # fmt: skip
     assert_close(backend.float64(got), want, **tolerance(device))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, pytest.param("float8_e4m3fn", marks=pytest.mark.gpu)])
+def test_query_before_rope(
+    kv_dtype: str | None, backend_arrays: Backend, device: str, rng: np.random.Generator
+) -> None:
+    """A query function works on what was given, RoPE on what it made of it; keys of 8 bits permute the queries afterwards."""
+    backend, example = backend_arrays, EXAMPLES["query_output"]
+    q, q64 = draw(rng, backend, 40, 4, 64)
+    k, v = (backend.array(rng.standard_normal((90, 2, 64)), kv_dtype or DTYPE) for _ in range(2))
+    args = example.draw(rng, 4, [90])
+    twin = example.twin(args)
+    stretched = twin["query"]
+    twin["query"] = lambda x, at: rotated(stretched(x, at)[:, None], 50, 1.0, 1e4)[:, 0]
+    got = pyinfer.single_prefill_with_kv_cache(
+        q, k, v, causal=True, pos_encoding_mode="ROPE_LLAMA", variant=example.variant, variant_args=given(backend, args)
+    )
+    want, _ = variant_attention(q64, rotated(backend.float64(k), 0, 1.0, 1e4), backend.float64(v), causal=True, **twin)
+    # On the GPU queries are rounded twice, keys once more, before the products.
+    loose = {"rtol": 6e-3, "atol": 6e-3} if device == "cuda" else tolerance(device)
+    assert_close(backend.float64(got), want, **loose)
+
+
+def test_rows_that_see_nothing(backend_arrays: Backend, device: str, rng: np.random.Generator) -> None:
+    """Every second query sees no key: zeros and -inf; logits that are not finite count as nothing or as the largest."""
+    backend = backend_arrays
+    variant = AttentionVariant("odd_rows", logits=wild, mask=lambda q_idx: q_idx % 2 == 1)
+    for n in (3, 50):
+        q, _ = draw(rng, backend, n, 4, 64)
+        k, _ = draw(rng, backend, 70, 2, 64)
+        v, v64 = draw(rng, backend, 70, 2, 64)
+        out, lse = pyinfer.single_prefill_with_kv_cache(q, k, v, return_lse=True, variant=variant)
+        out, lse = backend.float64(out), backend.float64(lse)
+        assert (out[::2] == 0).all() and (lse[::2] == -np.inf).all()
+        chosen = np.arange(70) % 7 == 3  # +inf: each weighs 1, all else nothing
+        want = np.repeat(v64[chosen].mean(0), 2, axis=0)
+        assert_close(out[1::2], np.broadcast_to(want, out[1::2].shape), **tolerance(device))
+
+
+def wild(score, kv_idx):
+    if kv_idx % 7 == 3:
+        return math.inf
+    return -math.inf if kv_idx % 2 == 0 else score
 
 
 def test_cuda_graph_mode(backend_arrays: Backend, device: str, rng: np.random.Generator) -> None:
