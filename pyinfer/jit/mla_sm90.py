@@ -116,6 +116,7 @@ PARAMS = ParamStruct(
     ptr("kv_len", "const int32_t", "[batch], tokens"),
     i32("box_rows", "keys of a TMA box"),
     i32("slots", "work items that the device runs at a time"),
+    i32("num_indices", "entries of kv_indices that may be fetched ahead"),
 )
 
 
@@ -209,6 +210,7 @@ def prepare_mla_sm90(
         *(plan_buffer_ptr + 4 * section for section in sections),
         rows,
         max(num_sms(device) // config.cluster, 1),
+        plan.total_kv,
     )
     kernel = _kernel(device, config, dtype, soft_cap)
     grid = plan.max_work * config.cluster
