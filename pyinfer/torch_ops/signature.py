@@ -78,7 +78,7 @@ def flat(arguments: tuple[Argument, ...], with_out: bool) -> list[tuple[str, str
         elif a.kind in SCALARS:
             made.append((("SymInt" if a.kind == "int" else a.kind) + none, name))
         elif a.kind not in ("none", "varargs"):
-            raise AssertionError(f"{a.kind} is no kind of argument")
+            raise ValueError(f"torch_ops: {a.name} is of an unknown kind: got {a.kind}, wanted one of signature.py's.")
     return made
 
 
