@@ -6,6 +6,7 @@ dimension, vocabulary, ...) becomes arguments.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -57,6 +58,29 @@ def _add_norm(t: _Maker, *, dtype: Any = "float16", hidden: int = 4096) -> dict[
 
 def _act(t: _Maker, *, dtype: Any = "float16", hidden: int = 4096) -> dict[str, Any]:
     return {"input": t(dtype, ROWS, 2 * hidden)}
+
+
+def _layernorm(t: _Maker, *, dtype: Any = "bfloat16", hidden: int = 4096) -> dict[str, Any]:
+    return {"input": t(dtype, ROWS, hidden), "gemma": t("float32", hidden), "beta": t("float32", hidden)}
+
+
+def _quantised(make: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`make`, with an output of 8 bits (`quantize_dtype`) and a scale."""
+
+    def made(
+        t: _Maker, *, dtype: Any = "float16", hidden: int = 4096, quantize_dtype: Any = "float8_e4m3fn"
+    ) -> dict[str, Any]:
+        return {"out": t(quantize_dtype, ROWS, hidden, arg="out"), "scale": 1.0, **make(t, dtype=dtype, hidden=hidden)}
+
+    return made
+
+
+def _topk(t: _Maker, *, dtype: Any = "float32", vocab: int = 32000) -> dict[str, Any]:
+    return {"input": t(dtype, ROWS, vocab)}
+
+
+def _linear(t: _Maker, *, dtype: Any = "bfloat16", depth: int = 576, columns: int = 576) -> dict[str, Any]:
+    return {"input": t(dtype, ROWS, depth), "weight": t(dtype, columns, depth), "out": t(dtype, ROWS, columns)}
 
 
 def _heads(t: _Maker, dtype: Any, num_qo_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
@@ -209,7 +233,16 @@ def _single_prefill(
 _PLAIN: dict[str, Callable[..., dict[str, Any]]] = {
     **dict.fromkeys(("rmsnorm", "gemma_rmsnorm"), _norm),
     **dict.fromkeys(("fused_add_rmsnorm", "gemma_fused_add_rmsnorm"), _add_norm),
-    **dict.fromkeys(("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"), _act),
+    **dict.fromkeys(("rmsnorm_dynamic_quant", "fused_rmsnorm_silu"), _norm),
+    "fused_add_rmsnorm_dynamic_quant": _add_norm,
+    "rmsnorm_quant": _quantised(_norm),
+    "fused_add_rmsnorm_quant": _quantised(_add_norm),
+    "layernorm": _layernorm,
+    **dict.fromkeys(
+        (f"{act}_and_mul{kind}" for act in ("silu", "gelu", "gelu_tanh") for kind in ("", "_dynamic_quant")), _act
+    ),
+    **dict.fromkeys((f"{act}_and_mul_quant" for act in ("silu", "gelu", "gelu_tanh")), _quantised(_act)),
+    "tinygemm_bf16": _linear,
     **dict.fromkeys(("apply_rope", "apply_rope_inplace", "apply_llama31_rope", "apply_llama31_rope_inplace"), _rope),
     **dict.fromkeys(
         (
@@ -231,6 +264,7 @@ _PLAIN: dict[str, Callable[..., dict[str, Any]]] = {
     **dict.fromkeys(("softmax", "sampling_from_logits"), _logits),
     "sampling_from_probs": _probs,
     "top_k_mask_logits": _with(_logits, top_k=1),
+    "top_k": _with(_topk, k=1),
     **dict.fromkeys(("top_k_sampling_from_probs", "top_k_renorm_probs", "top_k_renorm_prob"), _with(_probs, top_k=1)),
     **dict.fromkeys(("top_p_sampling_from_probs", "top_p_renorm_probs", "top_p_renorm_prob"), _with(_probs, top_p=0.9)),
     "min_p_sampling_from_probs": _with(_probs, min_p=0.1),
@@ -409,10 +443,18 @@ def _ask_operator(t: _Maker, function: Any, config: dict[str, Any]) -> None:
         chosen = {name: config.pop(name) for name in list(config) if name in known}
         args = _answer(lambda: make(t, **chosen))
     for name, value in config.items():
-        described = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], tuple)
-        args[name] = _answer(lambda v=value, n=name: t(v[0], *v[1], arg=n)) if described else value  # type: ignore[misc]
+        args[name] = _answer(functools.partial(_described, t, name, value))
     inspect.signature(function).bind(**args)  # TypeError: a keyword that is missing or unknown
     _answer(lambda: function(**args))
+
+
+def _described(t: _Maker, arg: str, value: Any) -> Any:
+    """The tensor that (dtype, shape) describes, a tuple of those that a tuple of descriptions does; anything else as it is."""
+    if not isinstance(value, tuple):
+        return value
+    if len(value) == 2 and isinstance(value[1], tuple) and not isinstance(value[0], tuple):
+        return t(value[0], *value[1], arg=arg)
+    return tuple(_described(t, arg, x) for x in value)
 
 
 def _names(function: Any) -> set[str]:

@@ -273,6 +273,13 @@ def test_a_plan_for_another_tile(monkeypatch):
         prepare_mla(0, plan_of(num_kv_heads=1, head_dim_qk=576), 0, FLOAT16, False, config)
 
 
+def test_a_shape_without_pages():
+    from pyinfer.schedulers.plan import plan_shape
+
+    with pytest.raises(ValueError, match="op: page_size is no page size: got -1, wanted 1 or more"):
+        plan_shape("op", 4, 2, 64, 64, -1, 16, 64, 4, 1, 1)
+
+
 def test_no_pod_configuration_fits(monkeypatch):
     from pyinfer.jit import pod
 

@@ -148,6 +148,11 @@ def test_wrappers(op, config, text, device):
 OPERATOR_CASES = [
     ("rmsnorm", {"dtype": "int32"}, "input has the wrong dtype: got int32"),
     ("gemma_fused_add_rmsnorm", {"dtype": "float64"}, "input has the wrong dtype: got float64"),
+    ("rmsnorm_quant", {"quantize_dtype": "int32"}, "out has the wrong dtype: got int32"),
+    ("layernorm", {"dtype": "int8"}, "input has the wrong dtype: got int8"),
+    ("silu_and_mul_quant", {"quantize_dtype": "float16"}, "out has the wrong dtype: got float16"),
+    ("tinygemm_bf16", {"dtype": "float32"}, "input has the wrong dtype: got float32"),
+    ("top_k", {"k": -1}, "k "),
     ("silu_and_mul", {"hidden": 3}, "input has a last axis of the wrong length: got 12 bytes"),
     ("apply_rope", {"head_dim": 64, "rotary_dim": 66}, "rotary_dim cannot be rotated: got 66"),
     ("apply_llama31_rope_pos_ids_inplace", {"rotary_dim": 7}, "rotary_dim cannot be rotated: got 7, wanted an even number from 2 to 128 (head_dim 128)"),
@@ -208,6 +213,15 @@ def test_tensors_may_be_described_by_name():
     assert pyinfer.support("rmsnorm", device="cuda", weight=("bfloat16", (7,))).reason.startswith(
         "rmsnorm: weight has the wrong shape: got (7,), wanted (4096)"
     )
+    narrow = pyinfer.support("append_paged_kv_cache", device="cuda", head_dim=64, append_value=("float16", (3, 1, 32)))
+    assert narrow.reason.startswith("append_paged_kv_cache: paged_kv_cache (V) has the wrong shape: got (1, 16, 1, 64)")
+    pair = (("float16", (4, 16, 2, 64)), ("float16", (4, 16, 2, 32)))  # a tuple of two tensors
+    pages = {"source_pages": ("int32", (1,)), "target_pages": ("int32", (1,))}
+    assert pyinfer.support("copy_pages", device="cuda", cache=pair, **pages).reason == ""
+    pages["target_pages"] = ("float32", (1,))
+    assert (
+        "target_pages has the wrong dtype" in pyinfer.support("copy_pages", device="cuda", cache=pair, **pages).reason
+    )
     assert "input is no element type" in pyinfer.support("rmsnorm", device="cuda", input=("float7", (5, 7))).reason
 
 
@@ -224,7 +238,7 @@ def test_nothing_is_allocated_compiled_or_launched(monkeypatch):
 
 def test_questions_that_make_no_sense():
     with pytest.raises(
-        ValueError, match="support: op is no operator: got 'attention', wanted one of .*BatchAttention, "
+        ValueError, match=r"support: op is no operator: got 'attention', wanted one of .*BatchAttention, "
     ):
         pyinfer.support("attention")
     with pytest.raises(ValueError, match="support: device is no device: got 'tpu', wanted 'cpu', 'cuda' or 'cuda:N'"):
