@@ -57,6 +57,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "page": (
         "append_paged_kv_cache",
         "append_paged_mla_kv_cache",
+        "block_sparse_indices_to_vector_sparse_offsets",
         "copy_pages",
         "gather_paged_kv_cache",
         "gather_paged_mla_kv_cache",
@@ -176,6 +177,9 @@ if TYPE_CHECKING:
     from pyinfer.norm import rmsnorm_quant as rmsnorm_quant
     from pyinfer.page import append_paged_kv_cache as append_paged_kv_cache
     from pyinfer.page import append_paged_mla_kv_cache as append_paged_mla_kv_cache
+    from pyinfer.page import (
+        block_sparse_indices_to_vector_sparse_offsets as block_sparse_indices_to_vector_sparse_offsets,
+    )
     from pyinfer.page import copy_pages as copy_pages
     from pyinfer.page import gather_paged_kv_cache as gather_paged_kv_cache
     from pyinfer.page import gather_paged_mla_kv_cache as gather_paged_mla_kv_cache

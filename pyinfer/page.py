@@ -19,7 +19,7 @@ from pyinfer.core.errors import (
     check_shape,
     fail,
 )
-from pyinfer.core.tensor import as_numpy, empty, view
+from pyinfer.core.tensor import as_numpy, current_stream, empty, view
 from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "append_paged_kv_cache",
     "append_paged_mla_kv_cache",
+    "block_sparse_indices_to_vector_sparse_offsets",
     "copy_pages",
     "gather_paged_kv_cache",
     "gather_paged_mla_kv_cache",
@@ -404,13 +405,87 @@ def copy_pages(cache: Any, source_pages: Any, target_pages: Any, out: Any = None
         copy_tensor(op, tag, s, t, from_pages, to_pages, out is None)
 
 
+def block_sparse_indices_to_vector_sparse_offsets(
+    block_sparse_indices: Any,
+    block_sparse_indptr: Any,
+    vector_sparse_offsets: Any,
+    vector_sparse_indptr: Any,
+    kv_lens: Any,
+    stride_block: int,
+    stride_n: int,
+    block_size: int,
+) -> Any:
+    """Offsets of single tokens from indices of blocks (pages): ``page * stride_block + slot * stride_n``, request by request.
+
+    Parameters
+    ----------
+    block_sparse_indices
+        int32 [block_sparse_indptr[-1] or more].
+    block_sparse_indptr, vector_sparse_indptr
+        int32 [batch + 1]: where each request's blocks and tokens begin. The latter counts kv_lens up.
+    vector_sparse_offsets
+        int32 [vector_sparse_indptr[-1] or more]: written. Not looked at with block_size 1.
+    kv_lens
+        int32 [batch]: tokens of each request.
+    stride_block, stride_n
+        Elements from block to block, and from token to token.
+    block_size
+        Tokens per block. With 1 the result is ``block_sparse_indices * stride_block``, a new tensor.
+
+    Returns
+    -------
+    vector_sparse_offsets, or the new tensor.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong dtype, shape or device. On the CPU also for an offset beyond 32 bits, or more tokens than there is room or are blocks for.
+    """
+    op = "block_sparse_indices_to_vector_sparse_offsets"
+    names = ("block_sparse_indices", "block_sparse_indptr", "vector_sparse_offsets", "vector_sparse_indptr", "kv_lens")
+    given = (block_sparse_indices, block_sparse_indptr, vector_sparse_offsets, vector_sparse_indptr, kv_lens)
+    if block_size < 1:
+        fail(op, "block_size", "is too small", block_size, "1 or more")
+    if block_size == 1:
+        check_dtype(op, names[0], index_array(op, names[0], block_sparse_indices), (INT32,))
+        return block_sparse_indices * stride_block
+    views = [index_array(op, name, x) for name, x in zip(names, given, strict=True)]
+    for name, v in zip(names, views, strict=True):
+        check_dtype(op, name, v, (INT32,))
+    check_same_device(op, dict(zip(names, views, strict=True)))
+    indices, indptr, offsets, out_indptr, lengths = views
+    batch = batch_of(op, names[1], indptr)
+    check_shape(op, names[3], out_indptr, (batch + 1,))
+    check_shape(op, names[4], lengths, (batch,))
+    if not batch:
+        return vector_sparse_offsets
+    if indices.device < 0:
+        from pyinfer.cpu import page as cpu
+
+        problem = cpu.vector_offsets(*(as_numpy(v) for v in views), stride_block, stride_n, block_size)
+        if problem is not None:
+            request, what, got, wanted = problem
+            fail(op, "kv_lens", f"{what} (request {request})", got, wanted)
+        return vector_sparse_offsets
+    kernel, has_pdl = _kernel(indices.device, "vector_offsets")
+    stretches = min(64, max(1, offsets.shape[0] // (1024 * batch)))
+    values = (*(v.ptr for v in views), int(stride_block), int(stride_n), int(block_size))
+    kernel(current_stream(indices), (batch, stretches, 1), values, has_pdl)
+    return vector_sparse_offsets
+
+
 @functools.cache
 def _kernel(device: int, name: str) -> tuple[Kernel, bool]:
     """Kernel, whether it was built for programmatic dependent launch."""
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit import page
 
-    spec = page.gen_batch_positions() if name == "batch_positions" else page.gen_seq_lens()
+    gen = {
+        "batch_positions": page.gen_batch_positions,
+        "seq_lens": page.gen_seq_lens,
+        "vector_offsets": page.gen_vector_offsets,
+    }
+    spec = gen[name]()
     return spec.build_and_load(device), pdl_supported(device)
 
 

@@ -281,3 +281,47 @@ def test_errors(backend: Backend) -> None:
         pyinfer.copy_pages((cache, cache), one, one, cache)
     with pytest.raises(TypeError, match=r"copy_pages: source_pages has the wrong dtype"):
         pyinfer.copy_pages(cache, new[0, 0], one)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 16])
+def test_vector_offsets(backend: Backend, rng: np.random.Generator, block_size: int) -> None:
+    b = backend
+    lengths = np.array([5, 0, 40, 16])
+    table = reference.PageTable(rng, lengths, block_size)
+    out_indptr = np.concatenate([[0], np.cumsum(lengths)]) + 3
+    out = b.array(np.full(int(lengths.sum()) + 5, -7), "int32")
+    given = [b.array(x, "int32") for x in (table.kv_indices, table.kv_indptr)]
+    rest = [b.array(x, "int32") for x in (out_indptr, lengths)]
+    got = pyinfer.block_sparse_indices_to_vector_sparse_offsets(*given, out, *rest, 1000, 7, block_size)
+    if block_size == 1:
+        np.testing.assert_array_equal(b.numpy(got), table.kv_indices * 1000)
+        return
+    assert got is out
+    want = np.full(int(lengths.sum()) + 5, -7)
+    for r, length in enumerate(lengths):
+        for i in range(length):
+            want[out_indptr[r] + i] = table.kv_indices[table.kv_indptr[r] + i // block_size] * 1000 + i % block_size * 7
+    np.testing.assert_array_equal(b.numpy(out), want)
+
+
+def test_vector_offsets_errors(backend: Backend) -> None:
+    b = backend
+    ints = lambda *v: b.array(np.array(v), "int32")  # noqa: E731
+    op = pyinfer.block_sparse_indices_to_vector_sparse_offsets
+
+    def fails(kind, text, *arguments):
+        with pytest.raises(kind, match=f"block_sparse_indices_to_vector_sparse_offsets: {text}"):
+            op(*arguments)
+
+    good = (ints(3, 1), ints(0, 2), ints(0, 0, 0), ints(0, 3), ints(3))
+    op(*good, 10, 1, 2)
+    fails(ValueError, "block_size is too small", *good, 10, 1, 0)
+    fails(TypeError, "kv_lens has the wrong dtype: got int64", *good[:4], b.array([3], "int64"), 10, 1, 2)
+    fails(ValueError, "vector_sparse_indptr has the wrong shape", *good[:3], ints(0), good[4], 10, 1, 2)
+    fails(TypeError, "block_sparse_indices has the wrong dtype", b.full((2,), 1.0, "float32"), *good[1:], 10, 1, 1)
+    if b.device == "cpu":
+        fails(
+            ValueError, r"kv_lens does not fit the request's blocks \(request 0\): got 5", *good[:4], ints(5), 10, 1, 2
+        )
+        fails(ValueError, "kv_lens goes beyond vector_sparse_offsets", *good[:3], ints(1, 4), good[4], 10, 1, 2)
+        fails(ValueError, "kv_lens gives an offset beyond 32 bits", *good, 1 << 30, 1, 2)

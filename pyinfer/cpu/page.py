@@ -124,6 +124,34 @@ def doubtful_page(source_pages: np.ndarray, target_pages: np.ndarray, same: bool
     return int(twice[0]) if twice.size else -1
 
 
+def vector_offsets(
+    indices: np.ndarray,
+    indptr: np.ndarray,
+    offsets: np.ndarray,
+    out_indptr: np.ndarray,
+    kv_lens: np.ndarray,
+    stride_block: int,
+    stride_n: int,
+    block_size: int,
+) -> tuple[int, str, int, str] | None:
+    """Fill offsets, request by request; (request, what is wrong, got, wanted) before anything is written if it cannot be."""
+    made = []
+    for b, length in enumerate(kv_lens.tolist()):
+        blocks, begin = indices[indptr[b] : indptr[b + 1]].astype(np.int64), int(out_indptr[b])
+        if length < 0 or length > len(blocks) * block_size:
+            return b, "does not fit the request's blocks", length, f"0 to {len(blocks) * block_size}"
+        if begin < 0 or begin + length > len(offsets):
+            return b, "goes beyond vector_sparse_offsets", begin + length, f"{len(offsets)} or less"
+        at = np.arange(length)
+        found = blocks[at // block_size] * stride_block + at % block_size * stride_n
+        if length and int(np.abs(found).max()) >= 1 << 31:
+            return b, "gives an offset beyond 32 bits", int(np.abs(found).max()), f"less than {1 << 31}"
+        made.append((begin, found))
+    for begin, found in made:
+        offsets[begin : begin + len(found)] = found
+    return None
+
+
 def batch_indices_positions(
     append_indptr: np.ndarray, seq_lens: np.ndarray, batch_indices: np.ndarray, positions: np.ndarray
 ) -> None:

@@ -100,6 +100,18 @@ BATCH_POSITIONS = ParamStruct(
     i32("wide", "bit per array: int64"),
 )
 
+VECTOR_OFFSETS = ParamStruct(
+    "VectorOffsetsParams",
+    ptr("indices", "const int32_t", "[blocks]"),
+    ptr("indptr", "const int32_t", "[batch + 1] into indices"),
+    ptr("offsets", "int32_t", "[tokens]"),
+    ptr("out_indptr", "const int32_t", "[batch + 1] into offsets"),
+    ptr("kv_lens", "const int32_t", "[batch]"),
+    i32("stride_block"),
+    i32("stride_n"),
+    i32("block_size"),
+)
+
 SEQ_LENS = ParamStruct(
     "SeqLensParams",
     ptr("kv_indptr", "const void", "[batch + 1]"),
@@ -234,6 +246,13 @@ def gen_seq_lens() -> JitSpec:
     return JitSpec("seq_lens", "page/seq_lens.cu.jinja", SEQ_LENS, (("BLOCK", 128),), block=(128, 1, 1))
 
 
+@functools.cache
+def gen_vector_offsets() -> JitSpec:
+    """The kernel of block_sparse_indices_to_vector_sparse_offsets."""
+    template = "page/vector_offsets.cu.jinja"
+    return JitSpec("vector_offsets", template, VECTOR_OFFSETS, (("BLOCK", 256),), block=(256, 1, 1))
+
+
 # (heads, chunks of 16 bytes per head): SmolLM2's 3 heads of 64, Llama 3 8B's 8 of 128, in two-byte elements.
 _SHAPES = ((3, 8), (8, 16))
 
@@ -241,7 +260,9 @@ _SHAPES = ((3, 8), (8, 16))
 @functools.cache
 def gen_page_module() -> JitModule:
     """The kernels of the usual shapes."""
-    return JitModule("page", (*(gen_append(16, *s) for s in _SHAPES), gen_batch_positions(), gen_seq_lens()))
+    return JitModule(
+        "page", (*(gen_append(16, *s) for s in _SHAPES), gen_batch_positions(), gen_seq_lens(), gen_vector_offsets())
+    )
 
 
 def all_specs() -> list[JitSpec]:

@@ -275,6 +275,7 @@ NOT_TRACED: dict[str, str] = {
     "top_k_varlen": "takes dictionaries and hints; compiled code takes top_k_ragged_transform",
     "fast_decode_plan": "plans, outside of compiled code",
     "install_as_flashinfer": "changes what an import finds; takes no tensor",
+    "block_sparse_indices_to_vector_sparse_offsets": "removed from FlashInfer; returns what it wrote to or a new tensor, by block_size",
     "copy_pages": "takes any number of caches; bookkeeping of a server between steps, no part of a model",
     "support": "answers about a configuration; takes no tensor",
     "warmup": "compiles kernels; takes no tensor",
