@@ -406,10 +406,10 @@ def copy_pages(cache: Any, source_pages: Any, target_pages: Any, out: Any = None
 
 
 def block_sparse_indices_to_vector_sparse_offsets(
-    block_sparse_indices: Any,
-    block_sparse_indptr: Any,
-    vector_sparse_offsets: Any,
-    vector_sparse_indptr: Any,
+    indices: Any,
+    indptr: Any,
+    out_offsets: Any,
+    out_indptr: Any,
     kv_lens: Any,
     stride_block: int,
     stride_n: int,
@@ -419,22 +419,22 @@ def block_sparse_indices_to_vector_sparse_offsets(
 
     Parameters
     ----------
-    block_sparse_indices
-        int32 [block_sparse_indptr[-1] or more].
-    block_sparse_indptr, vector_sparse_indptr
+    indices
+        int32 [indptr[-1] or more].
+    indptr, out_indptr
         int32 [batch + 1]: where each request's blocks and tokens begin. The latter counts kv_lens up.
-    vector_sparse_offsets
-        int32 [vector_sparse_indptr[-1] or more]: written. Not looked at with block_size 1.
+    out_offsets
+        int32 [out_indptr[-1] or more]: written. Not looked at with block_size 1.
     kv_lens
         int32 [batch]: tokens of each request.
     stride_block, stride_n
         Elements from block to block, and from token to token.
     block_size
-        Tokens per block. With 1 the result is ``block_sparse_indices * stride_block``, a new tensor.
+        Tokens per block. With 1 the result is ``indices * stride_block``, a new tensor.
 
     Returns
     -------
-    vector_sparse_offsets, or the new tensor.
+    out_offsets, or the new tensor.
 
     Raises
     ------
@@ -442,36 +442,36 @@ def block_sparse_indices_to_vector_sparse_offsets(
         For a wrong dtype, shape or device. On the CPU also for an offset beyond 32 bits, or more tokens than there is room or are blocks for.
     """
     op = "block_sparse_indices_to_vector_sparse_offsets"
-    names = ("block_sparse_indices", "block_sparse_indptr", "vector_sparse_offsets", "vector_sparse_indptr", "kv_lens")
-    given = (block_sparse_indices, block_sparse_indptr, vector_sparse_offsets, vector_sparse_indptr, kv_lens)
+    names = ("indices", "indptr", "out_offsets", "out_indptr", "kv_lens")
+    given = (indices, indptr, out_offsets, out_indptr, kv_lens)
     if block_size < 1:
         fail(op, "block_size", "is too small", block_size, "1 or more")
     if block_size == 1:
-        check_dtype(op, names[0], index_array(op, names[0], block_sparse_indices), (INT32,))
-        return block_sparse_indices * stride_block
+        check_dtype(op, names[0], index_array(op, names[0], indices), (INT32,))
+        return indices * stride_block
     views = [index_array(op, name, x) for name, x in zip(names, given, strict=True)]
     for name, v in zip(names, views, strict=True):
         check_dtype(op, name, v, (INT32,))
     check_same_device(op, dict(zip(names, views, strict=True)))
-    indices, indptr, offsets, out_indptr, lengths = views
-    batch = batch_of(op, names[1], indptr)
-    check_shape(op, names[3], out_indptr, (batch + 1,))
-    check_shape(op, names[4], lengths, (batch,))
+    blocks, offsets = views[0], views[2]
+    batch = batch_of(op, names[1], views[1])
+    check_shape(op, names[3], views[3], (batch + 1,))
+    check_shape(op, names[4], views[4], (batch,))
     if not batch:
-        return vector_sparse_offsets
-    if indices.device < 0:
+        return out_offsets
+    if blocks.device < 0:
         from pyinfer.cpu import page as cpu
 
         problem = cpu.vector_offsets(*(as_numpy(v) for v in views), stride_block, stride_n, block_size)
         if problem is not None:
             request, what, got, wanted = problem
             fail(op, "kv_lens", f"{what} (request {request})", got, wanted)
-        return vector_sparse_offsets
-    kernel, has_pdl = _kernel(indices.device, "vector_offsets")
+        return out_offsets
+    kernel, has_pdl = _kernel(blocks.device, "vector_offsets")
     stretches = min(64, max(1, offsets.shape[0] // (1024 * batch)))
     values = (*(v.ptr for v in views), int(stride_block), int(stride_n), int(block_size))
-    kernel(current_stream(indices), (batch, stretches, 1), values, has_pdl)
-    return vector_sparse_offsets
+    kernel(current_stream(blocks), (batch, stretches, 1), values, has_pdl)
+    return out_offsets
 
 
 @functools.cache

@@ -317,11 +317,11 @@ def test_vector_offsets_errors(backend: Backend) -> None:
     op(*good, 10, 1, 2)
     fails(ValueError, "block_size is too small", *good, 10, 1, 0)
     fails(TypeError, "kv_lens has the wrong dtype: got int64", *good[:4], b.array([3], "int64"), 10, 1, 2)
-    fails(ValueError, "vector_sparse_indptr has the wrong shape", *good[:3], ints(0), good[4], 10, 1, 2)
-    fails(TypeError, "block_sparse_indices has the wrong dtype", b.full((2,), 1.0, "float32"), *good[1:], 10, 1, 1)
+    fails(ValueError, "out_indptr has the wrong shape", *good[:3], ints(0), good[4], 10, 1, 2)
+    fails(TypeError, "indices has the wrong dtype", b.full((2,), 1.0, "float32"), *good[1:], 10, 1, 1)
     if b.device == "cpu":
         fails(
             ValueError, r"kv_lens does not fit the request's blocks \(request 0\): got 5", *good[:4], ints(5), 10, 1, 2
         )
-        fails(ValueError, "kv_lens goes beyond vector_sparse_offsets", *good[:3], ints(1, 4), good[4], 10, 1, 2)
+        fails(ValueError, "kv_lens goes beyond out_offsets", *good[:3], ints(1, 4), good[4], 10, 1, 2)
         fails(ValueError, "kv_lens gives an offset beyond 32 bits", *good, 1 << 30, 1, 2)

@@ -141,7 +141,7 @@ def vector_offsets(
         if length < 0 or length > len(blocks) * block_size:
             return b, "does not fit the request's blocks", length, f"0 to {len(blocks) * block_size}"
         if begin < 0 or begin + length > len(offsets):
-            return b, "goes beyond vector_sparse_offsets", begin + length, f"{len(offsets)} or less"
+            return b, "goes beyond out_offsets", begin + length, f"{len(offsets)} or less"
         at = np.arange(length)
         found = blocks[at // block_size] * stride_block + at % block_size * stride_n
         if length and int(np.abs(found).max()) >= 1 << 31:
