@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import struct
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyinfer.core.dtypes import DType, canonical_dtype
 from pyinfer.core.errors import fail, fail_type
@@ -136,7 +137,9 @@ def gen_pod(
     params = ParamStruct(
         "PodParams",
         *(replace(f, name=f"prefill_{f.name}") for f in prefill.params.fields),
+        *_tail("prefill", prefill.params),
         *(replace(f, name=f"decode_{f.name}") for f in decode.params.fields),
+        *_tail("decode", decode.params),
         u32("prefill_blocks"),
         u32("decode_blocks"),
         u32("prefill_rate", "of 65536"),
@@ -150,6 +153,13 @@ def gen_pod(
         smem=config.smem,
     )  # fmt: skip
     return PodSpec(spec, prefill, decode)
+
+
+@functools.cache
+def _tail(part: str, params: ParamStruct) -> tuple[Any, ...]:
+    """Padding behind a part's fields: in C++ it is a struct of its own, whose size is a multiple of 8."""
+    used = struct.calcsize("@" + "".join(f.code for f in params.fields))
+    return tuple(u32(f"{part}_tail_{i}") for i in range((params.size - used) // 4))
 
 
 def all_specs(archs: Iterable[int] = (80, 89, 90)) -> list[JitSpec]:
@@ -264,7 +274,9 @@ def pack_parts(pod: PodSpec, prefill: Part, decode: Part, prefill_rate: int) -> 
     """Values of the parameter struct in field order."""
     return (
         *[prefill.values[f.name] for f in pod.prefill.params.fields],
+        *[0 for _ in _tail("prefill", pod.prefill.params)],
         *[decode.values[f.name] for f in pod.decode.params.fields],
+        *[0 for _ in _tail("decode", pod.decode.params)],
         prefill.blocks,
         decode.blocks,
         prefill_rate,
