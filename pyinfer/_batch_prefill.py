@@ -77,6 +77,9 @@ def _shape(
     )  # fmt: skip
 
 
+_NO_ITEMS = (None, None, 0, None)
+
+
 def _longest(indptr: np.ndarray) -> int:
     """The longest row of a CSR row pointer (of a few entries, NumPy's calls would cost more than the loop)."""
     if len(indptr) > 32:
@@ -103,14 +106,16 @@ class BatchPrefill(BatchAttention):
         """Plan a batch. `key` needs no more checks but of the heads, `items` are the four arguments of multi-item scoring."""
         op = self._op
         qo_indptr, kv_indptr, last_page_len = host
-        mask = mask_view(op, custom_mask, packed_custom_mask)
-        found = items_of(op, *items, max(len(qo_indptr) - 1, 0))
+        mask = found = None
+        if custom_mask is not None or packed_custom_mask is not None:
+            mask = mask_view(op, custom_mask, packed_custom_mask)
+            key = key._replace(custom_mask=True, causal=False)
+        if items != _NO_ITEMS:
+            found = items_of(op, *items, max(len(qo_indptr) - 1, 0))
         if found is not None:
             if mask is not None:
                 fail(op, "custom_mask", "excludes multi-item scoring", "both", "a custom mask or prefix_len_ptr")
             key = key._replace(causal=True, token_pos_in_items_len=found.token_pos_len)  # the mask it is part of
-        if mask is not None:
-            key = key._replace(custom_mask=True, causal=False)
         if self._family:
             key = key._replace(family=self._family)
         buffers: dict[str, Any] = {}
