@@ -18,16 +18,64 @@ PYINFER_DEVICE int32_t load_acquire(const int32_t* p) {
     return x;
 }
 
+// out = sum of the splits' rows [begin, begin + rows), by their weights [row][split]. A thread has 4 columns of ROWS_OF_ITS_OWN rows and SPLITS splits under way.
+template <typename T, int HEAD_DIM, int ROWS, int ROWS_OF_ITS_OWN, int SPLITS, typename Params>
+PYINFER_DEVICE void add_splits(const Params& p, const AttentionWork& w, int64_t row_0, int64_t split_stride, int begin, int rows, int thread,
+                               const float* weights) {
+    constexpr int COLUMNS = 4;
+    constexpr int ROW_THREADS = HEAD_DIM / COLUMNS;
+    const int column = thread % ROW_THREADS * COLUMNS;
+    for (int first = thread / ROW_THREADS; first < rows; first += ROWS * ROWS_OF_ITS_OWN) {
+        float sum[ROWS_OF_ITS_OWN][COLUMNS] = {};
+        const float* partial = p.partial_o + (row_0 + begin + first) * HEAD_DIM + column;
+        for (int s = 0; s < w.num_splits; s += SPLITS) {
+            float4 o[SPLITS][ROWS_OF_ITS_OWN];
+#pragma unroll
+            for (int k = 0; k < SPLITS; ++k) {
+#pragma unroll
+                for (int d = 0; d < ROWS_OF_ITS_OWN; ++d) {
+                    if (s + k < w.num_splits && first + d * ROWS < rows) {
+                        o[k][d] = __ldcg(reinterpret_cast<const float4*>(partial + ((s + k) * split_stride + d * ROWS) * HEAD_DIM));
+                    }
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < SPLITS; ++k) {
+#pragma unroll
+                for (int d = 0; d < ROWS_OF_ITS_OWN; ++d) {
+                    if (s + k < w.num_splits && first + d * ROWS < rows) {
+                        const float weight = weights[(first + d * ROWS) * w.num_splits + s + k];
+                        sum[d][0] = fmaf(weight, o[k][d].x, sum[d][0]);
+                        sum[d][1] = fmaf(weight, o[k][d].y, sum[d][1]);
+                        sum[d][2] = fmaf(weight, o[k][d].z, sum[d][2]);
+                        sum[d][3] = fmaf(weight, o[k][d].w, sum[d][3]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int d = 0; d < ROWS_OF_ITS_OWN; ++d) {
+            if (first + d * ROWS < rows) {
+                const OutputRow at = output_row(p, w, begin + first + d * ROWS);
+                vec_t<T, COLUMNS> result;
+#pragma unroll
+                for (int i = 0; i < COLUMNS; ++i) {
+                    result[i] = from_float<T>(sum[d][i]);
+                }
+                result.store(p.out + at.token * p.out_stride_token + at.head * p.out_stride_head + column);
+            }
+        }
+    }
+}
+
 // THREADS threads call this, whole multiples of HEAD_DIM / 4, numbered by `thread`, after their partials and their partial LSEs are written; `sync` is their
 // barrier. `row_0` is the tile's first partial row of split 0, `split_stride` the rows between splits. `mailbox`: one word of shared memory; `weights`: room
 // for ROOM floats there.
 template <typename T, int HEAD_DIM, int THREADS, int ROOM, typename Params, typename Sync>
 PYINFER_DEVICE void merge_together(const Params& p, const AttentionWork& w, int32_t* word, int64_t row_0, int64_t split_stride, int thread, int patience,
                                    volatile int* mailbox, float* weights, const Sync& sync) {
-    constexpr int COLUMNS = 4;
-    constexpr int ROW_THREADS = HEAD_DIM / COLUMNS;
+    constexpr int ROW_THREADS = HEAD_DIM / 4;
     constexpr int ROWS = THREADS / ROW_THREADS;  // that the threads have side by side
-    constexpr int DEEP = 4;                      // rows that a thread has under way
     static_assert(ROW_THREADS % 32 == 0 && THREADS % ROW_THREADS == 0, "whole warps share a row");
     // Rows that a block takes at a time: its share, if the weights of so many find room.
     const int share = max_of(1, min_of(ceil_div(w.row_count, w.num_splits), ROOM / w.num_splits));
@@ -85,39 +133,11 @@ PYINFER_DEVICE void merge_together(const Params& p, const AttentionWork& w, int3
         }
         sync();
 
-        const int column = thread % ROW_THREADS * COLUMNS;
-        const int64_t split_bytes = split_stride * HEAD_DIM * sizeof(float);
-        for (int first = thread / ROW_THREADS; first < rows; first += ROWS * DEEP) {
-            float sum[DEEP][COLUMNS] = {};
-            const char* partial = reinterpret_cast<const char*>(p.partial_o + (row_0 + begin + first) * HEAD_DIM + column);
-#pragma unroll 4
-            for (int s = 0; s < w.num_splits; ++s) {
-#pragma unroll
-                for (int d = 0; d < DEEP; ++d) {
-                    const int row = first + d * ROWS;
-                    if (row < rows) {
-                        const float weight = weights[row * w.num_splits + s];
-                        const float4 o = __ldcg(reinterpret_cast<const float4*>(partial + s * split_bytes + d * ROWS * HEAD_DIM * 4));
-                        sum[d][0] = fmaf(weight, o.x, sum[d][0]);
-                        sum[d][1] = fmaf(weight, o.y, sum[d][1]);
-                        sum[d][2] = fmaf(weight, o.z, sum[d][2]);
-                        sum[d][3] = fmaf(weight, o.w, sum[d][3]);
-                    }
-                }
-            }
-#pragma unroll
-            for (int d = 0; d < DEEP; ++d) {
-                const int row = first + d * ROWS;
-                if (row < rows) {
-                    const OutputRow at = output_row(p, w, begin + row);
-                    vec_t<T, COLUMNS> result;
-#pragma unroll
-                    for (int i = 0; i < COLUMNS; ++i) {
-                        result[i] = from_float<T>(sum[d][i]);
-                    }
-                    result.store(p.out + at.token * p.out_stride_token + at.head * p.out_stride_head + column);
-                }
-            }
+        // Few rows of many splits, or many rows of few: 12 loads of a thread are under way either way (16 would spill).
+        if (share <= ROWS) {
+            add_splits<T, HEAD_DIM, ROWS, 1, 12>(p, w, row_0, split_stride, begin, rows, thread, weights);
+        } else {
+            add_splits<T, HEAD_DIM, ROWS, 4, 3>(p, w, row_0, split_stride, begin, rows, thread, weights);
         }
         sync();
         mine = *mailbox;
