@@ -181,6 +181,8 @@ CASES: dict[str, tuple[Any, type, str]] = {
     "mixed: cache stride": (lambda: mixed(True).run(bf(*Q), (bf(6, 16, 2, 64, strides=(4096, 256, 128, 2)),) * 2), ValueError, "kv_cache (K) is not contiguous in its last axis"),
     "mixed: cache pages": (lambda: mixed(True).run(bf(*Q), (bf(5, 16, 2, 64),) * 2), ValueError, "kv_indices names a page outside the cache: got 5, wanted 0..4 (kv_cache (K) has 5 pages)"),
     "mixed: lse": (lambda: mixed(True).run(bf(*Q), (bf(6, 16, 2, 64),) * 2, out=bf(*Q), lse=there(2, 4, strides=(8, 1))), ValueError, "BatchAttention: lse is not contiguous: got strides (8, 1)"),
+    "mixed: few rows": (lambda: mixed_graph().run(here(1, 4, 64), cache()), ValueError, "BatchAttention: q has the wrong shape: got (1, 4, 64), wanted (2, any, any)"),
+    "replan: kv_len": (lambda: graph_planned().replan(there(2, dtype="int32")), ValueError, f"BatchDecodeWithPagedKVCacheWrapper.replan: kv_len is on another device: {HERE}"),
     # MLA
     "MLA: q_pe": (lambda: mla().run(here(2, 4, 512), there(2, 4, 64), *latent()), ValueError, f"q_pe is on another device: {HERE} (where q_nope is)"),
     "MLA: ckv": (lambda: mla().run(here(2, 4, 512), here(2, 4, 64), *latent(there)), ValueError, f"ckv_cache is on another device: {HERE}"),
@@ -210,6 +212,18 @@ CASES: dict[str, tuple[Any, type, str]] = {
 }  # fmt: skip
 
 
+def mixed_graph() -> Any:
+    wrapper = pyinfer.BatchAttention(use_cuda_graph=True, max_batch_size=2, max_num_tokens=8, max_num_pages=8)
+    wrapper.plan([0, 1, 2], [0, 2, 3], [4, 0, 5], [19, 16], 4, 2, 64, 64, 16, q_data_type=F, kv_data_type=F)
+    return wrapper
+
+
+def graph_planned() -> Any:
+    wrapper = graph()
+    wrapper.plan(**TABLE, num_qo_heads=4, num_kv_heads=2, head_dim=64, page_size=16, q_data_type=F)
+    return wrapper
+
+
 def old_mla() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -235,6 +249,12 @@ def mla_module(*args: Any, **options: Any) -> Any:
     return gen_batch_mla_module("auto", *args, **options)
 
 
+def mla_module_of(backend: str) -> Any:
+    from pyinfer.jit.mla import gen_batch_mla_module
+
+    return gen_batch_mla_module(backend, H, H, H)
+
+
 def spec_of(**options: Any) -> Any:
     from pyinfer.jit.attention import gen_attention
     from pyinfer.jit.attention_config import attention_config
@@ -248,6 +268,7 @@ JIT_CASES: dict[str, tuple[Any, type, str]] = {
     "MLA: index": (lambda: mla_module(H, H, H, "int64"), TypeError, "dtype_idx has no CUDA kernel: got int64, wanted int32"),
     "MLA: dims": (lambda: mla_module(H, H, H, "int32", 256), ValueError, "head_dim has no CUDA kernel: got 256 (ckv), 64 (kpe), wanted 512 and 64"),
     "MLA: profiler": (lambda: mla_module(H, H, H, use_profiler=True), ValueError, "use_profiler is not supported yet: got True, wanted False"),
+    "MLA: backend": (lambda: mla_module_of("trtllm-gen"), ValueError, "gen_batch_mla_module: backend is not available: got 'trtllm-gen', wanted 'auto', 'fa2' or 'fa3'"),
     "output": (lambda: spec_of(out_dtype="int8"), TypeError, "attention: out_dtype has no CUDA kernel: got int8, wanted float16, bfloat16 or float32"),
 }  # fmt: skip
 
