@@ -9,7 +9,7 @@ from pyinfer.core.calls import MISS, Calls
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import check_dtype, check_same_device, check_shape, fail
 from pyinfer.core.rows import row_layout, vector_length
-from pyinfer.core.scales import FP8, Scale, check_row_scales, fp8_dtype, given_scale, is_number
+from pyinfer.core.scales import FP8, Scale, check_row_scales, empty_fp8, fp8_dtype, given_scale, is_number
 from pyinfer.core.tensor import TensorView, empty, view
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def dynamic_quant(
     o = None if out is None else view(out, op, "out")
     dtype = fp8_dtype(op, "quantize_dtype", quantize_dtype, o)
     if o is None:
-        out = empty(x, x.shape, dtype)
+        out = empty_fp8(op, "input", x, tuple(x.shape), dtype)
         o = view(out)
     else:
         check_dtype(op, "out", o, FP8 if quantize_dtype is None else (dtype,))

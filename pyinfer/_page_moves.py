@@ -20,7 +20,7 @@ from pyinfer._page import (
 )
 from pyinfer.core.dtypes import INT64, canonical_dtype
 from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, check_same_device, check_shape, fail, fail_type
-from pyinfer.core.rows import row_layout, vector_length
+from pyinfer.core.rows import common_row_layout, vector_length
 from pyinfer.core.scales import FP8, Scale
 from pyinfer.core.tensor import TensorView, as_numpy, current_stream, empty, view
 
@@ -139,17 +139,11 @@ def copy_tensor(
         return
     if not pairs or 0 in shape:
         return
-    (rows, inner, run, s_outer, s_inner), (_, _, _, t_outer, t_inner) = (
-        _runs(op, arg + tag, x) for arg, x in (("cache", source), ("out", target))
-    )
     size = source.dtype.itemsize
-    if _runs(op, "out" + tag, target)[:3] != (
-        rows,
-        inner,
-        run,
-    ):  # dense on one side only: runs of one row of the last axis on both
-        rows, inner, run, s_outer, s_inner = _runs(op, "cache" + tag, source, True)
-        _, _, _, t_outer, t_inner = _runs(op, "out" + tag, target, True)
+    run = min(_run(source), _run(target))  # of one shape: what is side by side in both are the same axes
+    (rows, inner, s_outer, s_inner), (_, _, t_outer, t_inner) = common_row_layout(
+        op, "cache" + tag, _without_runs(source, run), "out" + tag, _without_runs(target, run)
+    )
     strides = [s * size for s in (source.strides[0], s_outer, s_inner, target.strides[0], t_outer, t_inner)]
     bits = source.ptr | target.ptr | run * size
     for s in strides:
@@ -165,23 +159,23 @@ def copy_tensor(
     kernel(current_stream(source), pairs * parts, values, has_pdl)
 
 
-def _runs(op: str, arg: str, x: TensorView, by_rows: bool = False) -> tuple[int, int, int, int, int]:
-    """A page of [pages, ...] as runs of neighbouring elements: (runs, inner, elements per run, outer stride, inner stride).
-
-    As long as they can be, or with `by_rows` of the last axis only.
-    """
-    shape, strides = list(x.shape[1:]), list(x.strides[1:])
-    run, taken = 1, 0
-    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if (n != 1 and stride != run) or (by_rows and taken):
+def _run(x: TensorView) -> int:
+    """How many elements of a page of [pages, ...] lie side by side, from its first on."""
+    run = 1
+    for n, stride in zip(reversed(x.shape[1:]), reversed(x.strides[1:]), strict=True):
+        if n != 1 and stride != run:
             break
         run *= n
-        taken += 1
-    keep = len(shape) - taken
-    # What is left, as rows of one element: row_layout collapses it into two strides or says why not.
-    rest = TensorView(x.obj, x.ptr, (*shape[:keep], 1), (*strides[:keep], 1), x.dtype, x.device, x.framework)
-    rows, inner, outer_stride, inner_stride = row_layout(op, arg, rest)
-    return rows, inner, run, outer_stride, inner_stride
+    return run
+
+
+def _without_runs(x: TensorView, run: int) -> TensorView:
+    """A page of [pages, ...] as rows of one element, its last axes, which are `run` elements side by side, left out."""
+    shape, strides = list(x.shape[1:]), list(x.strides[1:])
+    while run > 1:
+        run //= shape.pop()
+        strides.pop()
+    return TensorView(x.obj, x.ptr, (*shape, 1), (*strides, 1), x.dtype, x.device, x.framework)
 
 
 @functools.cache

@@ -103,9 +103,6 @@ def launch(
     m: Memory,
 ) -> None:
     """`roles`: which of the call's tensors each input and output lies in."""
-    for arg, scale in (("quant_scale_q", scales[0]), ("quant_scale_kv", scales[1])):
-        if not 0.0 < scale < float("inf"):
-            fail(op, arg, "is no scale", scale, "a positive, finite number")
     tokens = q_rope.view.shape[0]
     if not tokens:
         return

@@ -19,7 +19,7 @@ from pyinfer.core.errors import (
     fail,
     fail_type,
 )
-from pyinfer.core.scales import fp8_dtype
+from pyinfer.core.scales import empty_fp8, fp8_dtype
 from pyinfer.core.tensor import TensorView, empty, view
 
 _HALVES = (FLOAT16, BFLOAT16)
@@ -32,6 +32,13 @@ def split_heads(op: str, arg: str, x: Any, dtypes: tuple[DType, ...] = _HALVES, 
     check_dtype(op, arg, v, dtypes)
     check_last_dim_contiguous(op, arg, v)
     return Heads(arg, one_head(v) if len(v.shape) == 2 else v)
+
+
+def check_factors(op: str, scales: tuple[float, float]) -> None:
+    """What queries and keys are multiplied by."""
+    for arg, scale in (("quant_scale_q", scales[0]), ("quant_scale_kv", scales[1])):
+        if not 0.0 < scale < float("inf"):
+            fail(op, arg, "is no scale", scale, "a positive, finite number")
 
 
 def part_of(v: TensorView, begin: int, end: int) -> TensorView:
@@ -98,6 +105,7 @@ def rope_quantize(
     )
     if q_rope is None or k_rope is None:
         fail_type(op, "q_rope" if q_rope is None else "k_rope", "is missing", None, "a tensor")
+    check_factors(op, scales)
     table = view(cos_sin_cache, op, "cos_sin_cache")
     positions = check_inputs(op, q_rope, k_rope, q_nope, k_nope, table, pos_ids)
     views = [None if o is None else view(o, op, f"{name}_out") for name, o in zip(names, outputs, strict=True)]
@@ -126,7 +134,7 @@ def _output(
     shape = (*like.view.shape[:2], 0) if source is None else tuple(source.view.shape)
     shape = (shape[0], shape[2]) if flat else shape
     if own is None:
-        obj = empty(like.view, shape, dtype)
+        obj = empty_fp8(op, like.arg, like.view, shape, dtype)
         own = view(obj)
     else:
         check_dtype(op, arg, own, (dtype,))
@@ -184,6 +192,7 @@ def rope_quantize_append(
         fail(op, "k_nope", "is missing for keys without heads", None, "the latent part [nnz, no_rope_dim]")
     if not mla and v is None:
         fail(op, "v", "is missing", None, "[nnz, num_kv_heads, head_dim]", "Only latent attention goes without.")
+    check_factors(op, scales)
     table = view(cos_sin_cache, op, "cos_sin_cache")
     cache_positions = check_inputs(op, q_rope, k_rope, q_nope, k_nope, table, pos_ids)
     views = [None if o is None else view(o, op, f"{n}_out") for n, o in zip(("q_rope", "q_nope"), outputs, strict=True)]

@@ -9,7 +9,7 @@ from pyinfer.core.calls import MISS, Calls
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import check_dtype, check_same_device, check_same_dtype, check_shape, fail
 from pyinfer.core.rows import common_row_layout, vector_length
-from pyinfer.core.scales import FP8, check_row_scales, fp8_dtype, given_scale, is_number
+from pyinfer.core.scales import FP8, check_row_scales, empty_fp8, fp8_dtype, given_scale, is_number
 from pyinfer.core.tensor import TensorView, empty, view
 from pyinfer.torch_ops import attach
 
@@ -270,7 +270,7 @@ def _dynamic_quant(
     o = None if out is None else view(out, op, "out")
     dtype = fp8_dtype(op, "quantize_dtype", quantize_dtype, o)
     if o is None:
-        out = empty(x, shape, dtype)
+        out = empty_fp8(op, "input", x, shape, dtype)
         o = view(out)
     else:
         check_dtype(op, "out", o, FP8 if quantize_dtype is None else (dtype,))

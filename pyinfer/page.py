@@ -462,7 +462,8 @@ def block_sparse_indices_to_vector_sparse_offsets(
     if blocks.device < 0:
         from pyinfer.cpu import page as cpu
 
-        problem = cpu.vector_offsets(*(as_numpy(v) for v in views), stride_block, stride_n, block_size)
+        arrays = [as_numpy(v) for v in views]
+        problem = cpu.vector_offsets(arrays, stride_block, stride_n, block_size)
         if problem is not None:
             request, what, got, wanted = problem
             fail(op, "kv_lens", f"{what} (request {request})", got, wanted)

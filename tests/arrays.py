@@ -82,6 +82,11 @@ class Backend:
         return isinstance(x, np.ndarray)
 
 
+def with_fp8(backend: Backend) -> Backend:
+    """The backend, or torch's where that has no 8-bit floats (CuPy)."""
+    return Backend("torch", backend.device) if backend.framework == "cupy" else backend
+
+
 def assert_close(got: Any, want: Any, *, rtol: float, atol: float = 0.0, name: str = "result") -> None:
     """Fail unless |got - want| <= atol + rtol * max(|want|) everywhere, with NaN and infinities in the same places.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pyinfer
-from tests.arrays import Backend, assert_close, assert_same_bits
+from tests.arrays import Backend, assert_close, assert_same_bits, with_fp8
 from tests.reference.activation import act_and_mul
 from tests.reference.quantization_fp8 import LARGEST, assert_rounded
 
@@ -78,14 +78,14 @@ def test_saturation_and_nan(backend_arrays: Backend) -> None:
 
 
 def test_empty(backend: Backend) -> None:
-    b = backend
+    b = with_fp8(backend)
     out, scale = pyinfer.gelu_and_mul_dynamic_quant(b.full((0, 16), 0.0, "float16"))
     assert tuple(out.shape) == (0, 8) and tuple(scale.shape) == (0, 1) and b.is_own(out)
     pyinfer.gelu_and_mul_quant(out, b.full((0, 16), 0.0, "float16"), 1.0)
 
 
 def test_errors(backend: Backend) -> None:
-    b = backend
+    b = with_fp8(backend)
     x, out = b.full((2, 16), 1.0, "float16"), b.full((2, 8), 0.0, "float8_e4m3fn")
     with pytest.raises(
         ValueError, match=r"silu_and_mul_quant: out has the wrong shape: got \(2, 16\), wanted \(2, 8\)"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pyinfer
-from tests.arrays import EPSILON, Backend, assert_close, assert_same_bits
+from tests.arrays import EPSILON, Backend, assert_close, assert_same_bits, with_fp8
 from tests.reference import norm as reference
 from tests.reference.activation import silu
 from tests.reference.quantization_fp8 import LARGEST, assert_rounded
@@ -180,7 +180,7 @@ def test_rmsnorm_silu(backend_arrays: Backend, rng: np.random.Generator, hidden:
 
 
 def test_empty(backend: Backend) -> None:
-    b = backend
+    b = with_fp8(backend)
     w, none = b.full((64,), 1.0, "float16"), b.full((0, 64), 0.0, "float16")
     out, scale = pyinfer.rmsnorm_dynamic_quant(none, w)
     assert tuple(out.shape) == (0, 64) and tuple(scale.shape) == (0, 1) and b.is_own(out)
@@ -190,7 +190,7 @@ def test_empty(backend: Backend) -> None:
 
 
 def test_errors(backend: Backend) -> None:
-    b = backend
+    b = with_fp8(backend)
     x, w = b.full((2, 64), 1.0, "float16"), b.full((64,), 1.0, "float16")
     out = b.full((2, 64), 0.0, "float8_e4m3fn")
     with pytest.raises(TypeError, match=r"rmsnorm_quant: out has the wrong dtype: got float16"):
@@ -239,3 +239,21 @@ def test_scale_on_another_device(backend_arrays: Backend) -> None:
     x, w = b.full((2, 64), 1.0, "float16"), b.full((64,), 1.0, "float16")
     with pytest.raises(ValueError, match=r"rmsnorm_quant: scale is on another device: got cpu, wanted cuda:0"):
         pyinfer.rmsnorm_quant(b.full((2, 64), 0.0, "float8_e4m3fn"), x, w, b.full((1,), 1.0, "float32").cpu())
+
+
+@pytest.mark.gpu
+def test_frameworks_without_8_bit_floats(backend: Backend) -> None:
+    """CuPy cannot hold the results: that is said, whatever the operator; what it can hold it gets."""
+    b = backend
+    if b.framework == "torch":
+        assert b.is_own(
+            pyinfer.rmsnorm_dynamic_quant(b.full((2, 64), 1.0, "float16"), b.full((64,), 1.0, "float16"))[0]
+        )
+        return
+    x, w = b.full((2, 64), 1.0, "float16"), b.full((64,), 1.0, "float16")
+    text = "comes from a framework without 8-bit floats: got a CuPy array, wanted a torch tensor"
+    with pytest.raises(TypeError, match=f"rmsnorm_dynamic_quant: input {text}"):
+        pyinfer.rmsnorm_dynamic_quant(x, w)
+    with pytest.raises(TypeError, match=f"silu_and_mul_dynamic_quant: input {text}"):
+        pyinfer.silu_and_mul_dynamic_quant(x)
+    assert b.is_own(pyinfer.layernorm(x, w, w))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import pyinfer
-from tests.arrays import EPSILON, Backend, assert_close, assert_same_bits
+from tests import stub_driver
+from tests.arrays import EPSILON, Backend, assert_close, assert_same_bits, with_fp8
 from tests.reference import page as reference
 from tests.reference.quantization_fp8 import assert_rounded, round_fp8
 from tests.test_page import bits
@@ -155,7 +156,7 @@ def test_gather_is_the_reverse_of_append(backend_arrays: Backend, rng: np.random
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float16", "float32", "int64"])
 def test_copy_pages(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
     """Dense pages, pages of strided rows, odd sizes; within a cache and between two."""
-    b = backend
+    b = with_fp8(backend) if dtype.startswith("float8") else backend
     for shape in ((7, 4, 2, 64), (6, 3, 5), (9, 2, 8, 2, 16), (5,)):
         values = rng.integers(0, 100, shape)
         pages = shape[0]
@@ -191,6 +192,67 @@ def test_copy_pages_of_a_cache_in_two_layouts(backend_arrays: Backend, rng: np.r
     assert_same_bits(b.numpy(seen), want)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "shape,source_order,target_order,pad",
+    [
+        ((3, 8, 64), (0, 1, 2), (0, 1, 2), 0),
+        ((3, 8, 64), (0, 1, 2), (1, 0, 2), 0),
+        ((3, 8, 64), (1, 0, 2), (0, 1, 2), 0),
+        ((3, 8, 64), (1, 0, 2), (1, 0, 2), 0),
+        ((2, 3, 5), (0, 1, 2), (0, 1, 2), 3),
+        ((4, 1, 6), (0, 1, 2), (2, 1, 0), 0),
+        ((7,), (0,), (0,), 1),
+        ((), (), (), 0),
+    ],
+    ids=str,
+)
+def test_copy_pages_launch(monkeypatch, rng: np.random.Generator, shape, source_order, target_order, pad: int) -> None:
+    """What the kernel is told, read as it reads it: every byte of a page goes where the same element of the other layout lies."""
+    torch = pytest.importorskip("torch")
+    from pyinfer import _page_moves
+    from pyinfer.jit.page import COPY_BLOCK, COPY_PAGES, COPY_UNROLL
+
+    def laid_out(order, pad, fill):
+        """[pages, *shape] whose axes lie in memory in that order, the last one followed by `pad` unused elements."""
+        memory = [shape[i] for i in order]
+        store = torch.full((5, *memory[:-1], memory[-1] + pad) if memory else (5,), fill, dtype=torch.int16)
+        inside = store[..., : memory[-1]] if memory else store
+        return inside.permute(0, *(1 + order.index(i) for i in range(len(order))))
+
+    _page_moves._copy_kernel.cache_clear()
+    launches = stub_driver.install(monkeypatch)
+    source = laid_out(source_order, pad, 0)
+    target = laid_out(target_order, 0, -1)
+    source.copy_(torch.from_numpy(rng.integers(0, 30000, (5, *shape)).astype(np.int16)))
+    pairs = torch.tensor([4, 0, 2], dtype=torch.int32), torch.tensor([1, 3, 9], dtype=torch.int64)
+    pyinfer.copy_pages(source, *pairs, target)
+    ((name, (grid, *_), data, *_),) = launches
+    _page_moves._copy_kernel.cache_clear()
+    p = stub_driver.fields(COPY_PAGES, data)
+    size = int(name.rpartition("_v")[2])
+    import ctypes
+
+    for pair in range(3):
+        first, second = int(pairs[0][pair]), int(pairs[1][pair])
+        if not (0 <= first < p["num_source_pages"] and 0 <= second < p["num_target_pages"]):
+            continue
+        for i in range(p["parts"] * COPY_BLOCK * COPY_UNROLL):
+            row, c = divmod(i, p["chunks"])
+            if row < p["rows"]:
+                major, minor = divmod(row, p["inner"])
+                at = [
+                    p[t] + page * p[f"{t}_stride_page"] + major * p[f"{t}_outer"] + minor * p[f"{t}_inner"] + c * size
+                    for t, page in (("source", first), ("target", second))
+                ]
+                assert not (at[0] | at[1]) % size
+                ctypes.memmove(at[1], at[0], size)
+    assert grid == 3 * p["parts"] and p["wide"] == 2
+    want = torch.full_like(target, -1)
+    want[[1, 3]] = source[[4, 0]]
+    assert torch.equal(target, want)
+
+
 def test_nothing_to_do(backend: Backend) -> None:
     b = backend
     none, cache = b.array(np.zeros(0), "int32"), b.full((3, 4, 2, 8), 1.0, "float16")
@@ -216,7 +278,7 @@ def test_pages_that_do_not_exist(backend_arrays: Backend) -> None:
 
 
 def test_errors(backend: Backend) -> None:
-    b = backend
+    b = with_fp8(backend)
     new, cache = b.full((2, 2, 64), 1.0, "float16"), b.full((3, 2, 4, 2, 64), 1.0, "float16")
     small = b.full((3, 2, 4, 2, 64), 1.0, FP8[0])
     index, pages, last = (

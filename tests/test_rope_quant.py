@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pyinfer
-from tests.arrays import EPSILON, Backend, assert_close, assert_same_bits
+from tests.arrays import EPSILON, Backend, assert_close, assert_same_bits, with_fp8
 from tests.reference import page as page_reference
 from tests.reference import rope as reference
 from tests.reference.quantization_fp8 import assert_rounded
@@ -210,7 +210,7 @@ def test_saturation_and_nan(backend_arrays: Backend, rng: np.random.Generator) -
 
 
 def test_empty(backend: Backend, rng: np.random.Generator) -> None:
-    b = backend
+    b = with_fp8(backend)
     q, k, table = (
         b.full((0, 2, 16), 0.0, "float16"),
         b.full((0, 1, 16), 0.0, "float16"),
@@ -226,7 +226,7 @@ def test_empty(backend: Backend, rng: np.random.Generator) -> None:
 
 
 def test_errors(backend: Backend, rng: np.random.Generator) -> None:
-    b = backend
+    b = with_fp8(backend)
     c = Case(b, rng, (4, 2, 16, 8), "float16", True)
     q_rope, k_rope, q_nope, k_nope = c.inputs()
     op = pyinfer.rope_quantize_fp8

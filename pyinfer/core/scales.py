@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pyinfer.core.dtypes import FLOAT8_E4M3, FLOAT8_E5M2, FLOAT32, DType, canonical_dtype
 from pyinfer.core.errors import check_dtype, check_last_dim_contiguous, check_shape, device_name, fail, fail_type
-from pyinfer.core.tensor import TensorView, view
+from pyinfer.core.tensor import TensorView, empty, view
 
 FP8 = (FLOAT8_E4M3, FLOAT8_E5M2)
 
@@ -84,6 +84,20 @@ def check_row_scales(op: str, scale: TensorView, shape: tuple[int, ...]) -> None
     check_shape(op, "scale", scale, shape)
     if not scale.is_contiguous():
         fail(op, "scale", "is not contiguous", f"strides {tuple(scale.strides)}", "a dense tensor", "Leave it out.")
+
+
+def empty_fp8(op: str, arg: str, like: TensorView, shape: tuple[int, ...], dtype: DType) -> Any:
+    """`core.tensor.empty` for 8-bit floats, which not every framework has.
+
+    Raises
+    ------
+    TypeError
+        If that of `like`, the argument `arg`, has none.
+    """
+    if like.device >= 0 and like.framework != "torch":
+        fix = "Use torch tensors."
+        fail_type(op, arg, "comes from a framework without 8-bit floats", "a CuPy array", "a torch tensor", fix)
+    return empty(like, shape, dtype)
 
 
 def fp8_dtype(op: str, arg: str, dtype: Any, *outputs: TensorView | None) -> DType:

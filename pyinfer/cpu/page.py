@@ -125,16 +125,13 @@ def doubtful_page(source_pages: np.ndarray, target_pages: np.ndarray, same: bool
 
 
 def vector_offsets(
-    indices: np.ndarray,
-    indptr: np.ndarray,
-    offsets: np.ndarray,
-    out_indptr: np.ndarray,
-    kv_lens: np.ndarray,
-    stride_block: int,
-    stride_n: int,
-    block_size: int,
+    arrays: list[np.ndarray], stride_block: int, stride_n: int, block_size: int
 ) -> tuple[int, str, int, str] | None:
-    """Fill offsets, request by request; (request, what is wrong, got, wanted) before anything is written if it cannot be."""
+    """Fill offsets, request by request; `arrays`: indices, indptr, offsets, out_indptr, kv_lens.
+
+    If it cannot be: (request, what is wrong, got, wanted), and nothing is written.
+    """
+    indices, indptr, offsets, out_indptr, kv_lens = arrays
     made = []
     for b, length in enumerate(kv_lens.tolist()):
         blocks, begin = indices[indptr[b] : indptr[b + 1]].astype(np.int64), int(out_indptr[b])

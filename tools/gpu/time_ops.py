@@ -273,7 +273,7 @@ def rms(bench: Bench, quantize: str = "") -> None:
             run()
             if quantize:
                 error = ((out.double() * scales.double() - want).abs() / want.abs().amax(-1, keepdim=True)).max()
-                if not float(error) <= 2.0**-5 + 1e-3:
+                if not float(error) <= 16.5 / 448:  # half of e4m3's last place at its largest value
                     raise SystemExit(f"{kernel.spec.name}: WRONG, error {float(error):.3e}")
             else:
                 close(out, want, kernel.spec.name)
