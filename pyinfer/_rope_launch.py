@@ -180,7 +180,7 @@ def _launch_cuda(
         wide |= places.wide
         bounds, paged = (places.num_indices, places.num_pages), (places.batch, places.page_size)
     values = (*pointers, *strides, table.strides[0], table.shape[0], *bounds, *heads, parts, wide, *paged, *scales)
-    recipe = _recipe([*inputs, *q_outs, *k_outs], roles, append, m)
+    recipe = _recipe([*inputs, *q_outs, *k_outs], roles, append, m) if m.remember else None
     wants = len(inputs) + len(q_outs) + len(k_outs) + 1  # the data and the table
     outputs = tuple([(tuple(view(x).shape), out_dtype) for x in m.made])
     calls.launch(

@@ -91,7 +91,8 @@ def tinygemm_bf16(input: Any, weight: Any, out: Any, bias: Any = None, use_pdl: 
     strides = (x.strides[0], w.strides[0], o.strides[0])
     values = (x.ptr, w.ptr, o.ptr, 0 if b is None else b.ptr, *strides, rows, columns, depth)
     aligned = not (x.ptr | w.ptr | o.ptr | (0 if b is None else b.ptr)) & 15
-    _calls.launch(use_pdl, tensors, x, kernel, grid, values, 4, use_pdl and has_pdl, aligned)
+    recipe = None if b is not None else ((0, 0), (1, 0), (2, 0), None)
+    _calls.launch(use_pdl, tensors, x, kernel, grid, values, 4, use_pdl and has_pdl, aligned, recipe=recipe)
 
 
 @functools.cache
