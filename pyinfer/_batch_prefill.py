@@ -77,9 +77,6 @@ def _shape(
     )  # fmt: skip
 
 
-_NO_ITEMS = (None, None, 0, None)
-
-
 def _longest(indptr: np.ndarray) -> int:
     """The longest row of a CSR row pointer (of a few entries, NumPy's calls would cost more than the loop)."""
     if len(indptr) > 32:
@@ -110,7 +107,9 @@ class BatchPrefill(BatchAttention):
         if custom_mask is not None or packed_custom_mask is not None:
             mask = mask_view(op, custom_mask, packed_custom_mask)
             key = key._replace(custom_mask=True, causal=False)
-        if items != _NO_ITEMS:
+        if (
+            items[0] is not None or items[1] is not None or items[2] or items[3] is not None
+        ):  # not `!=`: they may be arrays
             found = items_of(op, *items, max(len(qo_indptr) - 1, 0))
         if found is not None:
             if mask is not None:
