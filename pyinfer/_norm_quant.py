@@ -179,7 +179,7 @@ def _kernel(
     from pyinfer.jit import norm
 
     if add:
-        config = norm.fused_add_config(hidden // vec, quantize)
+        config = norm.fused_add_config(hidden // vec)
         spec = norm.gen_fused_add_rmsnorm(dtype, hidden, vec, False, quantize, out)
     else:
         config = norm.rmsnorm_config(hidden // vec, quantize)

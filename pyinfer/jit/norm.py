@@ -268,14 +268,14 @@ def gen_rmsnorm(
     )
 
 
-def fused_add_config(vectors: int, quantize: str = "") -> RowConfig:
-    """One vector a thread, through the L1 cache, the weights loaded early; rows that a block of 1024 cannot hold so take two and four.
+def fused_add_config(vectors: int) -> RowConfig:
+    """One vector a thread, through the L1 cache, the weights loaded early; rows that a block of 1024 cannot hold so take two or eight.
 
     Measured on an H200 (tools/gpu/time_ops.py, copy 4.26 TB/s) at 16384 x 8192: 260.6 us, 97% of the copy; two vectors a thread: 270.2.
     """
     if 128 < vectors <= 1024:
         return replace(row_config(vectors, 1, (1024, 4)), load="load", early_bytes=16)
-    return row_config(vectors, 2, (512, 8) if quantize else (1024, 4))
+    return row_config(vectors, 2, (512, 8))
 
 
 def fused_add_candidates(vectors: int) -> list[RowConfig]:
@@ -311,7 +311,7 @@ def gen_fused_add_rmsnorm(
     d = canonical_dtype(dtype)
     o = _result(quantize, d, out)
     v = _vec(d, hidden, vec)
-    config = config or fused_add_config(hidden // v, quantize)
+    config = config or fused_add_config(hidden // v)
     name = _name("fused_add_rmsnorm", d, v, config, gemma, quantize, o)
     return JitSpec(
         name,
