@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-FLOAT_FUNCTIONS = ("_exp", "_exp2", "_log", "_log2", "_sqrt", "_tanh", "_erf", "_sin", "_cos", "_floor", "_ceil")
-"""float32 -> float32."""
+FLOAT_FUNCTIONS = ("_exp2", "_log2", "_sqrt", "_tanh2", "_erf", "_sin", "_cos", "_floor", "_ceil")
+"""float32 -> float32. _tanh2(y) is tanh(y / (2 log2 e)), so that the factor joins others (as in _exp2 and _log2, which stand for exp and log)."""
 FLOAT_PAIR_FUNCTIONS = ("_divide", "_power")
 """(float32, float32) -> float32."""
+
+_FLAGS = ("contract",)
 
 _COMPARISONS = {"_eq": "==", "_ne": "!=", "_lt": "<", "_le": "<=", "_gt": ">", "_ge": ">="}
 
@@ -82,7 +84,7 @@ def define(intrinsic: Callable[..., Any]) -> dict[str, Any]:
         def emit(builder: Any, integers: bool, a: Any, b: Any) -> Any:
             if integers:
                 return getattr(builder, integer)(a, b)
-            return getattr(builder, real)(a, b, flags=("contract",))
+            return getattr(builder, real)(a, b, flags=_FLAGS)
 
         return operation(2, common, emit)
 
@@ -209,3 +211,19 @@ def define(intrinsic: Callable[..., Any]) -> dict[str, Any]:
         "_isinf": operation(1, always(boolean), is_infinite, always(f32)),
         "_load": load,
     }
+
+
+def define_cuda(intrinsic: Callable[..., Any], declare: Callable[..., Any]) -> dict[str, Any]:
+    """`define`, and the float functions, which are externals that `common/variant_math.cuh` holds.
+
+    Parameters
+    ----------
+    declare
+        Numba-CUDA's `declare_device`.
+    """
+    found = define(intrinsic)
+    for name in FLOAT_FUNCTIONS:
+        found[name] = declare(f"pyinfer{name}", "float32(float32)", abi="c")
+    for name in FLOAT_PAIR_FUNCTIONS:
+        found[name] = declare(f"pyinfer{name}", "float32(float32, float32)", abi="c")
+    return found

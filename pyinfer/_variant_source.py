@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from pyinfer._variant_products import Products, Substitution, call
 from pyinfer.core.errors import fail
 from pyinfer.jit.spec import DeviceFunction
 
@@ -27,6 +28,7 @@ _COMPARE = {ast.Eq: "_eq", ast.NotEq: "_ne", ast.Lt: "_lt", ast.LtE: "_le", ast.
 _TYPES = {"float": "f32", "int": "i32", "bool": "i32"}  # of annotations
 _CALLS = re.compile(r"^# calls (\w+)\((.*)\) -> (\w+)$", re.MULTILINE)
 _MAX_INT = 2**31 - 1
+_LOG2E = 1 / math.log(2)
 
 
 @functools.cache
@@ -35,27 +37,38 @@ def _known_functions() -> dict[Any, Callable[..., ast.expr]]:
     import numpy as np
 
     def plain(name: str) -> Callable[..., ast.expr]:
-        return lambda a: _call(name, a)
+        return lambda a: call(name, a)
 
     def real(name: str) -> Callable[..., ast.expr]:
-        return lambda a: _call(name, _call("_f32", a))
+        return lambda a: call(name, call("_f32", a))
 
     def whole(name: str) -> Callable[..., ast.expr]:
-        return lambda a: _call("_i32", _call(name, _call("_f32", a)))
+        return lambda a: call("_i32", call(name, call("_f32", a)))
 
     def least(name: str) -> Callable[..., ast.expr]:
-        return lambda a, b, *more: functools.reduce(lambda x, y: _call(name, x, y), (a, b, *more))
+        return lambda a, b, *more: functools.reduce(lambda x, y: call(name, x, y), (a, b, *more))
 
     def power(a: ast.expr, b: ast.expr) -> ast.expr:
-        return _call("_power", _call("_f32", a), _call("_f32", b))
+        return call("_power", call("_f32", a), call("_f32", b))
 
     found: dict[Any, Callable[..., ast.expr]] = {
         float: plain("_f32"), int: plain("_i32"), bool: plain("_bool"), abs: plain("_abs"), min: least("_min"), max: least("_max"), pow: power,
-        math.pow: power, math.floor: whole("_floor"), math.ceil: whole("_ceil"), math.fabs: lambda a: _call("_abs", _call("_f32", a)),
+        math.pow: power, math.floor: whole("_floor"), math.ceil: whole("_ceil"), math.fabs: lambda a: call("_abs", call("_f32", a)),
         np.float32: plain("_f32"), np.int32: plain("_i32"), np.abs: plain("_abs"), np.minimum: least("_min"), np.maximum: least("_max"),
         np.floor: real("_floor"), np.ceil: real("_ceil"), np.power: power,
     }  # fmt: skip
-    for name in ("exp", "exp2", "log", "log2", "sqrt", "tanh", "erf", "sin", "cos", "isnan", "isinf"):
+
+    def exp(a: ast.expr) -> ast.expr:
+        return call("_exp2", call("_mul", call("_f32", a), call("_f32", ast.Constant(_LOG2E))))
+
+    def log(a: ast.expr) -> ast.expr:
+        return call("_mul", call("_log2", call("_f32", a)), call("_f32", ast.Constant(1 / _LOG2E)))
+
+    def tanh(a: ast.expr) -> ast.expr:
+        return call("_tanh2", call("_mul", call("_f32", a), call("_f32", ast.Constant(2 * _LOG2E))))
+
+    found |= {math.exp: exp, np.exp: exp, math.log: log, np.log: log, math.tanh: tanh, np.tanh: tanh}
+    for name in ("exp2", "log2", "sqrt", "erf", "sin", "cos", "isnan", "isinf"):
         for module in (math, np):
             function = getattr(module, name, None)  # math.exp2 is from Python 3.11 on, np.erf never was
             if function is not None:
@@ -70,8 +83,18 @@ def called(source: str) -> list[tuple[str, tuple[str, ...], str]]:
     ]
 
 
+SCALES = ("before_", "after_")
+"""The last arguments of a scaled function: what its first operand is multiplied by, and its result. No name of a user's ends in an underscore there."""
+
+
 def rewrite(
-    hook: str, function: Callable[..., Any], symbol: str, types: Mapping[str, str], result: str
+    hook: str,
+    function: Callable[..., Any],
+    symbol: str,
+    types: Mapping[str, str],
+    result: str,
+    scaled: str | None = None,
+    uniform: frozenset[str] = frozenset(),
 ) -> tuple[DeviceFunction, ...]:
     """A user's function as the backends compile it, and behind it those that it calls.
 
@@ -87,6 +110,10 @@ def rewrite(
         The type of every name it may ask for as an argument.
     result
         "f32", or "i32" for a truth value.
+    scaled
+        The argument that is multiplied by a further argument, as is the result by another (`SCALES`).
+    uniform
+        Arguments that are the same in all calls of a run.
 
     Raises
     ------
@@ -101,7 +128,9 @@ def rewrite(
             fix = "Name it in `params` if it is a parameter of yours."
             fail(OP, hook, "asks for an argument that does not exist", repr(name), f"any of {known}", fix)
     found: dict[str, DeviceFunction] = {}
-    _Rewriter(hook, function, found, ()).emit(symbol, {n: types[n] for n in names}, result, truth=result == "i32")
+    rewriter = _Rewriter(hook, function, found, ())
+    rewriter.scaled, rewriter.uniform = scaled, uniform
+    rewriter.emit(symbol, {n: types[n] for n in names}, result, truth=result == "i32")
     return tuple(found.values())
 
 
@@ -163,10 +192,6 @@ def _instructions_in(node: ast.AST, function: Any) -> int:
     return int((own.co_code, own.co_consts, own.co_names) == (code.co_code, code.co_consts, code.co_names))
 
 
-def _call(name: str, *args: ast.expr) -> ast.expr:
-    return ast.Call(ast.Name(name, ast.Load()), list(args), [])
-
-
 class _Rewriter:
     """Rewrites one function; those it calls go into `found` in front of it."""
 
@@ -176,6 +201,8 @@ class _Rewriter:
         self.local: set[str] = set()
         self.calls: dict[str, str] = {}
         self.result, self.truth = "f32", False
+        self.scaled: str | None = None
+        self.uniform: frozenset[str] = frozenset()
 
     def fail(self, node: Any, what: str, wanted: str) -> NoReturn:
         code = self.function.__code__
@@ -194,6 +221,19 @@ class _Rewriter:
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                     self.local.add(node.id)
             body = self.block(definition.body)
+        stored = {n.id for s in body for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        if self.scaled is not None:
+            before, after = SCALES
+            if self.scaled in arguments:
+                product = call("_mul", ast.Name(self.scaled, ast.Load()), ast.Name(before, ast.Load()))
+                if self.scaled in stored:
+                    body.insert(0, ast.Assign([ast.Name(self.scaled, ast.Store())], product, lineno=0))
+                else:
+                    body = [Substitution(self.scaled, product).visit(s) for s in body]
+            arguments = {**arguments, before: "f32", after: "f32"}
+        kinds = {n: t for n, t in arguments.items() if n not in stored}
+        regroup = Products(kinds, (self.uniform - stored) | set(SCALES))
+        body = [regroup.visit(s) for s in body]
         names = [ast.arg(n) for n in arguments]
         out = ast.FunctionDef(symbol, ast.arguments([], names, None, [], [], None, []), body, [], None, None)
         out.type_params = []  # type: ignore[attr-defined]  # Python 3.12 and newer ask for it
@@ -241,17 +281,18 @@ class _Rewriter:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
             outside = node.func.id not in self.local
             if outside and self.resolve(node.func) is range:
-                return _call("range", *(_call("_i32", self.value(a)) for a in node.args))
+                return call("range", *(call("_i32", self.value(a)) for a in node.args))
         self.fail(node, "has a loop that cannot be compiled", "for ... in range(...)")
 
     def returned(self, node: ast.expr) -> ast.expr:
         if self.truth:
-            return _call("_i32", self.condition(node))
-        return _call(f"_{self.result}", self.value(node))
+            return call("_i32", self.condition(node))
+        value = call(f"_{self.result}", self.value(node))
+        return value if self.scaled is None else call("_mul", value, ast.Name(SCALES[1], ast.Load()))
 
     # ---- expressions
     def condition(self, node: ast.expr) -> ast.expr:
-        return _call("_bool", self.value(node))
+        return call("_bool", self.value(node))
 
     def value(self, node: ast.expr) -> ast.expr:
         if isinstance(node, ast.Constant):
@@ -274,7 +315,7 @@ class _Rewriter:
             for op, left, right in zip(node.ops, sides[:-1], sides[1:], strict=True):
                 if type(op) not in _COMPARE:
                     self.fail(node, "has a comparison that cannot be compiled", "==, !=, <, <=, >, >=")
-                tests.append(_call(_COMPARE[type(op)], self.value(left), self.value(right)))
+                tests.append(call(_COMPARE[type(op)], self.value(left), self.value(right)))
             return tests[0] if len(tests) == 1 else ast.BoolOp(ast.And(), tests)
         if isinstance(node, ast.IfExp):
             return ast.IfExp(self.condition(node.test), self.value(node.body), self.value(node.orelse))
@@ -284,7 +325,7 @@ class _Rewriter:
                 and node.value.id in self.pointers
                 and not isinstance(node.slice, ast.Tuple | ast.Slice)
             ):
-                return _call("_load", ast.Name(node.value.id, ast.Load()), _call("_i32", self.value(node.slice)))
+                return call("_load", ast.Name(node.value.id, ast.Load()), call("_i32", self.value(node.slice)))
             self.fail(node, "has an index that cannot be compiled", "NAME[index] of a parameter declared as '...[:]'")
         if isinstance(node, ast.Call):
             return self.call(node)
@@ -300,38 +341,38 @@ class _Rewriter:
         if isinstance(value, int):
             if abs(value) > _MAX_INT:
                 self.fail(node, "has a number that does not fit", f"integers up to {_MAX_INT}")
-            return ast.Constant(value) if value >= 0 else _call("_neg", ast.Constant(-value))
+            return ast.Constant(value) if value >= 0 else call("_neg", ast.Constant(-value))
         if isinstance(value, float):
             if math.isnan(value):
-                return _call("_mul", _call("_f32", ast.Constant(math.inf)), ast.Constant(0))
-            positive = _call("_f32", ast.Constant(abs(value)))
-            return positive if math.copysign(1.0, value) > 0 else _call("_neg", positive)
+                return call("_mul", call("_f32", ast.Constant(math.inf)), ast.Constant(0))
+            positive = call("_f32", ast.Constant(abs(value)))
+            return positive if math.copysign(1.0, value) > 0 else call("_neg", positive)
         wanted = "numbers, arguments and what is computed from them; other values are parameters (`params`)"
         self.fail(node, f"uses a {type(value).__name__}", wanted)
 
     def binary(self, node: ast.BinOp) -> ast.expr:
         left, right = self.value(node.left), self.value(node.right)
         if isinstance(node.op, ast.Div):
-            return _call("_divide", _call("_f32", left), _call("_f32", right))
+            return call("_divide", call("_f32", left), call("_f32", right))
         if isinstance(node.op, ast.Pow):
             exponent = node.right.value if isinstance(node.right, ast.Constant) else None
             if type(exponent) is int and 1 <= exponent <= 4:
-                return functools.reduce(lambda x, y: _call("_mul", x, y), [left] * exponent)
-            return _call("_power", _call("_f32", left), _call("_f32", right))
+                return functools.reduce(lambda x, y: call("_mul", x, y), [left] * exponent)
+            return call("_power", call("_f32", left), call("_f32", right))
         if type(node.op) not in _BINARY:
             self.fail(node, "has an operator that cannot be compiled", "+ - * / // % ** & | ^ << >>")
-        return _call(_BINARY[type(node.op)], left, right)
+        return call(_BINARY[type(node.op)], left, right)
 
     def unary(self, node: ast.UnaryOp) -> ast.expr:
         if isinstance(node.op, ast.Not):
             return ast.UnaryOp(ast.Not(), self.condition(node.operand))
         operand = self.value(node.operand)
         if isinstance(node.op, ast.USub):
-            return _call("_neg", operand)
+            return call("_neg", operand)
         return (
             operand
             if isinstance(node.op, ast.UAdd)
-            else _call("_xor", _call("_i32", operand), _call("_neg", ast.Constant(1)))
+            else call("_xor", call("_i32", operand), call("_neg", ast.Constant(1)))
         )
 
     def call(self, node: ast.Call) -> ast.expr:
@@ -386,8 +427,8 @@ class _Rewriter:
                 symbol, dict(zip(names, types, strict=True)), result, truth
             )
         self.calls[symbol] = f"({', '.join(types)}) -> {result}"
-        made = _call(symbol, *(_call(f"_{t}", a) for t, a in zip(types, args, strict=True)))
-        return _call("_bool", made) if truth else made
+        made = call(symbol, *(call(f"_{t}", a) for t, a in zip(types, args, strict=True)))
+        return call("_bool", made) if truth else made
 
     def annotated(self, node: Any, function: Any, name: str) -> str:
         annotation = function.__annotations__.get(name, float)

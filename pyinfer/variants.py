@@ -53,6 +53,10 @@ _SIGNATURES = {
     "mask": "bool user_mask(const Params& p, const VariantPlace& at)",
     "output": "float user_output_transform(const Params& p, float value, const VariantPlace& at, int column)",
 }
+# What a Python function becomes: it multiplies for itself.
+_SCALED_LOGITS = (
+    "float user_scaled_logits(const Params& p, float logit, float before, float after, const VariantPlace& at)"
+)
 _HOOK_NAMES = {hook: re.search(r"user_\w+", signature)[0] for hook, signature in _SIGNATURES.items()}  # type: ignore[index]
 _TAKEN = frozenset().union(*_ARGUMENTS.values())
 _PARAM = re.compile(r"(float32|int32)(?:\[(head|kv_head|batch|:)\])?")
@@ -162,7 +166,10 @@ class AttentionVariant:
             types = {name: "f32" if name in ("score", "value") else "i32" for name in _ARGUMENTS[hook]}
             types |= {name: kind + ("*" if index == ":" else "") for name, kind, index in declared}
             result = "i32" if hook == "mask" else "f32"
-            functions[hook] = _variant_source.rewrite(hook, function, f"pyinfer_user_{hook}", types, result)
+            scaled = "score" if hook == "logits" else None
+            numbers = frozenset(name for name, _, index in declared if not index)
+            symbol = f"pyinfer_user_{hook}"
+            functions[hook] = _variant_source.rewrite(hook, function, symbol, types, result, scaled, numbers)
             names[hook] = tuple(_variant_source.argument_names(hook, function))
         hooks = tuple(given)
         if self.cuda_source is not None:
@@ -219,10 +226,14 @@ class AttentionVariant:
             first = self._functions[hook][-1]
             linked |= {f.symbol: f for f in self._functions[hook]}
             kinds = (f"const {_CPP[a[:-1]]}*" if a.endswith("*") else _CPP[a] for a in first.arguments)
-            passed = ", ".join((_ARGUMENTS[hook] | expressions)[n] for n in self._names[hook])
-            call = f"{first.symbol}({passed})" + (" != 0" if hook == "mask" else "")
+            passed = [(_ARGUMENTS[hook] | expressions)[n] for n in self._names[hook]]
+            signature = _SIGNATURES[hook]
+            if hook == "logits":
+                passed += ["before", "after"]
+                signature = _SCALED_LOGITS
+            call = f"{first.symbol}({', '.join(passed)})" + (" != 0" if hook == "mask" else "")
             lines.append(f'extern "C" __device__ {_CPP[first.result]} {first.symbol}({", ".join(kinds)});')
-            lines.append(f"PYINFER_DEVICE {_SIGNATURES[hook]} {{\n    return {call};\n}}")
+            lines.append(f"PYINFER_DEVICE {signature} {{\n    return {call};\n}}")
         source = "\n".join([*lines, ""])
         numbers = {"score", *(name for name, _, index in self._declared if not index)}
         placed = "mask" in hooks or not numbers.issuperset(self._names.get("logits", ()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -266,6 +267,25 @@ def test_doctor_says_when_nvrtc_is_missing(cache, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "NVRTC: the NVRTC library could not be loaded (libnvrtc.so.12)." in out
     assert "pip install 'pyinfer-kernels[cu1" in out
+
+
+def test_doctor_says_whether_variants_compile(cache, capsys, monkeypatch):
+    from pyinfer.jit import variant_link
+
+    pytest.importorskip("cupy")
+    main(["doctor", "--device", "auto"])
+    assert re.search(r"ok {4}variants in Python: numba-cuda .* linked one for \w+ in", capsys.readouterr().out)
+    variant_link._numba_cuda.cache_clear()
+    variant_link._operations.cache_clear()
+    variant_link.compile_function.cache_clear()
+    monkeypatch.setitem(sys.modules, "numba_cuda", None)
+    monkeypatch.setattr(doctor, "_nvidia_hardware", lambda: False)
+    main(["doctor", "--device", "auto"])
+    out = capsys.readouterr().out
+    assert "note  variants in Python: Numba-CUDA is not installed" in out
+    assert "pip install 'pyinfer-kernels[cu12,variants-cu12]'" in out
+    variant_link._numba_cuda.cache_clear()
+    variant_link._operations.cache_clear()
 
 
 def test_doctor_says_when_there_is_no_driver(cache, capsys, monkeypatch):

@@ -37,8 +37,13 @@ def draw(rng: np.random.Generator, backend: Backend, *shape: int) -> tuple[Any, 
     return x, backend.float64(x)
 
 
-def twin_of(example: Example, args: list[Any], **overrides: Any) -> dict[str, Any]:
-    return {**example.options, **example.twin(args), **overrides}
+def twin_of(example: Example, args: list[Any], device: str, **overrides: Any) -> dict[str, Any]:
+    """The reference's functions and options. A GPU rounds what a query function gives to the queries' type, and so does the twin."""
+    twin = {**example.options, **example.twin(args), **overrides}
+    query = twin.get("query")
+    if query is not None and device == "cuda":
+        twin["query"] = lambda x, at: query(x, at).astype(np.float16).astype(np.float64)
+    return twin
 
 
 def without_lse(example: Example) -> bool:
@@ -72,7 +77,7 @@ def test_single(name: str, backend_arrays: Backend, device: str, rng: np.random.
             variant_args=given(backend, args),
             **options,
         )
-        want, want_lse = variant_attention(q64, k64, v64, **twin_of(example, args))
+        want, want_lse = variant_attention(q64, k64, v64, **twin_of(example, args, device))
         if lse:
             assert_close(backend.float64(got[1]), want_lse, **lse_tolerance(device), name="lse")
             got = got[0]
@@ -81,7 +86,7 @@ def test_single(name: str, backend_arrays: Backend, device: str, rng: np.random.
     got = pyinfer.single_decode_with_kv_cache(
         q[-1], k, v, v_scale=scale, variant=example.variant, variant_args=given(backend, args), **options
     )
-    want, _ = variant_attention(q64[-1:], k64, v64, **twin_of(example, args, causal=False))
+    want, _ = variant_attention(q64[-1:], k64, v64, **twin_of(example, args, device, causal=False))
     assert_close(backend.float64(got), want[0], **tolerance(device))
 
 
@@ -106,7 +111,7 @@ def test_batch_decode(name: str, backend_arrays: Backend, device: str, rng: np.r
     outs, lses = [], []
     for b in range(4):
         out, lse = variant_attention(
-            q64[b : b + 1], cache.k[b], cache.v[b], request=b, **twin_of(example, args, causal=False)
+            q64[b : b + 1], cache.k[b], cache.v[b], request=b, **twin_of(example, args, device, causal=False)
         )
         outs.append(out)
         lses.append(lse)
@@ -143,7 +148,7 @@ def test_batch_prefill(name: str, paged: bool, backend_arrays: Backend, device: 
     got = wrapper.run(q, *tensors, *given(backend, args), v_scale=example.options.get("v_scale"))
     want = [
         variant_attention(
-            q64[qo_indptr[b] : qo_indptr[b + 1]], keys[b], values[b], request=b, **twin_of(example, args)
+            q64[qo_indptr[b] : qo_indptr[b + 1]], keys[b], values[b], request=b, **twin_of(example, args, device)
         )[0]
         for b in range(len(KV))
     ]
@@ -177,7 +182,7 @@ def test_query_before_rope(
     q, q64 = draw(rng, backend, 40, 4, 64)
     k, v = (backend.array(rng.standard_normal((90, 2, 64)), kv_dtype or DTYPE) for _ in range(2))
     args = example.draw(rng, 4, [90])
-    twin = example.twin(args)
+    twin = twin_of(example, args, device)
     stretched = twin["query"]
     twin["query"] = lambda x, at: rotated(stretched(x, at)[:, None], 50, 1.0, 1e4)[:, 0]
     got = pyinfer.single_prefill_with_kv_cache(

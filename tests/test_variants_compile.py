@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -290,3 +291,21 @@ assert len(compile_function(function, (9, 0))) > 500
 assert "row_stack" not in vars(numpy)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.compile
+def test_a_soft_cap_in_python_costs_what_the_built_in_one_costs() -> None:
+    """Instructions on floats in the PTX of both: factors that all scores share are multiplied once."""
+
+    def capped(score, cap):
+        return cap * math.tanh(score / cap)
+
+    options = AttentionOptions(user=AttentionVariant("capped", logits=capped, params={"cap": "float32"}).user)
+    config = attention.attention_config(80, "bfloat16", 128, 128, 128)
+    assert config == attention.attention_config(80, "bfloat16", 128, 128, 128, None, options)
+    counts = []
+    for variant, chosen in (("softcap", AttentionOptions()), ("plain", options)):
+        spec = attention.gen_attention(config, "bfloat16", 128, 128, variant=variant, options=chosen)
+        text = spec.build("compute_80").code.decode()
+        counts.append(len(re.findall(r"^\s+(?:mul|fma|add|sub|ex2|rcp|div|min|max)\.[\w.]*f32", text, re.MULTILINE)))
+    assert counts[1] <= counts[0] + 16, counts  # of more than a thousand; a multiplication a score would be 32 or 64

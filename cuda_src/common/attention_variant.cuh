@@ -82,6 +82,13 @@ PYINFER_DEVICE int qo_length(const Params& p, const VariantPlace& at) {
     return length_of(p.kv_len, at.request) - at.diagonal;
 }
 
+// after * user_logits_transform(before * score). A source may define it for its own Params, which then is the better match: functions
+// that are linked in multiply for themselves, where the products of what is the same for all scores are made once.
+template <typename Params>
+PYINFER_DEVICE float user_scaled_logits(const Params& p, float score, float before, float after, const VariantPlace& at) {
+    return user_logits_transform(p, score * before, at) * after;
+}
+
 // ALiBi's slope of a head (Press et al., arXiv 2108.12409): 2^(-8k/n), k = 1..n, for the first n = 2^floor(log2 heads) heads, and
 // 2^(-4k/n), k = 1, 3, 5, ..., for the rest.
 PYINFER_DEVICE float alibi_slope(int head, int num_heads) {
@@ -192,14 +199,14 @@ struct AttentionVariant {
         }
         float x;
         if constexpr (CALLS_LOGITS && !BIASES) {
-            x = user_logits_transform(p, score * (p.logit_scale * natural_scale()), r.at(min_of(kv_token, r.last_key))) * bias_scale();
+            x = user_scaled_logits(p, score, p.logit_scale * natural_scale(), bias_scale(), r.at(min_of(kv_token, r.last_key)));
         } else {
             x = score * p.logit_scale;
             if constexpr (BIASES) {
                 x = fmaf(r.slope, static_cast<float>(kv_token - r.q_token), x);
             }
             if constexpr (CALLS_LOGITS) {
-                x = user_logits_transform(p, x * natural_scale(), r.at(min_of(kv_token, r.last_key))) * bias_scale();
+                x = user_scaled_logits(p, x, natural_scale(), bias_scale(), r.at(min_of(kv_token, r.last_key)));
             }
         }
         if constexpr (CAPS) {
@@ -237,7 +244,8 @@ struct AttentionVariant {
         value *= v_scale;
         if constexpr (CALLS_OUTPUT) {
             const auto at = row_of();
-            value = user_output_transform(p, value, VariantPlace{w.request, static_cast<int>(at.token) - w.qo_begin, 0, at.head, w.kv_head, w.diagonal}, column);
+            value =
+                user_output_transform(p, value, VariantPlace{w.request, static_cast<int>(at.token) - w.qo_begin, 0, at.head, w.kv_head, w.diagonal}, column);
         }
         return value;
     }

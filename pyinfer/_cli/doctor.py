@@ -170,6 +170,33 @@ def check_nvrtc() -> Iterator[Finding]:
     yield Finding(OK, "NVRTC", f"{version} compiled {spec.name} for {arch} in {time.perf_counter() - start:.2f} s")
 
 
+def check_variants() -> Iterator[Finding]:
+    """What compiles attention variants in Python for a GPU is there, and links a function into a kernel. Nothing else needs it."""
+    from pyinfer._cli.config import driver_version
+    from pyinfer.core.params import ParamStruct, ptr
+    from pyinfer.jit import compiler, env, variant_link
+    from pyinfer.jit.spec import DeviceFunction, JitSpec
+
+    function = DeviceFunction(
+        "pyinfer_square", "def pyinfer_square(x):\n    return _f32(_mul(x, x))\n", ("f32",), "f32"
+    )
+    spec = JitSpec("pyinfer_doctor", "", ParamStruct("Doctor", ptr("x", "float")), link=(function,))
+    source = 'extern "C" __device__ float pyinfer_square(float);\n'
+    source += 'extern "C" __global__ void pyinfer_doctor(float* x) { *x = pyinfer_square(*x); }\n'
+    arch = env.default_archs()[0]
+    start = time.perf_counter()
+    try:
+        code, _ = compiler.compile_source(source, "pyinfer_doctor.cu", {}, compiler.options_for(spec, arch))
+        variant_link.link(spec, code, arch)
+    except compiler.JitError as error:
+        extra = _extra(driver_version())
+        reason = str(error).split("; a Python variant")[0].splitlines()[0]
+        yield Finding(NOTE, "variants in Python", reason, f"pip install 'pyinfer-kernels[{extra},variants-{extra}]'")
+        return
+    took = time.perf_counter() - start
+    yield Finding(OK, "variants in Python", f"{variant_link.toolchain()} linked one for {arch} in {took:.2f} s")
+
+
 def _extra(driver: str | None) -> str:
     """The extra that fits a driver: it must be at least as new as the CUDA version it runs."""
     return "cu13" if driver is not None and int(driver.split(".")[0]) >= 13 else "cu12"
@@ -304,7 +331,11 @@ def run(args: argparse.Namespace) -> int:
     if args.device in ("auto", "cpu"):
         checks.append(("CPU backend", check_cpu))
     if args.device in ("auto", "cuda"):
-        checks += [("NVRTC", check_nvrtc), ("GPU", lambda: check_gpu(required=args.device == "cuda"))]
+        checks += [
+            ("NVRTC", check_nvrtc),
+            ("variants in Python", check_variants),
+            ("GPU", lambda: check_gpu(required=args.device == "cuda")),
+        ]
     failures = 0
     colours = (
         {OK: "\x1b[32m", NOTE: "\x1b[33m", FAIL: "\x1b[31m"}

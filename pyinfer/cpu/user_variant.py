@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from pyinfer import _variant_operations, _variant_source
 from pyinfer.core.errors import fail
 from pyinfer.cpu.compile import FASTMATH, kernel
-from pyinfer.cpu.softmax import LOG2E, exp2
+from pyinfer.cpu.softmax import exp2
 from pyinfer.cpu.user_calls import LINEAR, LOGITS, MASK, OUTPUT, PARAMS, QUERY
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ _TOP = np.float32(250)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1)
 _TWO = np.float32(2)
-_LOG2E = np.float32(LOG2E)
 _compiling = threading.Lock()
 
 
@@ -42,18 +41,8 @@ def _exp2(x):
 
 
 @kernel
-def _exp(x):
-    return _exp2(x * _LOG2E)
-
-
-@kernel
-def _tanh(x):
-    return _ONE - _TWO / (_ONE + _exp2(x * (_TWO * _LOG2E)))
-
-
-@kernel
-def _log(x):
-    return np.float32(np.log(x))
+def _tanh2(x):
+    return _ONE - _TWO / (_ONE + _exp2(x))
 
 
 @kernel
@@ -200,11 +189,12 @@ def row_function(
         body.append("        kv_idx = _i32(first + j)")
     else:
         body.append("        dim = _i32(j)")
-    body.append(f"        {item} = _mul(row[j], before)")
+    body.append(f"        {item} = row[j]")
     if hook == "mask":
         body.append(f"        row[j] = row[j] if function({passed}) != 0 else _HIDDEN")
     else:
-        body.append(f"        row[j] = _mul(function({passed}), after)")
+        scales = ", before, after" if hook == "logits" else ""
+        body.append(f"        row[j] = function({passed}{scales})")
     text = "\n".join(["def run(address, begin, end, place, params, before, after):", *body, ""])
     namespace = dict(_namespace())
     with _compiling:

@@ -113,12 +113,7 @@ def _operations() -> dict[str, Any]:
     cuda = _numba_cuda()
     from numba.cuda.extending import intrinsic
 
-    found = _variant_operations.define(intrinsic)
-    for name in _variant_operations.FLOAT_FUNCTIONS:
-        found[name] = cuda.declare_device(f"pyinfer_{name.strip('_')}", "float32(float32)", abi="c")
-    for name in _variant_operations.FLOAT_PAIR_FUNCTIONS:
-        found[name] = cuda.declare_device(f"pyinfer_{name.strip('_')}", "float32(float32, float32)", abi="c")
-    return found
+    return _variant_operations.define_cuda(intrinsic, cuda.declare_device)
 
 
 @functools.lru_cache(maxsize=256)
