@@ -13,7 +13,6 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-
 TORCH_BUGS = {
     # Aliased inputs that are both written: torch keeps the storage offsets of its first call (so do q.add_(1); k.add_(2), torch 2.13).
     "test_strided": "torch reuses the storage offsets of aliased inputs under functionalisation",
@@ -80,13 +79,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def traceable(value: Any) -> bool:
-    """Whether there are tensors, all of torch (compiled code takes NumPy arrays as something else)."""
+    """Whether there are tensors, all of torch, and plain numbers (compiled code takes what is NumPy's as something else)."""
+    import numpy as np
     import torch
 
     from pyinfer.core.tensor import is_tensor
 
     found = [x for x in _leaves(value) if isinstance(x, torch.Tensor) or is_tensor(x)]
-    return bool(found) and all(isinstance(x, torch.Tensor) for x in found)
+    numbers = any(isinstance(x, np.generic) for x in _leaves(value))
+    return bool(found) and not numbers and all(isinstance(x, torch.Tensor) for x in found)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -297,6 +297,25 @@ def test_compiled_equals_eager(compile_whole, rng, device, family):
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("family", ["activation", "cascade", "gemm", "norm", "page", "rope", "topk"])
+def test_samples_on_a_driver_that_launches_nothing(monkeypatch, rng, family):
+    """The CUDA path of the same calls, first and remembered: no GPU is needed to see it build its parameters."""
+    from tests import stub_driver
+
+    submitted = stub_driver.install(monkeypatch)
+    given = samples(rng)
+    for name in FUNCTIONS[family]:
+        for args, kwargs in given[name]:
+            args, kwargs = moved((args, kwargs), "cpu")
+            public(family, name)(*args, **kwargs)
+            first = len(submitted)
+            public(family, name)(*args, **kwargs)
+            assert len(submitted) == 2 * first > 0, name
+            assert submitted[0][0] == submitted[first][0]
+            submitted.clear()
+
+
+@pytest.mark.cpu
 def test_opcheck(rng):
     """torch's own checks of schema and fake, for one operator of each kind."""
     pyinfer.torch_ops.register()
@@ -311,10 +330,10 @@ def test_opcheck(rng):
         (ops.rmsnorm, (x, w, 1e-6, None)),
         (ops.rmsnorm_out, (x, w, 1e-6, out, None)),
         (ops.fused_add_rmsnorm, (x, r, w, 1e-6, None)),
-        (ops.apply_rope_pos_ids, (q, k, positions, None, False, 1.0, 1e4)),
+        (ops.apply_rope_pos_ids, (q, k, positions, None, False, 1.0, 1e4, None)),
         (
             ops.append_paged_kv_cache,
-            (k, k, requests, at, *cache, indices, kv_indptr, last, "NHD", None, None, None, None),
+            (k, k, requests, at, *cache, indices, kv_indptr, last, "NHD", None, None, None, None, None),
         ),
         (ops.top_p_sampling_from_probs_return_valid, (probs, kept, None, None, True, False, None, 3, None, 4)),
         (ops.packbits, (floats(rng, 21) > 0, "big")),
@@ -551,6 +570,13 @@ def test_a_generator_is_refused_with_the_way_out(compile_whole, rng):
         match=r"generator is not supported under torch.compile: got a value, wanted its default. Pass seed and offset",
     ):
         compile_whole(lambda p: pyinfer.sampling_from_probs(p, generator=generator))(probs)
+
+
+@pytest.mark.cpu
+def test_numbers_of_numpy_are_refused(compile_whole, rng):
+    probs, k = torch.softmax(floats(rng, 2, 8), -1), np.int64(3)
+    with pytest.raises(Exception, match=r"a number is of an unsupported type: got \w+, wanted int, float or a tensor"):
+        compile_whole(lambda p, k: pyinfer.top_k_sampling_from_probs(p, k, seed=1))(probs, k)
 
 
 @pytest.mark.cpu

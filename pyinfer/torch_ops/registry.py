@@ -62,11 +62,11 @@ def _define(torch: Any, library: Any, family: str, public: str, op: Operator) ->
         fixed = {flag: flag in chosen for flag in flags}
         full = name + "".join(f"_{flag}" for flag in chosen)
         text = schema(full, arguments, False, op.returns + len(chosen))
-        run = _implementation(family, public, arguments, names, fixed)
+        run = _implementation(family, public, op, arguments, names, fixed)
         _register(torch, library, text, run, _fake(op, arguments, names, fixed), tags)
     if any(a.kind == "out" for a in arguments):
         names = [n for _, n in flat(arguments, True)]
-        run = _implementation(family, public, arguments, names, None)
+        run = _implementation(family, public, op, arguments, names, None)
         _register(torch, library, schema(f"{name}_out", arguments, True, 0), run, _nothing, tags)
 
 
@@ -95,29 +95,55 @@ def _nothing(*args: Any) -> None:
 
 
 def _implementation(
-    family: str, public: str, arguments: Any, names: list[str], fixed: dict[str, bool] | None
+    family: str, public: str, op: Operator, arguments: Any, names: list[str], fixed: dict[str, bool] | None
 ) -> Callable[..., Any]:
-    """The eager call behind a registered operator. `fixed`: values of the flags in its name; None: it writes to given outputs."""
+    """The eager call behind a registered operator. `fixed`: values of the flags in its name; None: it writes to given outputs.
+
+    From source, as the traced functions are: it runs in every call of compiled code.
+    """
     importlib.import_module(f"pyinfer.{family}")
-    function = eager[public]
-    counters = {a.name for a in arguments if a.kind == "counter"}
+    given = []
+    for a in arguments:
+        x = a.name
+        if a.kind in ("number", "integer"):
+            given.append(f"{x}={x} if {x}_tensor is None else {x}_tensor")
+        elif a.kind == "cache":
+            given.append(f"{x}={x} if {x}_v is None else ({x}, {x}_v)")
+        elif a.kind == "self":
+            given.append("self=_wrapper(wrapper)")
+        elif a.kind == "flag":
+            given.append(f"{x}={x if fixed is None else fixed[x]}")
+        elif x in names:
+            given.append(f"{x}={x}")
+    call = f"_eager({', '.join(given)})"
+    counters = [a.name for a in arguments if a.kind == "counter"]
+    if fixed is None or not op.returns:
+        body = call
+    elif counters:
+        body = f"return _but_for({call}, ({', '.join(counters)},))"
+    elif op.packed:
+        body = f"return tuple(_flattened({call}))"
+    elif op.waits:
+        body = f"return _aligned({call})"
+    else:
+        body = f"return {call}"
+    scope: dict[str, Any] = {"_eager": eager[public], "_wrapper": _wrapper}
+    scope |= {"_but_for": _but_for, "_flattened": _flattened, "_aligned": _aligned}
+    exec(f"def run({', '.join(names)}):\n    {body}\n", scope)
+    return scope["run"]
 
-    def run(*args: Any) -> Any:
-        values = dict(zip(names, args, strict=True))
-        known = public_arguments(arguments, values)
-        if "wrapper" in values:
-            known["self"] = _wrapper(values["wrapper"])
-        known.update(fixed or ())
-        made = function(**known)
-        if fixed is None or made is None:
-            return None
-        tensors = _flattened(made)
-        if counters:  # returned as they came, which an operator must not
-            tensors = [x for x in tensors if not any(x is known[c] for c in counters)]
-        tensors = [x if x.data_ptr() % 16 == 0 else x.clone() for x in tensors]  # as inductor takes it
-        return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
-    return run
+def _but_for(made: tuple[Any, ...], counters: tuple[Any, ...]) -> Any:
+    """Results without the counters, which came in: an operator must not return them."""
+    left = [x for x in made if not any(x is c for c in counters)]
+    return left[0] if len(left) == 1 else tuple(left)
+
+
+def _aligned(made: Any) -> Any:
+    """Results at addresses as inductor takes for granted: parts of a tensor may begin anywhere."""
+    if isinstance(made, tuple):
+        return tuple([_aligned(x) for x in made])
+    return made if made.data_ptr() % 16 == 0 else made.clone()
 
 
 def _flattened(made: Any) -> list[Any]:

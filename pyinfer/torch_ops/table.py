@@ -34,8 +34,9 @@ class Operator(NamedTuple):
     packed: str = ""
 
 
-_ROPE = "int? rotary_dim, bool interleave, float rope_scale, float rope_theta"
-_LLAMA = f"{_ROPE}, float low_freq_factor, float high_freq_factor, int old_context_len"
+_ANGLES = "int? rotary_dim, bool interleave, float rope_scale, float rope_theta"
+_ROPE = f"{_ANGLES}, bool? enable_pdl"
+_LLAMA = f"{_ANGLES}, float low_freq_factor, float high_freq_factor, int old_context_len, bool? enable_pdl"
 _OFFSETS, _POSITIONS = "q, k, indptr, offsets", "q, k, pos_ids"
 _OFFSETS_INPLACE, _POSITIONS_INPLACE = "Tensor! q, Tensor! k, indptr, offsets", "Tensor! q, Tensor! k, pos_ids"
 _Q_AND_K = r.like("q", "k")
@@ -95,11 +96,11 @@ FUNCTIONS: dict[str, dict[str, Operator]] = {
     "page": {
         "append_paged_kv_cache": Operator(
             "append_key, append_value, batch_indices, positions, cache! paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len, str kv_layout, "
-            "number k_scale, number v_scale"
+            "number k_scale, number v_scale, bool? enable_pdl"
         ),
         "append_paged_mla_kv_cache": Operator(
             "append_ckv, append_kpe, batch_indices, positions, Tensor! ckv_cache, Tensor! kpe_cache, kv_indices, kv_indptr, kv_last_page_len, "
-            "number ckv_scale, number kpe_scale"
+            "number ckv_scale, number kpe_scale, bool? enable_pdl"
         ),
         "gather_paged_kv_cache": Operator(
             "batch_indices, positions, cache paged_kv_cache, kv_indices, kv_indptr, str kv_layout, out k_out, out v_out, "
@@ -140,10 +141,12 @@ FUNCTIONS: dict[str, dict[str, Operator]] = {
         "apply_llama31_rope_pos_ids": Operator(f"{_POSITIONS}, {_LLAMA}", _Q_AND_K, 2),
         "apply_llama31_rope_pos_ids_inplace": Operator(f"{_POSITIONS_INPLACE}, {_LLAMA}"),
         "apply_rope_with_cos_sin_cache": Operator(
-            "positions, query, key, int head_size, cos_sin_cache, bool is_neox", r.like("query", "key"), 2
+            "positions, query, key, int head_size, cos_sin_cache, bool is_neox, bool? enable_pdl",
+            r.like("query", "key"),
+            2,
         ),
         "apply_rope_with_cos_sin_cache_inplace": Operator(
-            "positions, Tensor! query, Tensor! key, int head_size, cos_sin_cache, bool is_neox"
+            "positions, Tensor! query, Tensor! key, int head_size, cos_sin_cache, bool is_neox, bool? enable_pdl"
         ),
         "rope_quantize_fp8": _ROPE_QUANTIZE,
         "mla_rope_quantize_fp8": _ROPE_QUANTIZE,

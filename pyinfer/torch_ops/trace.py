@@ -48,15 +48,19 @@ def _tensor(x: Any) -> Any:
 def _number(x: Any) -> Any:
     import torch
 
-    return None if isinstance(x, torch.Tensor) else x
+    if x is None or isinstance(x, torch.Tensor):
+        return None
+    if not isinstance(x, int | float):
+        got = type(x).__name__
+        raise TypeError(
+            f"torch.compile: a number is of an unsupported type: got {got}, wanted int, float or a tensor. Call .item() on it outside."
+        )
+    return x
 
 
 def _int64(x: Any) -> Any:
-    import torch
-
-    if x is None or isinstance(x, torch.Tensor):
-        return None
-    return x - 2**64 if x >= 2**63 else x
+    x = _number(x)
+    return x if x is None or x < 2**63 else x - 2**64
 
 
 def _indices(x: Any) -> Any:
