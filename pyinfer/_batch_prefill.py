@@ -172,6 +172,17 @@ class BatchPrefill(BatchAttention):
             )  # fmt: skip
         return plan_batch(op, shape, qo_indptr, kv_indptr, indices, last)
 
+    @classmethod
+    def _max_bytes(
+        cls, bounds: tuple[int, int, int], heads: tuple[int, int, int, int | None, int | None], dtypes: tuple[Any, Any], splits: tuple[int | None, bool],
+        device: Any,
+    ) -> int:  # fmt: skip
+        from pyinfer._max_workspace import prefill_bytes
+
+        op = f"{cls._op}.max_workspace"
+        key = prefill_key(op, (*dtypes, None), *heads, False, -1, None, None, "NONE", None, None, *splits)
+        return prefill_bytes(op, *bounds, key, device)
+
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:
         """Deprecated: `plan`."""
         common.deprecated(f"{self._op}.begin_forward", "plan")

@@ -322,6 +322,36 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             key.kv_data_type, key.o_data_type, key.options,
         )  # fmt: skip
 
+    @classmethod
+    def max_workspace(
+        cls,
+        max_batch_size: int,
+        max_num_pages: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        *,
+        q_data_type: Any = "float16",
+        kv_data_type: Any = None,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+        device: Any = None,
+    ) -> int:
+        """Bytes of workspace that no plan of at most so many requests and pages needs more of, in CUDA graph mode or not; it allocates nothing.
+
+        In CUDA graph mode, whose buffers fix the batch size, every plan of `max_batch_size` requests and a page buffer of `max_num_pages` needs at most this.
+        `device` as in `pyinfer.support`; other parameters as in plan(), whose errors it raises.
+        """
+        from pyinfer._max_workspace import decode_bytes
+
+        op = f"{cls._op}.max_workspace"
+        dtypes = (q_data_type, kv_data_type, None, None)
+        key = _plan_key(
+            op, dtypes, num_qo_heads, num_kv_heads, head_dim, page_size, -1, None, None, "NONE", None, None, fixed_split_size, disable_split_kv
+        )  # fmt: skip
+        return decode_bytes(op, max_batch_size, max_num_pages, key, device)
+
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:
         """Deprecated: `plan`."""
         common.deprecated(f"{self._op}.begin_forward", "plan")

@@ -281,6 +281,32 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         items = (prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
         self._plan_batch((qo, kv, last), page_indices, key, custom_mask, packed_custom_mask, items)
 
+    @classmethod
+    def max_workspace(
+        cls,
+        max_batch_size: int,
+        max_num_tokens: int,
+        max_num_pages: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        head_dim_vo: int | None = None,
+        *,
+        q_data_type: Any = "float16",
+        kv_data_type: Any = None,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+        device: Any = None,
+    ) -> int:
+        """Bytes of workspace that no plan of at most so many requests, query tokens and pages needs more of; it allocates nothing.
+
+        `device` as in `pyinfer.support`; other parameters as in plan(), whose errors it raises.
+        """
+        heads = num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size
+        bounds, splits = (max_batch_size, max_num_tokens, max_num_pages), (fixed_split_size, disable_split_kv)
+        return cls._max_bytes(bounds, heads, (q_data_type, kv_data_type), splits, device)
+
     def run(
         self,
         q: Any,
@@ -438,6 +464,31 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         qo, kv = host_metadata(self._op, strict=strict, qo_indptr=qo_indptr, kv_indptr=kv_indptr)
         items = (prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
         self._plan_batch((qo, kv, None), None, key, custom_mask, packed_custom_mask, items)
+
+    @classmethod
+    def max_workspace(
+        cls,
+        max_batch_size: int,
+        max_num_tokens: int,
+        max_kv_tokens: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        head_dim_vo: int | None = None,
+        *,
+        q_data_type: Any = "float16",
+        kv_data_type: Any = None,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+        device: Any = None,
+    ) -> int:
+        """Bytes of workspace that no plan of at most so many requests, query tokens and kv tokens needs more of; it allocates nothing.
+
+        `device` as in `pyinfer.support`; other parameters as in plan(), whose errors it raises.
+        """
+        heads = num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, None
+        bounds, splits = (max_batch_size, max_num_tokens, max_kv_tokens), (fixed_split_size, disable_split_kv)
+        return cls._max_bytes(bounds, heads, (q_data_type, kv_data_type), splits, device)
 
     def run(
         self,
