@@ -274,7 +274,17 @@ def _append(
         at += s.tensor is not None
     grid = -(-nnz // config[2]) * parts
     append_calls.launch(
-        scalars, tensors, key, kernel, grid, values, pointers, has_pdl, aligned, recipe=tuple(recipe), wants=4
+        scalars,
+        tensors,
+        key,
+        kernel,
+        grid,
+        values,
+        pointers,
+        has_pdl and scalars[2],
+        aligned,
+        recipe=tuple(recipe),
+        wants=4,
     )
 
 

@@ -110,8 +110,9 @@ def rope_pos_ids(
     interleave: bool,
     scales: tuple[float, ...],
     in_place: bool,
+    enable_pdl: bool | None,
 ) -> Any:
-    key = ("pos_ids", in_place, rotary_dim, interleave, scales)
+    key = ("pos_ids", in_place, rotary_dim, interleave, scales, enable_pdl is not False)
     known = _calls.run(key, (q_, k_, pos_ids))
     if known is not MISS:
         return known
@@ -144,8 +145,9 @@ def rope_indptr(
     interleave: bool,
     scales: tuple[float, ...],
     in_place: bool,
+    enable_pdl: bool | None,
 ) -> Any:
-    key = ("indptr", in_place, rotary_dim, interleave, scales)
+    key = ("indptr", in_place, rotary_dim, interleave, scales, enable_pdl is not False)
     known = _calls.run(key, (q_, k_, indptr_, offsets_))
     if known is not MISS:
         return known
@@ -186,9 +188,17 @@ def rope_indptr(
 
 
 def rope_cached(
-    op: str, positions_: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool, in_place: bool
+    op: str,
+    positions_: Any,
+    query: Any,
+    key: Any,
+    head_size: int,
+    cos_sin_cache: Any,
+    is_neox: bool,
+    in_place: bool,
+    enable_pdl: bool | None,
 ) -> Any:
-    scalars = ("cache", in_place, head_size, is_neox)
+    scalars = ("cache", in_place, head_size, is_neox, enable_pdl is not False)
     known = _calls.run(scalars, (query, key, positions_, cos_sin_cache))
     if known is not MISS:
         return known
@@ -321,7 +331,9 @@ def _launch(
     behind = (3, 2) if key[0] == "cache" else range(2, given)  # the table of angles comes first
     recipe = tuple([(i, 0) for i in (0, 1, *targets, *behind)])
     wants = 5 if key[0] == "cache" else 4
-    _calls.launch(key, tensors, q, kernel, tokens * parts, values, count, has_pdl, aligned, outputs, recipe, wants)
+    _calls.launch(
+        key, tensors, q, kernel, tokens * parts, values, count, has_pdl and key[-1], aligned, outputs, recipe, wants
+    )
 
 
 @functools.cache

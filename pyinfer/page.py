@@ -180,6 +180,7 @@ def append_paged_kv_cache(
     kv_layout: str = "NHD",
     k_scale: Any = None,
     v_scale: Any = None,
+    enable_pdl: bool | None = None,
 ) -> None:
     """Write new keys and values into a paged KV cache, whose page table already counts them.
 
@@ -209,6 +210,8 @@ def append_paged_kv_cache(
         For a cache of 8-bit floats and keys of another dtype: what a stored value is worth (the same that the attention is given), a positive number
         or a float32 tensor of one
         element, or of one a head. ``stored = key / k_scale``, saturating; 1 if None.
+    enable_pdl
+        CUDA: let the kernel start while the one before it ends (programmatic dependent launch). None: wherever the GPU has it.
 
     Raises
     ------
@@ -223,7 +226,7 @@ def append_paged_kv_cache(
     index_tensors = (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
     pair = type(paged_kv_cache) is tuple and len(paged_kv_cache) == 2
     tensors = (append_key, append_value, *(paged_kv_cache if pair else (paged_kv_cache,)), *index_tensors)
-    scalars: tuple[Any, ...] = (kv_layout, len(tensors))
+    scalars: tuple[Any, ...] = (kv_layout, len(tensors), enable_pdl is not False)
     if k_scale is not None or v_scale is not None:
         scalars, tensors = with_scales(scalars, tensors, k_scale, v_scale)
     if append_calls.run(scalars, tensors) is not MISS:
@@ -249,6 +252,7 @@ def append_paged_mla_kv_cache(
     kv_last_page_len: Any,
     ckv_scale: Any = None,
     kpe_scale: Any = None,
+    enable_pdl: bool | None = None,
 ) -> None:
     """As `append_paged_kv_cache` for multi-head latent attention: one compressed head.
 
@@ -262,6 +266,8 @@ def append_paged_mla_kv_cache(
         As in `append_paged_kv_cache`.
     ckv_scale, kpe_scale
         As k_scale and v_scale there.
+    enable_pdl
+        As there.
 
     Raises
     ------
@@ -271,7 +277,7 @@ def append_paged_mla_kv_cache(
     op = "append_paged_mla_kv_cache"
     index_tensors = (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
     tensors: tuple[Any, ...] = (append_ckv, append_kpe, ckv_cache, kpe_cache, *index_tensors)
-    scalars: tuple[Any, ...] = (op, 9)
+    scalars: tuple[Any, ...] = (op, 9, enable_pdl is not False)
     if ckv_scale is not None or kpe_scale is not None:
         scalars, tensors = with_scales(scalars, tensors, ckv_scale, kpe_scale)
     if append_calls.run(scalars, tensors) is not MISS:

@@ -39,6 +39,7 @@ def apply_rope(
     interleave: bool = False,
     rope_scale: float = 1,
     rope_theta: float = 1e4,
+    enable_pdl: bool | None = None,
 ) -> tuple[Any, Any]:
     """Rotate q and k of a batch of requests.
 
@@ -56,6 +57,8 @@ def apply_rope(
         False: pairs are (i, i + rotary_dim / 2), as in Llama; True: (2i, 2i + 1), as in GPT-J.
     rope_scale, rope_theta
         Pair i turns by rope_theta^(-2i/rotary_dim) / rope_scale radians per position.
+    enable_pdl
+        CUDA: let the kernel start while the one before it ends (programmatic dependent launch). None: wherever the GPU has it.
 
     Returns
     -------
@@ -68,7 +71,9 @@ def apply_rope(
     ValueError
         For shapes, devices, rotary_dim or scales that do not fit.
     """
-    return rope_indptr("apply_rope", q, k, indptr, offsets, rotary_dim, interleave, (rope_scale, rope_theta), False)
+    return rope_indptr(
+        "apply_rope", q, k, indptr, offsets, rotary_dim, interleave, (rope_scale, rope_theta), False, enable_pdl
+    )
 
 
 def apply_rope_inplace(
@@ -80,9 +85,12 @@ def apply_rope_inplace(
     interleave: bool = False,
     rope_scale: float = 1,
     rope_theta: float = 1e4,
+    enable_pdl: bool | None = None,
 ) -> None:
     """As `apply_rope`, overwriting q and k."""
-    rope_indptr("apply_rope_inplace", q, k, indptr, offsets, rotary_dim, interleave, (rope_scale, rope_theta), True)
+    rope_indptr(
+        "apply_rope_inplace", q, k, indptr, offsets, rotary_dim, interleave, (rope_scale, rope_theta), True, enable_pdl
+    )
 
 
 def apply_rope_pos_ids(
@@ -93,9 +101,12 @@ def apply_rope_pos_ids(
     interleave: bool = False,
     rope_scale: float = 1,
     rope_theta: float = 1e4,
+    enable_pdl: bool | None = None,
 ) -> tuple[Any, Any]:
     """As `apply_rope`, with the position of every row given: `pos_ids`, int32 or int64 [nnz]."""
-    return rope_pos_ids("apply_rope_pos_ids", q, k, pos_ids, rotary_dim, interleave, (rope_scale, rope_theta), False)
+    return rope_pos_ids(
+        "apply_rope_pos_ids", q, k, pos_ids, rotary_dim, interleave, (rope_scale, rope_theta), False, enable_pdl
+    )
 
 
 def apply_rope_pos_ids_inplace(
@@ -106,9 +117,12 @@ def apply_rope_pos_ids_inplace(
     interleave: bool = False,
     rope_scale: float = 1,
     rope_theta: float = 1e4,
+    enable_pdl: bool | None = None,
 ) -> None:
     """As `apply_rope_pos_ids`, overwriting q and k."""
-    rope_pos_ids("apply_rope_pos_ids_inplace", q, k, pos_ids, rotary_dim, interleave, (rope_scale, rope_theta), True)
+    rope_pos_ids(
+        "apply_rope_pos_ids_inplace", q, k, pos_ids, rotary_dim, interleave, (rope_scale, rope_theta), True, enable_pdl
+    )
 
 
 def apply_llama31_rope(
@@ -123,6 +137,7 @@ def apply_llama31_rope(
     low_freq_factor: float = 1,
     high_freq_factor: float = 4,
     old_context_len: int = 8192,
+    enable_pdl: bool | None = None,
 ) -> tuple[Any, Any]:
     """As `apply_rope`, with Llama 3.1's frequencies: f becomes (1 - s) f / rope_scale + s f.
 
@@ -130,7 +145,7 @@ def apply_llama31_rope(
     original context stay, long ones are stretched by rope_scale.
     """
     key = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    return rope_indptr("apply_llama31_rope", q, k, indptr, offsets, rotary_dim, interleave, key, False)
+    return rope_indptr("apply_llama31_rope", q, k, indptr, offsets, rotary_dim, interleave, key, False, enable_pdl)
 
 
 def apply_llama31_rope_inplace(
@@ -145,10 +160,11 @@ def apply_llama31_rope_inplace(
     low_freq_factor: float = 1,
     high_freq_factor: float = 4,
     old_context_len: int = 8192,
+    enable_pdl: bool | None = None,
 ) -> None:
     """As `apply_llama31_rope`, overwriting q and k."""
     key = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    rope_indptr("apply_llama31_rope_inplace", q, k, indptr, offsets, rotary_dim, interleave, key, True)
+    rope_indptr("apply_llama31_rope_inplace", q, k, indptr, offsets, rotary_dim, interleave, key, True, enable_pdl)
 
 
 def apply_llama31_rope_pos_ids(
@@ -162,10 +178,11 @@ def apply_llama31_rope_pos_ids(
     low_freq_factor: float = 1,
     high_freq_factor: float = 4,
     old_context_len: int = 8192,
+    enable_pdl: bool | None = None,
 ) -> tuple[Any, Any]:
     """As `apply_llama31_rope`, with the position of every row given: `pos_ids`, int32 or int64 [nnz]."""
     key = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    return rope_pos_ids("apply_llama31_rope_pos_ids", q, k, pos_ids, rotary_dim, interleave, key, False)
+    return rope_pos_ids("apply_llama31_rope_pos_ids", q, k, pos_ids, rotary_dim, interleave, key, False, enable_pdl)
 
 
 def apply_llama31_rope_pos_ids_inplace(
@@ -179,14 +196,21 @@ def apply_llama31_rope_pos_ids_inplace(
     low_freq_factor: float = 1,
     high_freq_factor: float = 4,
     old_context_len: int = 8192,
+    enable_pdl: bool | None = None,
 ) -> None:
     """As `apply_llama31_rope_pos_ids`, overwriting q and k."""
     key = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    rope_pos_ids("apply_llama31_rope_pos_ids_inplace", q, k, pos_ids, rotary_dim, interleave, key, True)
+    rope_pos_ids("apply_llama31_rope_pos_ids_inplace", q, k, pos_ids, rotary_dim, interleave, key, True, enable_pdl)
 
 
 def apply_rope_with_cos_sin_cache(
-    positions: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool = True
+    positions: Any,
+    query: Any,
+    key: Any,
+    head_size: int,
+    cos_sin_cache: Any,
+    is_neox: bool = True,
+    enable_pdl: bool | None = None,
 ) -> tuple[Any, Any]:
     """Rotate with precomputed cosines and sines.
 
@@ -202,6 +226,8 @@ def apply_rope_with_cos_sin_cache(
         float32 [max_position, rotary_dim]: rotary_dim / 2 cosines, then as many sines. Anything but float32 is a ValueError.
     is_neox
         True: pairs are (i, i + rotary_dim / 2); False: (2i, 2i + 1).
+    enable_pdl
+        As in `apply_rope`.
 
     Returns
     -------
@@ -212,14 +238,32 @@ def apply_rope_with_cos_sin_cache(
     TypeError, ValueError
         As `apply_rope`.
     """
-    return rope_cached("apply_rope_with_cos_sin_cache", positions, query, key, head_size, cos_sin_cache, is_neox, False)
+    return rope_cached(
+        "apply_rope_with_cos_sin_cache", positions, query, key, head_size, cos_sin_cache, is_neox, False, enable_pdl
+    )
 
 
 def apply_rope_with_cos_sin_cache_inplace(
-    positions: Any, query: Any, key: Any, head_size: int, cos_sin_cache: Any, is_neox: bool = True
+    positions: Any,
+    query: Any,
+    key: Any,
+    head_size: int,
+    cos_sin_cache: Any,
+    is_neox: bool = True,
+    enable_pdl: bool | None = None,
 ) -> None:
     """As `apply_rope_with_cos_sin_cache`, overwriting query and key."""
-    rope_cached("apply_rope_with_cos_sin_cache_inplace", positions, query, key, head_size, cos_sin_cache, is_neox, True)
+    rope_cached(
+        "apply_rope_with_cos_sin_cache_inplace",
+        positions,
+        query,
+        key,
+        head_size,
+        cos_sin_cache,
+        is_neox,
+        True,
+        enable_pdl,
+    )
 
 
 def rope_quantize_fp8(

@@ -193,6 +193,47 @@ def test_second_call_launches_what_the_full_path_would(launches, monkeypatch, na
     del kept
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("enable_pdl", [None, True, False])
+def test_enable_pdl(launches, enable_pdl):
+    """False: the launch carries no attribute for it; on the first call and on the next."""
+    bf16 = lambda *shape: torch.randn(*shape).to(BF16)  # noqa: E731
+    fp8 = lambda *shape: torch.zeros(*shape).to(torch.float8_e4m3fn)  # noqa: E731
+    x, w, wide, f32 = bf16(6, 64), bf16(64), bf16(6, 128), torch.randn(64)
+    q, k, pos, table = bf16(6, 4, 64), bf16(6, 2, 64), torch.arange(6, dtype=torch.int32), torch.randn(100, 64)
+    pages, indptr, last, where = ints(2, 0, 1), ints(0, 3), ints(2), torch.zeros(6, dtype=torch.int32)
+    caches, small = (bf16(3, 4, 2, 64), bf16(3, 4, 2, 64)), (fp8(3, 4, 2, 64), fp8(3, 4, 2, 64))
+    latent = (bf16(3, 4, 64), bf16(3, 4, 64), pages, indptr, last)
+    flat = (q.view(6, -1), k.view(6, -1))
+    at = (pages, indptr, where, pos)
+    option = {"enable_pdl": enable_pdl}
+    for call in (
+        lambda: pyinfer.rmsnorm(x, w, **option),
+        lambda: pyinfer.fused_add_rmsnorm(x, x.clone(), w, **option),
+        lambda: pyinfer.rmsnorm_quant(fp8(6, 64), x, w, 1.0, **option),
+        lambda: pyinfer.fused_add_rmsnorm_dynamic_quant(x, x.clone(), w, **option),
+        lambda: pyinfer.fused_rmsnorm_silu(x, w, **option),
+        lambda: pyinfer.layernorm(x, f32, f32, **option),
+        lambda: pyinfer.silu_and_mul(wide, **option),
+        lambda: pyinfer.gelu_and_mul_quant(fp8(6, 64), wide, 1.0, **option),
+        lambda: pyinfer.gelu_and_mul_dynamic_quant(wide, **option),
+        lambda: pyinfer.apply_rope(q, k, ints(0, 6), ints(0), **option),
+        lambda: pyinfer.apply_rope_pos_ids_inplace(q, k, pos, **option),
+        lambda: pyinfer.apply_llama31_rope_pos_ids(q, k, pos, **option),
+        lambda: pyinfer.apply_rope_with_cos_sin_cache(pos, *flat, 64, table, **option),
+        lambda: pyinfer.append_paged_kv_cache(k, k, where, pos, caches, pages, indptr, last, **option),
+        lambda: pyinfer.append_paged_mla_kv_cache(x, x, where, pos, *latent, **option),
+        lambda: pyinfer.rope_quantize_fp8(q, k, None, None, table, pos, **option),
+        lambda: pyinfer.rope_append_paged_kv_cache(q, k, k, table, pos, caches, *at, **option),
+        lambda: pyinfer.rope_quantize_fp8_append_paged_kv_cache(
+            q, k, None, None, k, table, pos, small, *at, page_size=4, **option
+        ),
+    ):
+        for _ in range(2):
+            call()
+            assert launches.pop()[-1] == (0 if enable_pdl is False else 1)
+
+
 def _flat(result):
     return [] if result is None else list(result) if isinstance(result, tuple) else [result]
 
