@@ -27,6 +27,7 @@ from pyinfer.core.tensor import TensorView, as_numpy, is_tensor, view
 from pyinfer.jit.attention_options import HOOKS, UserVariant
 
 if TYPE_CHECKING:
+    from pyinfer.jit.compiler import Artifact
     from pyinfer.jit.spec import DeviceFunction
 
 __all__ = ["AttentionVariant"]
@@ -249,6 +250,47 @@ class AttentionVariant:
             else:
                 found.append((f32 if kind == "f32" else i32)(prefix + name))
         return tuple(found)
+
+    def build(
+        self,
+        q_data_type: Any = "float16",
+        head_dim_qk: int = 128,
+        head_dim_vo: int | None = None,
+        *,
+        kv_data_type: Any = None,
+        o_data_type: Any = None,
+        logits_soft_cap: float | None = None,
+        archs: Sequence[str] | None = None,
+        verbose: bool = False,
+    ) -> list[Artifact]:
+        """Compile ahead what decode and prefill take on GPUs with these types and head dimensions, and no other option. Needs no GPU.
+
+        Parameters
+        ----------
+        q_data_type, kv_data_type, o_data_type, head_dim_qk, head_dim_vo, logits_soft_cap
+            As plan() gets them.
+        archs
+            "9.0a", "80", "compute_80", ...; by default the architectures of `PYINFER_CUDA_ARCH_LIST`, or this machine's GPUs, or all.
+        verbose
+            Print a line for each kernel.
+
+        Raises
+        ------
+        JitError
+            If it does not compile, or what compiles it is not installed.
+        """
+        from pyinfer._support import out_dtype, plan_dtypes
+        from pyinfer.jit import env
+        from pyinfer.jit.spec import build_jit_specs
+        from pyinfer.jit.variant_link import variant_specs
+
+        q, kv = plan_dtypes(_OP, q_data_type, kv_data_type)
+        dtypes, dims = (q, kv, out_dtype(_OP, q, o_data_type)), (head_dim_qk, head_dim_vo or head_dim_qk)
+        found: list[Artifact] = []
+        for arch in [env.parse_arch(a) for a in archs] if archs is not None else env.default_archs():
+            specs = variant_specs(self.user, arch, dtypes, dims, soft_cap=bool(logits_soft_cap))
+            found += build_jit_specs(specs, verbose, archs=[arch])
+        return found
 
     # ---- values of a run
     def check_args(

@@ -13,6 +13,7 @@ import pytest
 
 import pyinfer
 from pyinfer import AttentionVariant
+from pyinfer.core.dtypes import BFLOAT16
 from pyinfer.jit import attention, compiler, env, variant_link
 from pyinfer.jit.attention_options import AttentionOptions
 from pyinfer.jit.customize import gen_customize_batch_prefill_module, gen_customize_single_decode_module
@@ -221,10 +222,10 @@ def test_structs_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         ("90a", pyinfer.jit.gen_customize_batch_decode_module("even", *F16, "int32", 64, 64, *EVEN_ARGS)),
     ):
         monkeypatch.setenv("PYINFER_CUDA_ARCH_LIST", arch)
-        (built,) = module.build(arch)
-        assert built.resources.spill_stores == 0
+        assert {s.name.split("_f16")[0] for s in module.specs} == {"decode_sm80"}
+        assert module.specs[0].build(arch).resources.spill_stores == 0
     wide = gen_customize_batch_prefill_module("fa2", "even", *F16, "int32", 64, 64, *EVEN_ARGS)
-    assert len(wide.specs) == len(attention.ROW_CLASSES) and all("user_even" in s.name for s in wide.specs)
+    assert wide.specs and all("user_even" in s.name and s.name.startswith("prefill") for s in wide.specs)
 
 
 @pytest.mark.gpu
@@ -309,3 +310,34 @@ def test_a_soft_cap_in_python_costs_what_the_built_in_one_costs() -> None:
         text = spec.build("compute_80").code.decode()
         counts.append(len(re.findall(r"^\s+(?:mul|fma|add|sub|ex2|rcp|div|min|max)\.[\w.]*f32", text, re.MULTILINE)))
     assert counts[1] <= counts[0] + 16, counts  # of more than a thousand; a multiplication a score would be 32 or 64
+
+
+@pytest.mark.compile
+def test_built_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode and prefill, of plans and of single requests; what is built ahead is not compiled on first use."""
+    variant = AttentionVariant("ahead", logits=lambda score: score * 0.75)
+    asked: list[JitSpec] = []
+    build = pyinfer.jit.spec.build_jit_specs
+    own = spec_of(variant, "80", 16, dim=64)
+
+    def one(specs: list[JitSpec], *args: Any, **options: Any) -> Any:
+        asked.extend(specs)
+        return build([own], *args, **options)
+
+    monkeypatch.setattr("pyinfer.jit.spec.build_jit_specs", one)
+    (built,) = variant.build("bfloat16", 64, archs=["8.0"])
+    assert built.name == own.name and own in asked and len(set(asked)) == len(asked) >= 2 * len(attention.ROW_CLASSES)
+    assert {s.name.split("_sm")[0] for s in asked} == {"decode", "prefill"}
+    monkeypatch.setenv("PYINFER_JIT", "error")
+    compiler.forget()
+    assert spec_of(variant, "80", 16, dim=64).build("80").cached
+    with pytest.raises(pyinfer.jit.JitError, match="forbids compiling on first use"):
+        spec_of(variant, "80", 16, dim=72).build("80")
+
+    def kinds(arch: str) -> set[str]:
+        specs = variant_link.variant_specs(variant.user, arch, (BFLOAT16,) * 3, (128, 128))
+        return {s.name.split("_bf16")[0] for s in specs}
+
+    monkeypatch.setattr("pyinfer.jit.attention_sm90.enabled", lambda arch: arch == 90)
+    assert kinds("90a") == {"decode_sm80", "prefill_sm80", "prefill_sm90"}
+    assert kinds("compute_90") == kinds("80") == {"decode_sm80", "prefill_sm80"}

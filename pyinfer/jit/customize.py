@@ -17,16 +17,9 @@ from typing import Any
 from pyinfer.core.dtypes import DType, canonical_dtype
 from pyinfer.core.errors import fail, fail_type
 from pyinfer.jit import env
-from pyinfer.jit.attention import (
-    DECODE_ROWS,
-    ROW_CLASSES,
-    _check_backend,
-    _check_index,
-    attention_config,
-    gen_attention,
-)
-from pyinfer.jit.attention_options import AttentionOptions
+from pyinfer.jit.attention import _check_backend, _check_index
 from pyinfer.jit.spec import JitModule, JitSpec
+from pyinfer.jit.variant_link import variant_specs
 from pyinfer.variants import AttentionVariant
 
 _SCALARS = {
@@ -64,13 +57,12 @@ class CustomModule:
     def specs(self) -> tuple[JitSpec, ...]:
         """Its kernels for the default architectures."""
         found: dict[JitSpec, None] = {}
-        options = AttentionOptions(user=self.variant.user)
+        phase = "decode" if "decode" in self.phase else "prefill"
         source = "single" if self.phase.startswith("single") else "plan"
-        dtype, kv, out = self.dtypes
         for arch in env.default_archs():
-            for rows in (DECODE_ROWS,) if "decode" in self.phase else ROW_CLASSES:
-                config = attention_config(env.arch_number(arch), dtype, *self.head_dims, rows, kv, options)
-                found[gen_attention(config, dtype, *self.head_dims, source, "plain", kv, out, options)] = None
+            found |= dict.fromkeys(
+                variant_specs(self.variant.user, arch, self.dtypes, self.head_dims, (phase,), (source,))
+            )
         return tuple(found)
 
     def build(self, arch: str | None = None, verbose: bool = False) -> list[Any]:

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 from pyinfer.jit import env
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from pyinfer.core.dtypes import DType
+    from pyinfer.jit.attention_options import UserVariant
     from pyinfer.jit.spec import DeviceFunction, JitSpec
 
 _FIX = "Install what compiles Python variants with: pip install 'pyinfer-kernels[cu12,variants-cu12]' (or [cu13,variants-cu13])."
@@ -202,3 +206,37 @@ def _text(size: Any, get: Any, handle: Any) -> str:
     if buffer:
         get(handle, buffer)
     return bytes(buffer).rstrip(b"\0").decode(errors="replace")
+
+
+def variant_specs(
+    user: UserVariant,
+    arch: str,
+    dtypes: tuple[DType, DType, DType],
+    head_dims: tuple[int, int],
+    phases: Collection[str] = ("decode", "prefill"),
+    sources: Collection[str] = ("plan", "single"),
+    soft_cap: bool = False,
+) -> list[JitSpec]:
+    """The kernels that a variant's calls take on an architecture, without other options. dtypes: of q, kv, out."""
+    from pyinfer.jit import attention, attention_sm90
+    from pyinfer.jit.attention_config import wide_decode_config
+    from pyinfer.jit.attention_options import AttentionOptions
+
+    options, (q, kv, out) = AttentionOptions(user=user), dtypes
+    variant, number = "softcap" if soft_cap else "plain", env.arch_number(arch)
+    native = out is q and not arch.startswith("compute_")  # PTX has none of Hopper's own instructions
+    rows = [n for n in attention.ROW_CLASSES if ("decode" if n <= attention.DECODE_ROWS else "prefill") in phases]
+    found: dict[JitSpec, None] = {}
+    for n in rows:
+        hopper = attention_sm90.config_for(number, q, *head_dims, n, kv, options) if native else None
+        configs: list[Any] = [hopper or attention.attention_config(number, q, *head_dims, n, kv, options)]
+        if n <= attention.DECODE_ROWS:
+            configs.append(wide_decode_config(number, *head_dims, kv.itemsize, options))
+        for config in filter(None, configs):
+            for source in sources:
+                if config is hopper:
+                    spec = attention_sm90.gen_prefill_sm90(config, q, source, variant, options)
+                else:
+                    spec = attention.gen_attention(config, q, *head_dims, source, variant, kv, out, options)
+                found[spec] = None
+    return list(found)
