@@ -1,4 +1,4 @@
-"""Sampling over a vocabulary of 128256: draws from probabilities, softmax. Draws cannot be compared number by number:
+"""Sampling over a vocabulary of 128256: draws from probabilities, a pipeline from logits, softmax, top-k. Draws cannot be compared number by number:
 each must lie in the allowed set.
 """
 
@@ -83,9 +83,55 @@ def _batch(ctx: Context, batch: int, vocab: int) -> None:
         )
         if ctx.selected(case):
             ctx.measure(case, _variants(call, _torch_draw(probs, raw, op, k)))
+    _pipeline(ctx, batch, vocab, raw, k)
+    for largest in (k, min(2048, vocab // 2)):
+        case = Case("top_k", f"b{batch} v{vocab} k={largest} sorted", bytes=4.0 * batch * vocab, tolerance=0.0)
+        if ctx.selected(case):
+            ctx.measure(case, _largest(raw, largest))
     case = Case("softmax", f"b{batch} v{vocab}", bytes=8.0 * batch * vocab, tolerance=1e-4)
     if ctx.selected(case):
         ctx.measure(case, _variants(lambda m: m.softmax(raw), lambda: torch.softmax(raw, -1)))
+
+
+def _pipeline(ctx: Context, batch: int, vocab: int, raw: Any, k: int) -> None:
+    """logits_processor: temperature, softmax, top-k, top-p, a draw. Fused by pyinfer; in torch one operation after another."""
+    import torch
+
+    case = Case(
+        "LogitsPipe",
+        f"b{batch} v{vocab} T=0.8 k={k} p=0.9",
+        bytes=4.0 * batch * vocab,
+        tolerance=0.0,
+        compare=_checker(torch.softmax(raw / 0.8, -1), {"top_k": k, "top_p": 0.9}),
+    )
+    if not ctx.selected(case):
+        return
+
+    def ours() -> Any:
+        from pyinfer.logits_processor import LogitsPipe, Sample, Softmax, Temperature, TopK, TopP
+
+        pipe = LogitsPipe([Temperature(), Softmax(), TopK(), TopP(), Sample()])
+        return lambda: pipe(raw, temperature=0.8, top_k=k, top_p=0.9)
+
+    def plain() -> Any:
+        values, order = torch.topk(torch.softmax(raw / 0.8, -1), k, dim=-1)
+        values = values / values.sum(-1, keepdim=True)
+        values = torch.where(values.cumsum(-1) - values < 0.9, values, 0.0)
+        return order.gather(-1, torch.multinomial(values, 1)).squeeze(-1).int()
+
+    ctx.measure(case, [("pyinfer", ours), ("torch", lambda: plain)])
+
+
+def _largest(raw: Any, k: int) -> list[tuple[str, Callable[[], Any]]]:
+    """The values alone are compared: of equal ones torch may name others."""
+    import torch
+
+    def ours() -> Any:
+        import pyinfer
+
+        return lambda: pyinfer.top_k(raw, k, sorted=True)[0]
+
+    return [("pyinfer", ours), ("torch", lambda: lambda: torch.topk(raw, k, dim=-1).values)]
 
 
 def _variants(call: Callable[[Any], Any], plain: Callable[[], Any] | None) -> list[tuple[str, Callable[[], Any]]]:
