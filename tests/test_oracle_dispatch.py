@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.cpu
 
-
+@pytest.mark.cpu
 @pytest.mark.parametrize(("arch", "step"), [(90, 1), (120, 4)])
 def test_every_case_reaches_its_launch(arch, step):
     """On Hopper all of them, on an architecture with little shared memory some."""
@@ -24,3 +23,20 @@ def test_every_case_reaches_its_launch(arch, step):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (kernels,) = re.findall(r"0 failed, \d+ refused, (\d+) kernels", done.stdout)
     assert 100 // step < int(kernels) < 500  # a GPU compiles each for about a second
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dims", [(256, 256), (192, 128)], ids=str)
+def test_the_kernel_that_stands_in_for_hoppers(dims):
+    """Where a launch turns out to be one for the sm80 family, which prefers other tiles than those planned for."""
+    from pyinfer.jit.attention import attention_config, gen_attention
+    from pyinfer.jit.attention_config import smem_limits
+    from pyinfer.jit.attention_options import AttentionOptions
+    from pyinfer.jit.attention_sm90 import stand_in
+
+    options = AttentionOptions(alibi=True, mask=True, sinks=True)
+    preferred = attention_config(90, "float16", *dims, 300, None, options)
+    config = stand_in(preferred, *dims, 128)
+    assert (preferred.tile_q, config.tile_q) == (64, 128) and config.smem < smem_limits(90)[0]
+    used = gen_attention(config, "float16", *dims, "plan", "softcap", None, "bfloat16", options).build("90a").resources
+    assert used.spill_stores == used.spill_loads == used.stack == 0, used
