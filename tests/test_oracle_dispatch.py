@@ -40,3 +40,17 @@ def test_the_kernel_that_stands_in_for_hoppers(dims):
     assert (preferred.tile_q, config.tile_q) == (64, 128) and config.smem < smem_limits(90)[0]
     used = gen_attention(config, "float16", *dims, "plan", "softcap", None, "bfloat16", options).build("90a").resources
     assert used.spill_stores == used.spill_loads == used.stack == 0, used
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("arch", ["80", "89", "90a"])
+def test_a_mask_with_rotation_and_a_cap_does_not_spill(arch):
+    """It did, in tiles of 128 rows."""
+    from pyinfer.jit.attention import attention_config, gen_attention
+    from pyinfer.jit.attention_options import AttentionOptions
+    from pyinfer.jit.env import arch_number
+
+    options = AttentionOptions(mask=True, sinks=True, rope=(1.0, 1e4))
+    config = attention_config(arch_number(arch), "bfloat16", 128, 128, 300, None, options)
+    used = gen_attention(config, "bfloat16", 128, 128, "plan", "softcap", options=options).build(arch).resources
+    assert used.spill_stores == used.spill_loads == used.stack == 0, used

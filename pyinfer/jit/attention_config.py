@@ -168,7 +168,8 @@ def candidate_configs(
     rope = options.rope is not None
     placed = options.alibi or options.mask or options.multi_item or (options.user is not None and options.user.places)
     wide = rope or placed or kv_itemsize == 1
-    found = candidates(head_dim_qk, head_dim_vo, max_packed_rows, kv_itemsize, rope, wide)
+    tight = rope and (kv_itemsize == 1 or (options.mask and max(head_dim_qk, head_dim_vo) > 64))
+    found = candidates(head_dim_qk, head_dim_vo, max_packed_rows, kv_itemsize, rope, wide, tight)
     if 100 <= arch < 120 and max(head_dim_qk, head_dim_vo) > 64:
         # NOTE: for sm_100 ptxas spills 20 bytes in the tile that fills 255 registers elsewhere: the others come first.
         found.sort(key=lambda c: (c.tile_q, c.tile_kv, c.num_warps) == (128, 64, 4))
@@ -183,7 +184,7 @@ def candidate_configs(
 
 
 def _decode_candidates(
-    head_dim_qk: int, head_dim_vo: int, max_packed_rows: int, kv_itemsize: int, rope: bool, wide: bool
+    head_dim_qk: int, head_dim_vo: int, max_packed_rows: int, kv_itemsize: int, rope: bool, wide: bool, tight: bool
 ) -> list[AttentionConfig]:
     # (tile_kv, warps, blocks per SM, stages). A warp's slab of tile_kv / warps keys is 8 KiB of K and V up to head_dim 128, 16 KiB beyond.
     largest = max(head_dim_qk, head_dim_vo)
@@ -216,12 +217,13 @@ def _decode_candidates(
 
 
 def _prefill_candidates(
-    head_dim_qk: int, head_dim_vo: int, max_packed_rows: int, kv_itemsize: int, rope: bool, wide: bool
+    head_dim_qk: int, head_dim_vo: int, max_packed_rows: int, kv_itemsize: int, rope: bool, wide: bool, tight: bool
 ) -> list[AttentionConfig]:
     # (tile_q, tile_kv, warps, blocks per SM, stages, queries in registers)
     largest = max(head_dim_qk, head_dim_vo)
-    if largest <= 128 and wide and (max_packed_rows <= 64 or (rope and kv_itemsize == 1)):
-        shapes = [(64, 32, 4, 2, 3, False), (64, 32, 4, 2, 2, False)]  # rotation out of 8 bits would spill at 128 rows
+    if largest <= 128 and wide and (max_packed_rows <= 64 or tight):
+        # Rotation out of 8 bits, or together with a mask and a soft cap, would spill at 128 rows.
+        shapes = [(64, 32, 4, 2, 3, False), (64, 32, 4, 2, 2, False)]
     elif largest <= 128 and max_packed_rows <= 64:
         shapes = [(64, 64, 4, 2, 2, True), (64, 64, 4, 3, 2, False), (64, 32, 4, 2, 3, True)]
     elif wide and largest <= 128:
