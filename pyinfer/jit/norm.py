@@ -327,7 +327,8 @@ def gen_layernorm(dtype: str, param_dtype: str, hidden: int, vec: int | None = N
     """The layernorm kernel for rows of `hidden` elements; `param_dtype` is the weight's and the bias's."""
     d, param = canonical_dtype(dtype), canonical_dtype(param_dtype)
     v = _vec(d, hidden, vec)
-    config = row_config(hidden // v, 4, (512, 8))
+    config = rmsnorm_config(hidden // v, "row")
+    config = replace(config, early_bytes=0, blocks=max(1, config.blocks - 1))  # weight and bias take registers, too
     constants = (
         ("scalar_t", d.ctype),
         ("param_t", param.ctype),
@@ -335,6 +336,8 @@ def gen_layernorm(dtype: str, param_dtype: str, hidden: int, vec: int | None = N
         ("LANES", config.lanes),
         ("ROWS", config.rows),
         ("SLOTS", config.slots),
+        ("BLOCKS", config.blocks),
+        ("LOAD", config.load),
         ("REREAD", config.reread),
     )
     name = f"layernorm_{d.short}_{param.short}_v{v}_{config.short}"
