@@ -94,11 +94,32 @@ def test_plan_launch(hopper, page_size):
         shape, strides = (128, 350, 2, 1), (256, 128, 0)
     assert found["k_map"] == fake_map(k.data_ptr(), BFLOAT16, shape, strides, (64, rows, 1, 1))
     assert found["v_map"] == fake_map(v.data_ptr(), BFLOAT16, shape, strides, (64, rows, 1, 1))
+    assert found["q_map"] == fake_map(q.data_ptr(), BFLOAT16, (128, 8, 80, 1), (128, 1024, 0), (64, 4, 16, 1))
+    assert found["o_map"] == fake_map(out.data_ptr(), BFLOAT16, (128, 8, 80, 1), (128, 1024, 0), (64, 4, 16, 1))
+    assert found["boxed"] == 3
     assert found["q_stride_token"] == 1024 and found["q_stride_head"] == 128 and found["out_stride_token"] == 1024
     assert found["logit_scale"] == pytest.approx(0.1 * 1.4426950408889634) and found["v_scale"] == 1.0
     assert found["num_kv_heads"] == 2 and found["group"] == 4 and found["causal"] == 1 and found["window_left"] == -1
     assert found["plan_header"] == 1 << 20 and found["semaphore"] == (1 << 20) + 4 * plan.offsets.semaphore
     assert found["partial_o"] == 1 << 30
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 20])
+def test_pages_without_boxes(hopper, page_size):
+    """Rows are gathered: no tensor maps, the strides instead."""
+    import torch
+
+    _, plan, (_, k, v, _) = run_plan(torch, page_size)
+    name, grid, data, *_ = hopper.pop()
+    assert name.startswith("prefill_sm90_bf16_d128_plan_plain_q128_kv96_s3_q2_gather") and grid == (
+        2 * plan.n_work,
+        1,
+        1,
+    )
+    found = stub_driver.fields(attention_sm90.sm90_params("plan"), data)
+    assert found["k_map"] == found["v_map"] == bytes(128) and found["box_rows"] == 1
+    assert (found["k"], found["v"], found["page_size"]) == (k.data_ptr(), v.data_ptr(), page_size)
+    assert tuple(found[f"k_stride_{n}"] for n in ("page", "token", "head")) == (256 * page_size, 256, 128)
 
 
 def test_hnd_strides(hopper):
@@ -123,9 +144,7 @@ def test_single_launch(hopper):
     assert found["k_map"] == fake_map(k.data_ptr(), FLOAT16, (64, 5000, 4, 1), (256, 64, 0), (64, 128, 1, 1))
 
 
-@pytest.mark.parametrize(
-    "case", [dict(page_size=1), dict(page_size=20), dict(dim=56), dict(out_dtype="float32"), dict(offset=1)]
-)
+@pytest.mark.parametrize("case", [dict(dim=56), dict(out_dtype="float32"), dict(offset=1)])
 def test_falls_back(hopper, case):
     """What the kernel does not cover runs on the sm80 kernel, with the same plan."""
     import torch
@@ -136,10 +155,24 @@ def test_falls_back(hopper, case):
     assert hopper.pop()[0].startswith("prefill_sm80")
 
 
+@pytest.mark.parametrize(("heads", "group"), [(6, 3), (10, 5), (256, 128)])
+def test_groups_that_are_no_boxes(hopper, heads, group):
+    """64 packed rows then end within a token: queries come, and outputs leave, row by row."""
+    import torch
+
+    import pyinfer
+
+    q, k, v = (torch.zeros(70, h, 64, dtype=torch.float16) for h in (heads, heads // group, heads // group))
+    pyinfer.single_prefill_with_kv_cache(q, k, v)
+    name, _, data, *_ = hopper.pop()
+    found = stub_driver.fields(attention_sm90.sm90_params("single"), data)
+    assert name.startswith("prefill_sm90") and found["boxed"] == 0 and found["q_map"] == found["o_map"] == bytes(128)
+
+
 def test_bound_launch_follows_addresses(hopper):
     import torch
 
-    bound, _, (_, k, *_) = run_plan(torch, 16, bind=True)
+    bound, _, (_, k, *_) = run_plan(torch, 16, bind=True)  # 80 queries of 8 heads
     for addresses in ((16, 32, 48, 64, 0), (16, 1 << 36, 48, 64, 0), (32, 1 << 36, 1 << 37, 64, 128)):
         bound(7, *addresses)
         found = stub_driver.fields(attention_sm90.sm90_params("plan"), hopper.pop()[2])
@@ -148,6 +181,8 @@ def test_bound_launch_follows_addresses(hopper):
             assert found[name] == fake_map(
                 address, BFLOAT16, (128, 16, 2, 20), tuple(k.stride()[i] for i in (1, 2, 0)), (64, 16, 1, 1)
             )
+        for name, address in (("q_map", addresses[0]), ("o_map", addresses[3])):
+            assert found[name] == fake_map(address, BFLOAT16, (128, 8, 80, 1), (128, 1024, 0), (64, 4, 16, 1))
 
 
 def test_choice(monkeypatch):
@@ -184,7 +219,7 @@ def test_asked_for_but_not_covered():
     from pyinfer.core.tensor import view
 
     x = view(np.zeros((4, 2, 128), np.float16))
-    with pytest.raises(ValueError, match=r"attention: config cannot run this call: got q128_kv128_s2"):
+    with pytest.raises(ValueError, match=r"attention: config cannot run this call: got q192_kv80_s2"):
         attention_sm90.check(config, x, x, x, x, "NHD", 1, PLAIN, True)
 
 
@@ -276,7 +311,7 @@ def test_compiles(dim):
         artifact = attention_sm90.gen_prefill_sm90(config, dtype, source, variant).build("90a")
         used = artifact.resources
         assert used.spill_stores == used.spill_loads == used.stack == 0, (config.tag, used)
-        assert used.registers == 65536 // config.block[0] // 8 * 8 and config.smem + used.smem <= 227 * 1024, (
+        assert used.registers == 65536 // config.block[0] // config.ctas_per_sm // 8 * 8 and config.smem + used.smem <= 227 * 1024, (
             config.tag,
             used,
         )

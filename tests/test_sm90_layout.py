@@ -186,31 +186,43 @@ def test_weights_are_the_a_operand(kernel):
 
 @pytest.mark.parametrize("dim", [64, 72, 96, 128, 192, 256])
 def test_output_rows(dim):
-    """Accumulators of a warp, through stmatrix and shared memory, leave as the 16-byte pieces of 16 rows."""
+    """Accumulators, through stmatrix and shared memory, leave as boxes of 64 columns by TMA or as 16-byte pieces of rows."""
     source = render(attention_sm90.gen_prefill_sm90(attention_sm90.candidates(dim)[0], "bfloat16"), "90a")
     matrix_row = expression(source, r"const int matrix_row = (.+?);")
-    chunk_of = expression(source, r"swizzled_offset<OUT_ROW>\(matrix_row, (d \+ lane / 16)\)")
+    block_of = expression(source, r"smem_address\(out_rows\) \+ (d / 8 \* Q_BLOCK) \+ swizzled_offset")
+    chunk_of = expression(source, r"swizzled_offset<128>\(matrix_row, (d % 8 \+ lane / 16)\)")
     row_of = expression(source, r"const int row = min_of\((\(n \* 32 \+ lane\) / CHUNKS), 15\);")
     piece_of = expression(source, r"const int chunk = (\(n \* 32 \+ lane\) % CHUNKS);")
-    blocks, out_row = dim // 8, -(-dim // 64) * 128
-    memory = np.full(16 * out_row // 2, -1)
+    read_block = expression(source, r"out_rows \+ (chunk / 8 \* Q_BLOCK) \+ swizzled_offset<128>\(row, chunk % 8\)")
+    warp_base = expression(source, r"char\* out_rows = q_rows \+ (warp % 4 \* 16 \* 128);")
+    blocks, columns, q_block = dim // 8, -(-dim // 64) * 64, 64 * 128
+    memory = Memory(columns // 64 * q_block)
+    values = np.arange(64 * columns).reshape(64, columns)
 
-    def offset(row, chunk):
-        return (row * out_row + ((chunk ^ row & 7) << 4)) // 2
+    def swizzled(row, chunk):
+        return row * 128 + ((chunk ^ row & 7) << 4)
 
-    for d in range(0, blocks, 2):
-        for lane in range(32):  # lane 8m + r has the address of row r of matrix m, lane 4r + t its elements 2t and 2t + 1
-            at, m = offset(matrix_row(lane=lane), chunk_of(d=d, lane=lane)), lane // 8
-            if d + m // 2 < blocks:
-                row = lane % 8 + m % 2 * 8
-                memory[at : at + 8] = row * dim + (d + m // 2) * 8 + np.arange(8)
-    found = np.full((16, dim), -1)
-    for n in range(-(-16 * blocks // 32)):
-        for lane in range(32):
-            if n * 32 + lane < 16 * blocks:
-                row, chunk = row_of(n=n, lane=lane, CHUNKS=blocks), piece_of(n=n, lane=lane, CHUNKS=blocks)
-                found[row, chunk * 8 : chunk * 8 + 8] = memory[offset(row, chunk) : offset(row, chunk) + 8]
-    np.testing.assert_array_equal(found, np.arange(16 * dim).reshape(16, dim))
+    for warp in range(4):
+        for d in range(0, blocks, 2):
+            for lane in range(32):  # lane 8m + r has the address of row r of matrix m
+                row, m = lane % 8 + lane // 8 % 2 * 8, lane // 8
+                at = warp_base(warp=warp) + block_of(d=d, Q_BLOCK=q_block)
+                at += swizzled(matrix_row(lane=lane), chunk_of(d=d, lane=lane))
+                column = (d + m // 2) * 8
+                memory.data[at // 2 : at // 2 + 8] = values[warp * 16 + row, column : column + 8]
+    boxes = Memory(len(memory.data) * 2)
+    for x in range(0, columns, 64):
+        boxes.tma(x // 64 * q_block, values[:, x : x + 64])
+    written = memory.data >= 0
+    np.testing.assert_array_equal(memory.data[written], boxes.data[written])
+    assert written.sum() >= 64 * dim
+    found = np.full((64, dim), -1)
+    for warp, n, lane in itertools.product(range(4), range(-(-16 * blocks // 32)), range(32)):
+        if n * 32 + lane < 16 * blocks:
+            row, chunk = row_of(n=n, lane=lane, CHUNKS=blocks), piece_of(n=n, lane=lane, CHUNKS=blocks)
+            at = (warp_base(warp=warp) + read_block(chunk=chunk, Q_BLOCK=q_block) + swizzled(row, chunk % 8)) // 2
+            found[warp * 16 + row, chunk * 8 : chunk * 8 + 8] = memory.data[at : at + 8]
+    np.testing.assert_array_equal(found, values[:, :dim])
 
 
 class Ring:
@@ -269,6 +281,8 @@ class Block:
         self.memory: dict[str, object] = {}
         self.turns = [0] * consumers  # arrivals at each warpgroup's named barrier
         self.products: list[tuple] = []
+        self.outputs: list[set] = [set() for _ in range(q_buffers)]  # staged in a buffer of queries: (warpgroup, item)
+        self.stored: list[int] = []
 
     def roles(self):
         yield self.find_work()
@@ -310,21 +324,34 @@ class Block:
                 first_round &= tile.slot != 0
 
     def copy_queries(self):
-        at, buffer, b, n = Ring(WORKS), Ring(self.q_buffers), self.barriers, 0
-        while True:
-            yield from b.wait(f"work_full{at.slot}", at.parity)
-            item = self.memory[f"work{at.slot}"]
-            if item is None:
-                return
-            if n >= self.q_buffers:
-                yield from b.wait(f"q_empty{buffer.slot}", buffer.parity ^ 1)
-            self.memory[f"q{buffer.slot}"] = item
+        b, brought, retired = self.barriers, 0, 0
+
+        def retire():
+            slot = retired % self.q_buffers
+            yield from b.wait(f"q_empty{slot}", retired // self.q_buffers & 1)
+            assert self.outputs[slot] == {(group, retired) for group in range(self.consumers)}  # all of it is there
+            self.outputs[slot] = set()
+            self.stored.append(retired)
             yield
-            b.arrive(f"q_full{buffer.slot}")
-            b.arrive(f"work_empty{at.slot}")
-            at.next()
-            buffer.next()
-            n += 1
+
+        while True:
+            work = brought % WORKS
+            yield from b.wait(f"work_full{work}", brought // WORKS & 1)
+            item = self.memory[f"work{work}"]
+            if item is None:
+                break
+            if brought - retired == self.q_buffers:
+                yield from retire()
+                retired += 1
+            slot = brought % self.q_buffers
+            brought += 1
+            self.memory[f"q{slot}"] = item
+            yield
+            b.arrive(f"q_full{slot}")
+            b.arrive(f"work_empty{work}")
+        while retired < brought:
+            yield from retire()
+            retired += 1
 
     def consume(self, group):
         b, memory = self.barriers, self.memory
@@ -394,7 +421,7 @@ class Block:
             b.arrive(f"v_empty{v_ring.slot}")
             v_ring.next()
             assert memory[f"q{q_slot}"] == item  # whose place the output takes
-            memory[f"q{q_slot}"] = ("output", item) if self.consumers == 1 else item
+            self.outputs[q_slot].add((group, item))
             yield
             assert memory[f"work{at.slot}"] == item
             b.arrive(f"q_empty{q_slot}")
@@ -433,26 +460,27 @@ def test_protocol(config):
                 idle = 0 if changed else idle + 1
                 assert idle < 20000, "deadlock"
             wanted = [(g, n, i) for g in range(config[0]) for n, tiles in enumerate(items) for i in range(tiles)]
-            assert sorted(block.products) == wanted
+            assert sorted(block.products) == wanted and block.stored == list(range(len(items)))
 
 
 def test_protocol_in_the_source():
     """The waits, their parities and the arrival counts that `Block` uses are those of the kernel."""
     text = (SOURCES / "prefill" / "prefill_sm90.cu.jinja").read_text()
     for line in (
-        "mbarrier_init(smem_address(&smem.k_full[s]), 1);",
+        "mbarrier_init(smem_address(&smem.k_full[s]), GATHER ? 32 : 1);",
         "mbarrier_init(smem_address(&smem.k_empty[s]), CONSUMERS * 4);",
-        "mbarrier_init(smem_address(&smem.q_full[s]), 32);",
+        "mbarrier_init(smem_address(&smem.q_full[s]), 1);",
         "mbarrier_init(smem_address(&smem.q_empty[s]), CONSUMERS * 4);",
         "mbarrier_init(smem_address(&smem.work_empty[s]), CONSUMERS * 4 + 3);",
         f"constexpr int WORKS = {WORKS};",
         "mbarrier_wait(empty + 8 * tile.slot, tile.parity ^ 1);",
         "first_round &= tile.slot != 0;",
-        "mbarrier_wait(smem_address(&smem.q_empty[buffer.slot]), buffer.parity ^ 1);",
+        "mbarrier_wait(smem_address(&smem.q_empty[slot]), retired / Q_BUFFERS & 1);",
+        "mbarrier_wait(smem_address(&smem.work_full[work]), brought / WORKS & 1);",
         "mbarrier_wait(smem_address(&smem.work_empty[at.slot]), at.parity ^ 1);",
         "mbarrier_wait(smem_address(&smem.work_full[at.slot]), at.parity);",
         "mbarrier_wait(smem_address(&smem.q_full[queries.slot]), queries.parity);",
-        "mbarrier_wait(smem_address(&smem.k_full[k_ring.slot]), k_ring.parity);",
-        "mbarrier_wait(smem_address(&smem.v_full[v_ring.slot]), v_ring.parity);",
+        "await_tile(smem.k_full[k_ring.slot], k_ring.parity);",
+        "await_tile(smem.v_full[v_ring.slot], v_ring.parity);",
     ):
         assert line in text, line

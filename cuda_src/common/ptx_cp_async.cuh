@@ -23,6 +23,12 @@ PYINFER_DEVICE void store_shared_16(uint32_t destination, const uint32_t (&x)[4]
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(destination), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
 
+// The calling thread arrives at an mbarrier (given by its 32-bit address) when all copies that it has started so far are there. The arrival is one of those
+// that the barrier was initialised for.
+PYINFER_DEVICE void cp_async_arrive(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Closes the calling thread's group of copies; an empty group is legal and completes at once.
 PYINFER_DEVICE void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

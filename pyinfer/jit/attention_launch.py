@@ -131,8 +131,8 @@ def chosen_config(
     """
     case = (device, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
     config = hopper_config(*case)
-    if config is not None and attention_sm90.box_rows(config, page_size):
-        return config
+    if config is not None:
+        return attention_sm90.for_pages(config, page_size)
     if options.family == "sm90":
         fail(
             "attention", "backend", "has no kernel for this case", "'fa3'", attention_sm90.CASES, "Pass backend='auto'."
@@ -222,12 +222,9 @@ def _planned(
     dim_qk, dim_vo = shape.head_dim_qk, shape.head_dim_vo
     if config is None:
         config = sm90 = hopper_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
-        if (
-            sm90 is None
-            or sm90.tile_q != shape.tile_q
-            or out_dtype is not dtype
-            or not attention_sm90.box_rows(sm90, shape.page_size)
-        ):
+        if sm90 is not None:
+            config = sm90 = attention_sm90.for_pages(sm90, shape.page_size)
+        if sm90 is None or sm90.tile_q != shape.tile_q or out_dtype is not dtype:
             config = device_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
             config = attention_sm90.stand_in(config, dim_qk, dim_vo, shape.tile_q)
             wide = device_wide_config(device, dim_qk, dim_vo, kv_dtype.itemsize, options)
@@ -322,11 +319,14 @@ def launch_attention(
     partials = (indices, workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
     if isinstance(config, Sm90Config):
         attention_sm90.check(config, q, k, v, out, kv_layout, plan.page_size, options, aligned)
-        maps = attention_sm90.kv_maps(config, k, v, kv_layout, plan.page_size, k.ptr, v.ptr)
-        values = (*values[:5], *partials[:3], *maps, partials[3], *values[5:], *ready.constants)
+        group = plan.num_qo_heads // plan.num_kv_heads
+        flags = attention_sm90.boxed(q, out, group) if config.boxes else 0
+        maps = attention_sm90.maps_of(config, q, k, v, out, kv_layout, plan.page_size, group, flags)
+        encoded = attention_sm90.encode(maps, q.ptr, k.ptr, v.ptr, out.ptr)
+        values = (*values[:5], *partials[:3], *encoded, partials[3], *values[5:], *ready.constants, flags)
         if bind:
             bound = ready.kernel.bind(ready.grid, values, 5, pdl)
-            return BoundSm90(bound, config, k, v, kv_layout, plan.page_size)
+            return BoundSm90(bound, maps)
         ready.kernel(stream, ready.grid, values, pdl)
         return None
     values = (*values[:5], *partials, *values[5:15], *ready.rope, *values[15:], *ready.constants)
@@ -406,8 +406,12 @@ def launch_single(
     partials = (0, partial_o, partial_lse, workspace_ptr)
     if isinstance(config, Sm90Config):
         attention_sm90.check(config, q, k, v, out, kv_layout, 0, options, aligned)
-        maps = attention_sm90.kv_maps(config, k, v, kv_layout, 0, k.ptr, v.ptr)
-        request = (qo_len, kv_len, kv_chunk, num_splits, attention_sm90.box_rows(config, 0))
+        group = num_qo_heads // num_kv_heads
+        flags = attention_sm90.boxed(q, out, group) if config.boxes else 0
+        maps = attention_sm90.encode(
+            attention_sm90.maps_of(config, q, k, v, out, kv_layout, 0, group, flags), q.ptr, k.ptr, v.ptr, out.ptr
+        )
+        request = (qo_len, kv_len, kv_chunk, num_splits, attention_sm90.box_rows(config, 0), flags)
         values = (*values[:5], *partials[:3], *maps, partials[3], *values[5:], *shape, *request)
         kernel = attention_sm90.kernel_of(device, config, q.dtype, "single", variant, options)
         kernel(stream, attention_sm90.grid(config, device, tiles * num_splits * num_kv_heads), values, pdl)
@@ -423,10 +427,11 @@ def _covered(
     options: AttentionOptions, aligned: bool, tile_q: int = 0,
 ) -> AttentionConfig | Sm90Config | None:  # fmt: skip
     """The sm90 configuration if that kernel runs the call; the sm80 one if it was planned for but cannot; None if it was not. tile_q: the plan's."""
-    classes = min(rows, attention_sm90.MIN_ROWS)  # all that matters of the rows: keeps the cache small
+    classes = min(rows, attention_sm90.MANY_ROWS)  # all that matters of the rows: keeps the cache small
     config = hopper_config(device, q.dtype, *dims, classes, k.dtype, options)
     if config is None:
         return None
+    config = attention_sm90.for_pages(config, page_size)
     tile_q = tile_q or config.tile_q
     if config.tile_q == tile_q and attention_sm90.covers(config, q, k, v, out, kv_layout, page_size, options, aligned):
         return config

@@ -38,6 +38,7 @@ DTYPES = (BFLOAT16, FLOAT16)
 HEAD_DIMS = (64, 128)
 """The usual head dimensions."""
 MIN_HEAD_DIM, MAX_HEAD_DIM = 64, 256
+MANY_ROWS = 1024  # no choice depends on more
 MIN_ROWS = 65  # packed query rows of the largest request: below, the sm80 family's tiles of 64 and 16 rows waste less
 COLUMNS = 64  # of a TMA box: 128 bytes
 SLACK = 1024  # bytes for aligning the shared memory
@@ -68,6 +69,10 @@ class Sm90Config:
         Blocks of a persistent grid take the next item when they are free (plans only: the counter is in the plan's header); otherwise in a fixed order.
     overlap
         Exponentials are kept in front of the wait for the product with V.
+    gather
+        K and V come row by row instead of by TMA: pages of any size, and any strides that are multiples of 16 bytes.
+    boxes
+        Whole tiles of queries and output come and go by TMA where they are boxes of their tensors.
     trace
         Block 0 writes what its warps do, and when, to the partials (tools/gpu/trace_sm90.py; plans without splits).
     """
@@ -82,6 +87,8 @@ class Sm90Config:
     persistent: bool = True
     dynamic: bool = False
     overlap: bool = True
+    gather: bool = False
+    boxes: bool = True
     trace: bool = False
     kind: str = "prefill_sm90"
     ctas_per_sm: int = 1
@@ -102,12 +109,14 @@ class Sm90Config:
         qk, vo = (-(-dim // 64) * 128 for dim in (self.head_dim_qk, self.head_dim_vo))  # bytes of a row
         q = self.q_buffers * self.tile_q * max(qk, vo)
         ring = self.stages * self.tile_kv * (qk + vo)
-        control = WORKS * WORK_BYTES + (4 * self.stages + 2 * self.q_buffers + 2 * WORKS) * 8
+        control = WORKS * WORK_BYTES + (4 * self.stages + 3 * self.q_buffers + 2 * WORKS) * 8
         return -(-(q + ring + control) // 1024) * 1024 + SLACK
 
     @property
     def registers(self) -> tuple[int, int]:
         """Of a producer's and of a consumer's thread: with those of all others (one consumer: of two blocks) at most 64 Ki."""
+        if self.gather:
+            return (56, 224)
         return {1: (40, 216), 2: (40, 232), 3: (32, 160)}[self.consumers]
 
     @property
@@ -118,6 +127,8 @@ class Sm90Config:
             "q2" * (self.q_buffers == 2),
             "dyn" * self.dynamic,
             "late" * (not self.overlap),
+            "gather" * self.gather,
+            "rows" * (not self.boxes),
             "trace" * self.trace,
             "grid" * (not self.persistent),
         )
@@ -126,7 +137,7 @@ class Sm90Config:
 
 @functools.cache
 def candidates(
-    head_dim_qk: int, head_dim_vo: int | None = None, max_packed_rows: int = 128, wide: int = 0
+    head_dim_qk: int, head_dim_vo: int | None = None, max_packed_rows: int = MANY_ROWS, wide: int = 0
 ) -> tuple[Sm90Config, ...]:
     """The configurations worth timing, the preferred one first.
 
@@ -135,12 +146,13 @@ def candidates(
     head_dim_qk, head_dim_vo
         Head dimensions, multiples of 8 from 64 to 256; None: equal.
     max_packed_rows
-        Of the largest request: up to 64 takes one consumer, two blocks a multiprocessor.
+        Of the largest request: up to 64 takes one consumer, two blocks a multiprocessor; many three consumers, where that many registers are enough.
     wide
         How many options look at the place of every score: tiles of fewer keys, for registers and code.
     """
     vo = head_dim_qk if head_dim_vo is None else head_dim_vo
     make = functools.partial(Sm90Config, head_dim_qk, vo)
+    three = functools.partial(make, consumers=3, q_buffers=2)
     largest = max(head_dim_qk, vo)
     if wide and (max_packed_rows > 64 or largest > 128):
         if largest <= 128:
@@ -150,30 +162,34 @@ def candidates(
         small = functools.partial(make, consumers=1, ctas_per_sm=2)
         if largest <= 64:
             return (small(128, stages=2, q_buffers=2), small(64, stages=4, q_buffers=2))
-        return (small(64, q_buffers=2), small(64), small(48, q_buffers=2))
+        return (small(64, q_buffers=2), small(64))
+    high = fills_192(max_packed_rows)
     if largest <= 64:
-        return (
-            make(128, stages=3, q_buffers=2, consumers=3),
-            make(128, stages=4, q_buffers=2),
-            make(112, stages=3, q_buffers=2, consumers=3),
-            make(128, stages=3, q_buffers=2, consumers=3, dynamic=True),
-            make(192, stages=3, q_buffers=2, ping_pong=2),
-        )
+        two = make(128, stages=4, q_buffers=2)
+        return (three(128, stages=3), three(128, stages=3, dynamic=True), two) if high else (two,)
     if largest <= 128:
+        two = make(128, q_buffers=2)
+        if not high:
+            return (two, make(128, q_buffers=2, dynamic=True))
         return (
-            make(128, q_buffers=2),
-            make(128, q_buffers=2, dynamic=True),
-            make(128, q_buffers=2, ping_pong=2),
-            make(144, q_buffers=2, ping_pong=2),
-            make(128, q_buffers=2, overlap=False),
-            make(80, consumers=3, stages=2, q_buffers=2),
-            make(64, consumers=3, stages=3, q_buffers=2),
-        )[: 8 if head_dim_qk == vo == 128 else 1]
+            three(80),
+            three(80, dynamic=True),
+            three(80, stages=3),
+            three(80, overlap=False),
+            three(80, boxes=False),
+            two,
+        )
     if head_dim_qk <= 192 and vo <= 128:
-        return (make(128), make(96, q_buffers=2), make(128, ping_pong=2))
+        two = make(128)
+        return (make(96, q_buffers=2), make(64, consumers=3, stages=3), two) if high else (two,)
     if largest <= 192:
-        return (make(96), make(80))
-    return (make(80), make(80, ping_pong=2))
+        return (make(96),)
+    return (make(80), make(80, overlap=False), make(80, dynamic=True))
+
+
+def fills_192(packed_rows: int) -> bool:
+    """Whether tiles of 192 rows, the faster ones, waste at most a tenth over tiles of 128."""
+    return packed_rows >= MANY_ROWS or -(-packed_rows // 192) * 192 <= 1.1 * (-(-packed_rows // 128) * 128)
 
 
 @functools.cache
@@ -222,7 +238,12 @@ def _supported(options: AttentionOptions) -> bool:
 @functools.cache
 def sm90_params(source: str, options: AttentionOptions = PLAIN) -> ParamStruct:
     """The sm80 family's fields, with the tensor maps behind the first eight pointers and the box height at the end."""
-    maps = (tensor_map("k_map", "4-D: head_dim, token, head, page"), tensor_map("v_map"))
+    maps = (
+        tensor_map("k_map", "4-D: head_dim, token, head, page"),
+        tensor_map("v_map"),
+        tensor_map("q_map", "4-D: head_dim, head, token, 1"),
+        tensor_map("o_map"),
+    )
     fields = (
         *_RUN_FIELDS[:_POINTERS],
         *maps,
@@ -233,7 +254,10 @@ def sm90_params(source: str, options: AttentionOptions = PLAIN) -> ParamStruct:
         *_SOURCE_FIELDS[source],
     )
     return ParamStruct(
-        f"{'Planned' if source == 'plan' else 'Single'}Sm90Params", *fields, i32("box_rows", "keys of a TMA box")
+        f"{'Planned' if source == 'plan' else 'Single'}Sm90Params",
+        *fields,
+        i32("box_rows", "keys of a TMA box"),
+        i32("boxed", "1: whole tiles of queries are boxes, 2: of the output"),
     )
 
 
@@ -271,6 +295,7 @@ def gen_prefill_sm90(
         "PING_PONG": config.ping_pong,
         "dynamic": config.dynamic and source == "plan",
         "overlap": config.overlap,
+        "gather": config.gather,
         "trace": config.trace,
         "PRODUCER_REGISTERS": producer,
         "CONSUMER_REGISTERS": consumer,
@@ -313,7 +338,7 @@ def all_specs() -> list[JitSpec]:
     """The specs of `AHEAD`. They are for 9.0a alone."""
     found: dict[JitSpec, None] = {}
     for i, (qk, vo, dtypes, variants, options) in enumerate(AHEAD):
-        config = candidates(qk, vo, 128, _wide(options))[0]
+        config = candidates(qk, vo, MANY_ROWS, _wide(options))[0]
         for dtype in dtypes:
             for variant in variants:
                 for source in SOURCES if len(dtypes) > 1 else SOURCES[i % 2 : i % 2 + 1]:
@@ -339,27 +364,45 @@ def kernel_of(
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------------------
+def for_pages(config: Sm90Config, page_size: int) -> Sm90Config:
+    """The configuration, or where TMA cannot read such pages the one that gathers."""
+    return config if box_rows(config, page_size) else gathering(config.head_dim_qk, config.head_dim_vo)
+
+
+@functools.cache
+def gathering(head_dim_qk: int, head_dim_vo: int) -> Sm90Config:
+    """The configuration that reads pages of any size: more stages of fewer keys, as rows take longer to arrive than boxes."""
+    make = functools.partial(Sm90Config, head_dim_qk, head_dim_vo, gather=True)
+    largest = max(head_dim_qk, head_dim_vo)
+    if largest <= 64:
+        return make(128, stages=4, q_buffers=2)
+    if largest <= 128:
+        return make(96, stages=3, q_buffers=2)
+    return make(64, stages=3) if head_dim_qk <= 192 and head_dim_vo <= 128 else make(64)
+
+
 def box_rows(config: Sm90Config, page_size: int) -> int:
     """Keys of a TMA box: a whole tile of a ragged tensor, else the most that divides both page and tile. 0: pages too small or odd for boxes."""
+    if config.gather:
+        return 1
     if not page_size:
         return config.tile_kv
     rows = math.gcd(page_size, config.tile_kv)
     return rows if rows % 8 == 0 else 0  # the swizzle repeats every 8 rows
 
 
-CASES = (
-    "a Hopper GPU, float16 or bfloat16 throughout, head dimensions of 64 to 256, "
-    "pages of a multiple of 8 tokens, no RoPE on the fly and no variant"
-)
-"""What `config_for` and `box_rows` want."""
-TENSORS = "k, v and out of q's dtype, aligned to 16 bytes, pages of a multiple of 8 tokens"
+CASES = "a Hopper GPU, float16 or bfloat16 throughout, head dimensions of 64 to 256, no RoPE on the fly, no variant with a query function or without softmax"
+"""What `config_for` wants."""
+TENSORS = "k, v and out of q's dtype, aligned to 16 bytes, some keys"
 """What `covers` wants."""
 
 
 def stand_in(preferred: AttentionConfig, head_dim_qk: int, head_dim_vo: int, tile_q: int) -> AttentionConfig:
-    """The sm80 configuration that runs what was planned for an sm90 one: the preferred one of the case, unless tiles of 192 rows are wanted."""
-    if preferred.tile_q == tile_q or tile_q != 192:
+    """The sm80 configuration that runs what was planned for an sm90 one: the preferred one of the case, unless that has other tiles."""
+    if preferred.tile_q == tile_q or tile_q not in (128, 192):
         return preferred
+    if tile_q == 128:  # options at head dimensions beyond 128, for which that family prefers 64 rows
+        return prefill_config(head_dim_qk, head_dim_vo, tile_q=128, tile_kv=64, num_warps=8, ctas_per_sm=1)
     # Six warps of 32 rows. 48 keys: 8 a warp, which is the least that it can copy.
     return prefill_config(head_dim_qk, head_dim_vo, tile_q=192, tile_kv=48, num_warps=6, ctas_per_sm=1)
 
@@ -373,7 +416,7 @@ def grid(config: Sm90Config, device: int, items: int) -> int:
     return min(items, num_sms(device) * config.ctas_per_sm)
 
 
-def tma_view(x: TensorView | _Layout, kv_layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def tma_view(x: TensorView, kv_layout: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """K or V as a 4-D tensor (head_dim, token, head, page): shape, and strides of the outer three axes. A ragged tensor is one page."""
     shape, strides = tuple(x.shape), tuple(x.strides)
     if len(shape) == 3:
@@ -391,14 +434,15 @@ def covers(
     config: Sm90Config, q: TensorView, k: TensorView, v: TensorView, out: TensorView, kv_layout: str, page_size: int, options: AttentionOptions,
     aligned: bool,
 ) -> bool:  # fmt: skip
-    """Whether the kernel can run a call."""
+    """Whether the kernel can run a call. Without keys there is nothing that could be read."""
     size = k.dtype.itemsize
     return (
         aligned
+        and 0 not in k.shape
         and _supported(options)
         and k.dtype is q.dtype is v.dtype is out.dtype
         and box_rows(config, page_size) > 0
-        and all(tensormap.encodable(x.ptr, *tma_view(x, kv_layout), size) for x in (k, v))
+        and (config.gather or all(tensormap.encodable(x.ptr, *tma_view(x, kv_layout), size) for x in (k, v)))
     )
 
 
@@ -410,48 +454,58 @@ def check(config: Sm90Config, *call: Any) -> None:
         )
 
 
-def kv_maps(
-    config: Sm90Config,
-    k: TensorView | _Layout,
-    v: TensorView | _Layout,
-    kv_layout: str,
-    page_size: int,
-    k_ptr: int,
-    v_ptr: int,
-) -> tuple[bytes, bytes]:
-    """The tensor maps of K and V at these addresses."""
-    box = (COLUMNS, box_rows(config, page_size), 1, 1)
-    k_view, v_view = tma_view(k, kv_layout), tma_view(v, kv_layout)
-    return tensormap.encode(k_ptr, k.dtype, *k_view, box), tensormap.encode(v_ptr, v.dtype, *v_view, box)
+def boxed(q: TensorView, out: TensorView, group: int) -> int:
+    """Whether whole tiles of queries (1) and of output (2) are boxes of their tensors."""
+    if 64 % group:
+        return 0
+    return sum(bit for bit, x in ((1, q), (2, out)) if tensormap.encodable(x.ptr, *row_view(x), x.dtype.itemsize))
+
+
+def row_view(x: TensorView) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Queries or output as a 4-D tensor (head_dim, head, token, 1): shape, and strides of the outer three axes."""
+    tokens, heads, dim = x.shape
+    return (dim, heads, tokens, 1), (x.strides[1], x.strides[0], 0)
+
+
+Map = tuple[Any, ...]
+"""Arguments of `tensormap.encode` behind the address; () where the kernel needs no map."""
+
+
+def maps_of(
+    config: Sm90Config, q: TensorView, k: TensorView, v: TensorView, out: TensorView, kv_layout: str, page_size: int, group: int, flags: int
+) -> tuple[Map, Map, Map, Map]:  # fmt: skip
+    """What to encode for k, v, q and out; `flags` from `boxed`."""
+    box = (COLUMNS, 0 if config.gather else box_rows(config, page_size), 1, 1)
+    rows = (COLUMNS, group, 64 // group, 1)
+    kv = [() if config.gather else (x.dtype, *tma_view(x, kv_layout), box) for x in (k, v)]
+    qo = [(x.dtype, *row_view(x), rows) if flags & bit else () for bit, x in ((1, q), (2, out))]
+    return kv[0], kv[1], qo[0], qo[1]
+
+
+def encode(maps: tuple[Map, ...], q: int, k: int, v: int, out: int) -> tuple[bytes, ...]:
+    """The tensor maps of `maps_of` at these addresses."""
+    return tuple(
+        tensormap.encode(address, *m) if m else bytes(tensormap.BYTES)
+        for address, m in zip((k, v, q, out), maps, strict=True)
+    )
 
 
 class BoundSm90:
-    """A bound launch (`core.launch.BoundLaunch`) whose tensor maps follow the addresses of k and v."""
+    """A bound launch (`core.launch.BoundLaunch`) whose tensor maps follow the addresses of q, k, v and out."""
 
     __slots__ = ("_bound", "_maps")
 
-    def __init__(
-        self, bound: BoundLaunch, config: Sm90Config, k: TensorView, v: TensorView, kv_layout: str, page_size: int
-    ) -> None:
+    def __init__(self, bound: BoundLaunch, maps: tuple[Map, ...]) -> None:
         self._bound = bound
-        self._maps = functools.partial(kv_maps, config, _Layout(k), _Layout(v), kv_layout, page_size)
+        self._maps = maps
 
     def __call__(self, stream: int, *pointers: int) -> None:
         """Launch on `stream` with these addresses of q, k, v, out and lse."""
         slot = self._bound._slot  # the calling thread's own
-        addresses = pointers[1:3]
-        if getattr(slot, "kv_addresses", None) != addresses:
-            maps = b"".join(self._maps(*addresses))
+        addresses = pointers[:4]
+        if getattr(slot, "mapped", None) != addresses:
+            maps = b"".join(encode(self._maps, *addresses))
             params: Any = slot.own.params  # a ctypes array takes bytes; its stubs do not say so
             params[_MAP_OFFSET : _MAP_OFFSET + len(maps)] = maps
-            slot.kv_addresses = addresses
+            slot.mapped = addresses
         self._bound(stream, *pointers)
-
-
-class _Layout:
-    """Shape, strides and dtype of a tensor, without holding on to it."""
-
-    __slots__ = ("dtype", "shape", "strides")
-
-    def __init__(self, x: TensorView) -> None:
-        self.shape, self.strides, self.dtype = x.shape, x.strides, x.dtype

@@ -39,7 +39,7 @@ wrong: set[str] = set()  # configurations that failed
 DIMS = ((128, 128), (64, 64), (256, 256), (192, 128), (96, 96))
 
 
-def chosen(dim: tuple[int, int], rows: int = 128) -> list[Any]:
+def chosen(dim: tuple[int, int], rows: int = 1024) -> list[Any]:
     """The configurations asked for."""
     found = attention_sm90.candidates(*dim, rows)
     count = 1 if "--first" in sys.argv else len(found) if "--all" in sys.argv else 6
@@ -284,9 +284,9 @@ def batches(config: Any, everything: bool) -> None:
     """Plans: ragged and paged, against the sm80 kernel (which the tests hold to float64)."""
     dim, dim_v = config.head_dim_qk, config.head_dim_vo
     sm80 = candidate_configs(90, dim, dim_v, 128)[0]
-    for page, causal in itertools.product((0, 8, 16, 24, 64, 256) if everything else (16,), (False, True)):
-        if page and not attention_sm90.box_rows(config, page):
-            continue
+    boxes = config
+    for page, causal in itertools.product((0, 1, 5, 8, 16, 24, 64, 256) if everything else (16,), (False, True)):
+        config = attention_sm90.for_pages(boxes, page)
         a = case(dim_v, [100, 1, 0, 777, 128], [100, 300, 50, 901, 5000], 8, 2, dim, page, causal, "bfloat16", "cuda")
         what = f"batch {name_of(config)} page {page} causal {causal}"
         run, out = planned(a, config)
@@ -303,7 +303,8 @@ def batches(config: Any, everything: bool) -> None:
             lambda o=out, w=wanted: bad_rows(o, w.double(), 0.05),
         )
     # More items than blocks, and what a second launch finds (counters, semaphores).
-    for page, causal in itertools.product((0, 16), (False, True)):
+    for page, causal in itertools.product((0, 16, 1) if everything else (0, 16), (False, True)):
+        config = attention_sm90.for_pages(boxes, page)
         a = case(
             dim_v,
             [2000, 1, 0, 777, 3000, 513],
@@ -332,6 +333,7 @@ def batches(config: Any, everything: bool) -> None:
             f"differs from sm80 by {error:.2e}",
             lambda o=out, w=wanted: bad_rows(o, w.double(), 0.05),
         )
+    config = boxes
     # What lies behind a request's keys belongs to others and must not matter.
     a = case(dim_v, [200, 50], [333, 400], 4, 2, dim, 0, False, "bfloat16", "cuda")
     a.k[333:], a.v[333:] = math.nan, math.nan
@@ -344,7 +346,7 @@ def batches(config: Any, everything: bool) -> None:
 def check() -> None:
     """All stages of the configurations; those that fail are not timed."""
     for dim in DIMS:
-        for rows in (128, 64):
+        for rows in (1024, 128, 64):
             for i, config in enumerate(chosen(dim, rows)):
                 before = failures
                 for dtype in (torch.bfloat16, torch.float16)[: 2 if i < 1 else 1]:
@@ -365,6 +367,7 @@ CASES = (
     (32, 512, 512, 32, 8, (128, 128), 0, True),
     (1, 16384, 16384, 32, 8, (128, 128), 16, True),
     (8, 2048, 2048, 32, 8, (128, 128), 16, True),
+    (8, 2048, 2048, 32, 8, (128, 128), 1, True),
     (16, 512, 8192, 32, 8, (128, 128), 16, True),
     (1, 16384, 16384, 32, 32, (64, 64), 0, True),
     (1, 16384, 16384, 32, 32, (64, 64), 0, False),
@@ -386,14 +389,14 @@ def times(quick: bool, peers: bool) -> None:
     for n, qo, kv, heads, kv_heads, dim, page, causal in CASES:
         a = case(dim[1], [qo] * n, [kv] * n, heads, kv_heads, dim[0], page, causal, "bfloat16", "cuda")
         flops = a.flops * sum(dim) / (2 * dim[0])
-        rows = min(128, qo * heads // kv_heads)
+        rows = min(1024, qo * heads // kv_heads)
         print(
             f"\nb{n} q{qo} kv{kv} {heads}/{kv_heads} d{dim[0]}x{dim[1]} page {page} {'causal' if causal else 'full'}",
             flush=True,
         )
         runs, labels = [], []
         for config in (
-            *(c for c in chosen(dim, rows) if attention_sm90.box_rows(c, page)),
+            *dict.fromkeys(attention_sm90.for_pages(c, page) for c in chosen(dim, rows)),
             candidate_configs(90, *dim, rows)[0],
         ):
             run, _ = planned(a, config)
@@ -475,11 +478,12 @@ def warm() -> None:
     import multiprocessing
 
     specs = {}
-    for dim, rows in itertools.product(DIMS, (128, 64)):
+    for dim, rows in itertools.product(DIMS, (1024, 128, 64)):
         for i, config in enumerate(chosen(dim, rows)):
             for dtype in ("bfloat16", "float16")[: 2 if i < 1 else 1]:
                 for source, variant in (("single", "plain"), ("single", "softcap"), ("plan", "plain")):
                     specs[attention_sm90.gen_prefill_sm90(config, dtype, source, variant)] = None
+            specs[attention_sm90.gen_prefill_sm90(attention_sm90.gathering(*dim), "bfloat16")] = None
     with concurrent.futures.ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(build, specs))
 
