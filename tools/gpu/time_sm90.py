@@ -251,7 +251,7 @@ def planned(a: inputs.Attention, config: Any) -> tuple[Callable[[], None], Any]:
     )  # fmt: skip
     buffer = torch.from_numpy(plan.pack().copy()).cuda()
     traced = getattr(config, "trace", False)
-    workspace = torch.zeros(plan.workspace_bytes + (6 * 4096 * 8 if traced else 16), dtype=torch.uint8, device="cuda")
+    workspace = torch.zeros(plan.workspace_bytes + (8 * 4096 * 8 if traced else 16), dtype=torch.uint8, device="cuda")
     if traced:
         workspaces.append(workspace)
     out = torch.full((*a.q.shape[:2], a.v.shape[-1]), math.nan, dtype=a.q.dtype, device="cuda")
@@ -445,10 +445,11 @@ def trace() -> None:
         for _ in range(2):
             run()
         synchronize("trace")
-        record = workspaces[-1][: 6 * 4096 * 8].view(torch.int32).view(6, 4096, 2).cpu().numpy()
+        record = workspaces[-1][: 8 * 4096 * 8].view(torch.int32).view(8, 4096, 2).cpu().numpy()
         print(f"trace {tag}: clocks from event to event, block 0")
         lines = []
-        for role, name in enumerate(("consumer 0", "consumer 1", "K", "V", "queries", "items")):
+        names = [f"consumer {i}" for i in range(config.consumers)] + ["K", "V", "queries", "items"]
+        for role, name in enumerate(names):
             events = record[role][: max(1, int(np.argmax(record[role, :, 0] == 0)))]
             steps: dict[tuple[int, int], list[int]] = {}
             for (e, t), (f, u) in itertools.pairwise(events.tolist()):
@@ -459,8 +460,11 @@ def trace() -> None:
                 print(
                     f"   {e:2d} -> {f:2d} {EVENTS.get(f, '?'):24s} {len(x):4d} x median {int(np.median(x)):6d} max {max(x):6d} = {100 * sum(x) / spent:4.1f}%"
                 )
-            begin = int(np.argmax(events[:, 0] == 12)) if role < 2 else 0
-            lines += [(int(t) & 0xFFFFFFFF, name, int(e)) for e, t in events[begin : begin + (40 if role < 2 else 24)]]
+            begin = int(np.argmax(events[:, 0] == 12)) if role < config.consumers else 0
+            lines += [
+                (int(t) & 0xFFFFFFFF, name, int(e))
+                for e, t in events[begin : begin + (40 if role < config.consumers else 24)]
+            ]
         lines.sort()
         if tag != "b1 4k":
             print(" in order: " + "; ".join(f"{t - lines[0][0]} {who[0]}{who[-1]} {e}" for t, who, e in lines[:130]))
