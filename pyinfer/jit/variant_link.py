@@ -170,7 +170,7 @@ def link(spec: JitSpec, kernel: bytes, arch: str) -> tuple[bytes, str]:
     JitError
         With nvJitLink's log.
     """
-    from pyinfer.jit.compiler import JitError
+    from pyinfer.jit.compiler import JitError, nvrtc_version
 
     number = env.arch_number(arch)
     parts = [("kernel", kernel)]
@@ -186,8 +186,10 @@ def link(spec: JitSpec, kernel: bytes, arch: str) -> tuple[bytes, str]:
             linker.complete(handle)
         except Exception as error:
             log = _text(linker.get_error_log_size, linker.get_error_log, handle)
+            major, minor = linker.version()
             raise JitError(
-                f"nvJitLink could not link {spec.name} for {arch} ({error}):\n{log.strip()[:2000]}"
+                f"nvJitLink could not link {spec.name} for {arch} ({error}):\n{log.strip()[:2000]}\n"
+                f"  It must be as new as what compiled its input: nvJitLink {major}.{minor}, NVRTC {nvrtc_version()}; {toolchain()}."
             ) from None
         log = _text(linker.get_info_log_size, linker.get_info_log, handle)
         if ptx:
