@@ -91,6 +91,9 @@ def _view_torch(x: Any, op: str, arg: str) -> TensorView:
     try:
         return TensorView(x, x.data_ptr(), x.shape, x.stride(), ours, device, "torch")
     except RuntimeError:  # sparse and quantised tensors have no strides
+        if type(x).__name__ == "FakeTensor":
+            fix = "Trace through Dynamo: torch.compile, or torch.export.export(..., strict=True)."
+            fail(op, arg, "has no values", "a FakeTensor", "a tensor in memory", fix)
         fail(op, arg, "is no dense tensor", str(x.layout), "torch.strided", "Call .to_dense() on it.")
 
 
