@@ -167,7 +167,7 @@ def test_what_plan_costs(monkeypatch, batch, pages, limit):
     """The GPU path's host part, its configuration and upload faked. The bar is the H100 host's; a slower or busy machine gets four times that."""
     sent = []
     monkeypatch.setattr(_attention, "batch_tiles", lambda *args: (16, 64, 132, 2))
-    monkeypatch.setattr(_batch_attention.BatchAttention, "_upload", lambda self, plan: sent.append(plan.pack()))
+    monkeypatch.setattr(_batch_attention.BatchAttention, "_upload", lambda self, plan, *_: sent.append(plan.pack()))
     wrapper, tables = pyinfer.BatchDecodeWithPagedKVCacheWrapper(), table(batch, pages)
     wrapper._ref = TensorView(None, 0, (), (), UINT8, 0, "torch")
     times = []

@@ -94,7 +94,7 @@ def empty_fp8(op: str, arg: str, like: TensorView, shape: tuple[int, ...], dtype
     TypeError
         If that of `like`, the argument `arg`, has none.
     """
-    if like.device >= 0 and like.framework != "torch":
+    if like.device >= 0 and like.framework not in ("torch", "imagined"):  # the latter: `pyinfer.support` asks for torch
         fix = "Use torch tensors."
         fail_type(op, arg, "comes from a framework without 8-bit floats", "a CuPy array", "a torch tensor", fix)
     return empty(like, shape, dtype)
