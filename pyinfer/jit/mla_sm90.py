@@ -39,6 +39,7 @@ class MlaSm90Config:
 
     cluster: int
     turns: bool = True
+    tile_kv: int = 64
     score_registers: int = 184
     output_registers: int = 160
 
@@ -48,11 +49,6 @@ class MlaSm90Config:
         return ROWS * self.cluster
 
     @property
-    def tile_kv(self) -> int:
-        """Keys of a tile."""
-        return TILE_KV
-
-    @property
     def ctas_per_sm(self) -> int:
         """Blocks on a multiprocessor."""
         return 1
@@ -60,12 +56,12 @@ class MlaSm90Config:
     @property
     def smem(self) -> int:
         """Dynamic shared memory per block in bytes: `SharedMemory` of the template."""
-        return (8 * STAGES + 4) * BLOCK + 3072  # all there is
+        return (8 * STAGES + 4) * BLOCK + (3072 if self.tile_kv == 64 else 2048)  # all there is
 
     @property
     def tag(self) -> str:
         """Short form for kernel names."""
-        return f"q{self.tile_q}_kv{TILE_KV}_x{self.cluster}{'' if self.turns else '_loose'}"
+        return f"q{self.tile_q}_kv{self.tile_kv}_x{self.cluster}{'' if self.turns else '_loose'}"
 
 
 def mla_sm90_config(max_packed_rows: int) -> MlaSm90Config:
@@ -73,9 +69,9 @@ def mla_sm90_config(max_packed_rows: int) -> MlaSm90Config:
     return MlaSm90Config(1 if max_packed_rows <= ROWS else 2)
 
 
-def box_rows(page_size: int) -> int:
+def box_rows(page_size: int, tile_kv: int = TILE_KV) -> int:
     """Keys of a TMA box: the most that divides both page and tile. 0: pages too small or odd for boxes."""
-    rows = math.gcd(page_size, TILE_KV)
+    rows = math.gcd(page_size, tile_kv)
     return rows if rows % 8 == 0 else 0  # the swizzle repeats every 8 rows
 
 
@@ -135,7 +131,7 @@ def gen_mla_sm90(config: MlaSm90Config, dtype: DType | str, soft_cap: bool = Fal
     }
     return JitSpec(
         name=f"mla_sm90_{dt.short}{'_softcap' if soft_cap else ''}_{config.tag}",
-        template="mla/mla_sm90.cu.jinja",
+        template="mla/mla_sm90.cu.jinja" if config.tile_kv == 64 else "mla/mla_sm90_32.cu.jinja",
         params=PARAMS,
         constants=tuple(constants.items()),
         block=(384, 1, 1),
@@ -193,7 +189,7 @@ def prepare_mla_sm90(
 
     if config.tile_q != plan.tile_q:
         fail("mla", "plan", "was made for another tile", plan.tile_q, f"tile_q {config.tile_q} of {config.tag}")
-    rows = box_rows(plan.page_size)
+    rows = box_rows(plan.page_size, config.tile_kv)
     if not rows:
         fail("mla", "page_size", "is too small or odd for TMA", plan.page_size, "a multiple of 8")
     at = plan.offsets
