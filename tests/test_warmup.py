@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import pyinfer
-from pyinfer.jit import compiler, env
+from pyinfer.core.dtypes import canonical_dtype
+from pyinfer.jit import attention_sm90, compiler, env
 from pyinfer.jit.attention import SOURCES, attention_config, gen_attention
 from pyinfer.jit.attention_config import wide_decode_config
 from pyinfer.jit.warmup import ModelConfig, model_specs, warmup
@@ -46,6 +47,12 @@ def test_every_attention_configuration_is_covered(model, arch):
     wide = wide_decode_config(arch, model.head_dim, model.head_dim)  # for few requests, from plans
     if wide is not None and group <= 16:
         reachable.add(gen_attention(wide, model.dtype, model.head_dim, model.head_dim, "plan").name)
+    dim = model.head_dim
+    hopper = {attention_sm90.config_for(arch, canonical_dtype(model.dtype), dim, dim, r) for r in rows} - {None}
+    for page_size, sources in ((0, SOURCES), (16, ["plan"]), (1, ["plan"])):
+        kernels = {(attention_sm90.for_pages(c, page_size), source) for c in hopper for source in sources}
+        reachable |= {attention_sm90.gen_prefill_sm90(c, model.dtype, source).name for c, source in kernels}
+    assert bool(hopper) == (arch == 90)
     assert {n for n in names if n.startswith(("decode_sm", "prefill"))} == reachable
 
 

@@ -347,12 +347,16 @@ def all_specs() -> list[JitSpec]:
 
 
 def model_specs(arch: int, dtype: str, head_dim: int, soft_cap: bool) -> list[JitSpec]:
-    """The kernels that a model's prefill takes on an architecture: none where the sm80 family runs."""
-    config = config_for(arch, canonical_dtype(dtype), head_dim, head_dim, 1 << 20)
-    if config is None:
-        return []
+    """The kernels that a model's prefill takes on an architecture, besides the sm80 family's: short and long requests, pages of any size."""
     variant = "softcap" if soft_cap else "plain"
-    return [gen_prefill_sm90(config, dtype, source, variant) for source in SOURCES]
+    specs = []
+    for rows in (MIN_ROWS, MANY_ROWS):
+        config = config_for(arch, canonical_dtype(dtype), head_dim, head_dim, rows)
+        if config is not None:
+            specs += [gen_prefill_sm90(config, dtype, source, variant) for source in SOURCES]
+    if specs:  # pages too small or odd for TMA
+        specs.append(gen_prefill_sm90(gathering(head_dim, head_dim), dtype, "plan", variant))
+    return list(dict.fromkeys(specs))
 
 
 @functools.cache
