@@ -15,7 +15,8 @@ run_suite() {  # NAME ARCH_LIST pytest arguments…
     (
         export PYINFER_WORKSPACE_BASE=/tmp/pyinfer-cache-$name
         [ -z "$arch" ] || export PYINFER_CUDA_ARCH_LIST=$arch
-        timeout -k 10 "$limit" python3 -m pytest --device cuda --seed "$seed" -q -p no:cacheprovider "${parallel[@]}" --junit-xml "$OUT/junit_$name.xml" \
+        # Interrupted, not killed: pytest then still prints what failed.
+        timeout -s INT -k 15 "$limit" python3 -m pytest --device cuda --seed "$seed" -q -p no:cacheprovider "${parallel[@]}" --junit-xml "$OUT/junit_$name.xml" \
             -o junit_logging=no --durations=8 --tb=short --disable-warnings "$@" >"$OUT/pytest_$name.log" 2>&1
         code=$?
         [ $code != 124 ] && [ $code != 137 ] || echo "TIMED OUT after $limit s" >>"$OUT/pytest_$name.log"
