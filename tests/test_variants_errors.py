@@ -200,6 +200,15 @@ def test_what_numba_cannot_type_is_told() -> None:
         run(variant=AttentionVariant("sometimes", logits=sometimes))
 
 
+@pytest.mark.cpu
+def test_plain_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(ValueError, match="logits cannot run as plain Python: got NUMBA_DISABLE_JIT=1.*Unset"):
+        AttentionVariant("interpreted", logits=lambda score: score + 0.375).cpu_values("op", [])
+
+
 # ---- FlashInfer's words ---------------------------------------------------------------------------------------------------------------
 def struct(*changed: Any, **options: Any) -> Any:
     args = list(EVEN_ARGS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import cfunc, config, njit, types
 from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
@@ -169,6 +169,9 @@ def row_function(
     params
         (name, "f32" or "i32", index) of the variant's parameters; index is "" for a number, "head", "kv_head" or "batch" for an element, ":" for all.
     """
+    if config.DISABLE_JIT:
+        fix = "Unset NUMBA_DISABLE_JIT."
+        fail("AttentionVariant", hook, "cannot run as plain Python", "NUMBA_DISABLE_JIT=1", "compiled functions", fix)
     body = ["    row = address"]
     for name, at in _PLACE.items():
         body.append(f"    {name} = _i32(place[{at}])")
