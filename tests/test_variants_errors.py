@@ -205,7 +205,7 @@ def test_plain_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import numba
 
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    with pytest.raises(ValueError, match="logits cannot run as plain Python: got NUMBA_DISABLE_JIT=1.*Unset"):
+    with pytest.raises(ValueError, match=r"logits cannot run as plain Python: got NUMBA_DISABLE_JIT=1.*Unset"):
         AttentionVariant("interpreted", logits=lambda score: score + 0.375).cpu_values("op", [])
 
 
