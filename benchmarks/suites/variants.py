@@ -1,4 +1,4 @@
-"""Attention variants: soft cap built in, as a Python function and as CUDA source, on one decode and one prefill; and sigmoid attention, which has no built-in twin."""
+"""Attention variants: a soft cap built in, in Python and as CUDA source, on one decode and one prefill; and sigmoid attention, which is not built in."""
 
 from __future__ import annotations
 
