@@ -23,6 +23,18 @@ PYINFER_DEVICE void tma_prefetch_3d(const TensorMap* map, int x, int y, int z) {
     asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z) : "memory");
 }
 
+// Bytes from shared to global memory, multiples of 16 in address and number; and the wait until this thread's have been written.
+PYINFER_DEVICE void bulk_store(void* destination, uint32_t source, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+PYINFER_DEVICE void bulk_store_wait() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+PYINFER_DEVICE void store_shared_8(uint32_t destination, float2 x) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(destination), "f"(x.x), "f"(x.y) : "memory");
+}
+
 // Whether the phase of this parity has ended, without waiting.
 PYINFER_DEVICE bool mbarrier_test(uint32_t barrier, uint32_t parity) {
     uint32_t done;
