@@ -12,9 +12,6 @@ from pyinfer._attention_options import (
     Mask,
     PlanKey,
     bind_mask,
-    joined_items,
-    joined_mask,
-    mask_bits_offset,
     qo_lengths,
 )
 from pyinfer._batch_run import BatchRun
@@ -28,7 +25,7 @@ from pyinfer.core.errors import (
     device_name,
     fail,
 )
-from pyinfer.core.tensor import CPU, TensorView, current_stream, host_ints, view
+from pyinfer.core.tensor import CPU, TensorView, host_ints, view
 from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, AttentionOptions
 
 if TYPE_CHECKING:
@@ -236,7 +233,10 @@ class BatchAttention(BatchRun):
         on_device = indices if isinstance(indices, TensorView) else None
         ref = self._ref
         if self._like_last(key, on_device) and mask is None and items is None:
-            self._adopt_like_last(self._schedule(*metadata, key, self._planned_device, window_left, causal), on_device)
+            qo_indptr, kv_indptr, host_indices, last_page_len = metadata
+            device = self._planned_device
+            plan = self._schedule(qo_indptr, kv_indptr, host_indices, last_page_len, key, device, window_left, causal)
+            self._adopt_like_last(plan, on_device)
             return
         if on_device is not None:
             ref = ref or _home(on_device)
@@ -411,73 +411,6 @@ class BatchAttention(BatchRun):
             if isinstance(self._plan_key, PlanKey):
                 self._plan_key = self._plan_key._replace(pos_encoding_mode=mode, rope_scale=scale, rope_theta=theta)
             self._adopt(self._replan(self._planned_device, window, causal), self._planned_device)
-
-    def _upload(self, plan: AttentionPlan, has_kernel: bool = False) -> None:
-        """Send a plan to the GPU, find its workspace and its kernel (compiling it if need be): run() then only launches."""
-        ref = self._ref
-        assert ref is not None
-        if self._plan_buffer is None:
-            from pyinfer.core.workspace import DeviceBuffer, PlanBuffer
-
-            self._plan_buffer = PlanBuffer(ref.device, ref.framework)
-            self._own_workspace = DeviceBuffer(ref.device, ref.framework)
-            self._pdl_default = common.use_pdl(ref.device, None)
-        self._plan_ptr = self._plan_buffer.upload(plan.pack(), current_stream(ref))
-        if self._indices is not None:
-            self._indices_ptr = self._indices.ptr
-        else:
-            self._indices_ptr = self._plan_ptr + 4 * plan.offsets.kv_indices if plan.offsets.kv_indices >= 0 else 0
-        if self._workspace is not None:
-            self._workspace_ptr = self._workspace.ptr + -self._workspace.ptr % 16
-        else:
-            self._workspace_ptr = self._own_workspace.reserve(plan.workspace_bytes)
-        if self._mask is not None or self._items is not None:
-            self._extras = self._upload_extras(ref)
-        else:
-            self._extras = NO_EXTRAS
-        if not has_kernel:
-            self._prepare(plan, ref.device)
-
-    def _upload_extras(self, ref: TensorView) -> AttentionExtras:
-        """Addresses of what the options need, after bringing to the device what came from the host."""
-        mask, items = self._mask, self._items
-        extras = NO_EXTRAS
-        if mask is not None:
-            if self._use_cuda_graph:
-                at, indptr = self._buffers["custom_mask_buf"].ptr, self._buffers["mask_indptr_buf"].ptr
-            elif mask.view is not None:
-                indptr = self._send("mask", mask.byte_indptr, ref)
-                at = mask.view.ptr or indptr  # an empty mask has no address, and is not read
-            else:
-                indptr = self._send("mask", joined_mask(mask), ref)
-                at = indptr + mask_bits_offset(mask)
-            extras = extras._replace(mask_ptr=at, mask_indptr_ptr=indptr)
-        if items is not None:
-            if items.device >= 0:
-                prefix, places = items.prefix_len.ptr, items.token_pos.ptr
-            else:
-                prefix = self._send("items", joined_items(items), ref)
-                places = prefix + 4 * ((len(items.prefix_len) + 3) & -4)
-            extras = extras._replace(prefix_len_ptr=prefix, token_pos_ptr=places, token_pos_len=items.token_pos_len)
-        return extras
-
-    def _send(self, name: str, data: np.ndarray, ref: TensorView) -> int:
-        """Copy an int32 array to a device buffer of the wrapper's own, asynchronously; returns its address."""
-        from pyinfer.core.workspace import PlanBuffer
-
-        buffer = self._extra_buffers.get(name)
-        if buffer is None:
-            buffer = self._extra_buffers[name] = PlanBuffer(ref.device, ref.framework)
-        return buffer.upload(data, current_stream(ref))
-
-    def _prepare(self, plan: AttentionPlan, device: int) -> None:
-        """Fetch or compile the plan's kernel."""
-        from pyinfer.jit.attention_launch import prepare_attention
-
-        kv, out = self._kv_dtype, self._out_dtype
-        prepare_attention(
-            device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0, None, kv, out, self._options, True
-        )
 
     def _check_kernel(self, device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int) -> None:
         """TypeError or ValueError if the device has no kernel for the type or the head dimensions."""

@@ -1,4 +1,4 @@
-"""How the batch attention wrappers run a plan: tensors checked against it, outputs allocated, the launch on either device."""
+"""How the batch attention wrappers bring a plan to the GPU and run it: tensors checked against it, outputs allocated, the launch on either device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from pyinfer import _attention as common
-from pyinfer._attention_options import Items, Mask, sinks_view
+from pyinfer._attention_options import Items, Mask, joined_items, joined_mask, mask_bits_offset, sinks_view
 from pyinfer._repeated_run import RepeatedRun, args_key
 from pyinfer.core.dtypes import FLOAT32, DType
 from pyinfer.core.errors import (
@@ -18,9 +18,11 @@ from pyinfer.core.errors import (
     fail_type,
 )
 from pyinfer.core.tensor import TensorView, as_numpy, current_stream, empty, view
-from pyinfer.jit.attention_options import AttentionExtras, AttentionOptions
+from pyinfer.jit.attention_options import NO_EXTRAS, AttentionExtras, AttentionOptions
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pyinfer.schedulers.plan import AttentionPlan
     from pyinfer.variants import AttentionVariant
 
@@ -43,6 +45,11 @@ class BatchRun:
     _items: Items | None
     _buffers: dict[str, TensorView]
     _workspace: TensorView | None
+    _own_workspace: Any
+    _plan_buffer: Any
+    _extra_buffers: dict[str, Any]
+    _ref: TensorView | None
+    _indices: TensorView | None
     _q_shape: tuple[int, int, int]
     _kv_tokens: int
     _kv_known: tuple[Any, ...] | None
@@ -69,6 +76,73 @@ class BatchRun:
             self._repeated.forget()
             self._noted_args = key
         return key is not None
+
+    def _upload(self, plan: AttentionPlan, has_kernel: bool = False) -> None:
+        """Send a plan to the GPU, find its workspace and its kernel (compiling it if need be): run() then only launches."""
+        ref = self._ref
+        assert ref is not None
+        if self._plan_buffer is None:
+            from pyinfer.core.workspace import DeviceBuffer, PlanBuffer
+
+            self._plan_buffer = PlanBuffer(ref.device, ref.framework)
+            self._own_workspace = DeviceBuffer(ref.device, ref.framework)
+            self._pdl_default = common.use_pdl(ref.device, None)
+        self._plan_ptr = self._plan_buffer.upload(plan.pack(), current_stream(ref))
+        if self._indices is not None:
+            self._indices_ptr = self._indices.ptr
+        else:
+            self._indices_ptr = self._plan_ptr + 4 * plan.offsets.kv_indices if plan.offsets.kv_indices >= 0 else 0
+        if self._workspace is not None:
+            self._workspace_ptr = self._workspace.ptr + -self._workspace.ptr % 16
+        else:
+            self._workspace_ptr = self._own_workspace.reserve(plan.workspace_bytes)
+        if self._mask is not None or self._items is not None:
+            self._extras = self._upload_extras(ref)
+        else:
+            self._extras = NO_EXTRAS
+        if not has_kernel:
+            self._prepare(plan, ref.device)
+
+    def _upload_extras(self, ref: TensorView) -> AttentionExtras:
+        """Addresses of what the options need, after bringing to the device what came from the host."""
+        mask, items = self._mask, self._items
+        extras = NO_EXTRAS
+        if mask is not None:
+            if self._use_cuda_graph:
+                at, indptr = self._buffers["custom_mask_buf"].ptr, self._buffers["mask_indptr_buf"].ptr
+            elif mask.view is not None:
+                indptr = self._send("mask", mask.byte_indptr, ref)
+                at = mask.view.ptr or indptr  # an empty mask has no address, and is not read
+            else:
+                indptr = self._send("mask", joined_mask(mask), ref)
+                at = indptr + mask_bits_offset(mask)
+            extras = extras._replace(mask_ptr=at, mask_indptr_ptr=indptr)
+        if items is not None:
+            if items.device >= 0:
+                prefix, places = items.prefix_len.ptr, items.token_pos.ptr
+            else:
+                prefix = self._send("items", joined_items(items), ref)
+                places = prefix + 4 * ((len(items.prefix_len) + 3) & -4)
+            extras = extras._replace(prefix_len_ptr=prefix, token_pos_ptr=places, token_pos_len=items.token_pos_len)
+        return extras
+
+    def _send(self, name: str, data: np.ndarray, ref: TensorView) -> int:
+        """Copy an int32 array to a device buffer of the wrapper's own, asynchronously; returns its address."""
+        from pyinfer.core.workspace import PlanBuffer
+
+        buffer = self._extra_buffers.get(name)
+        if buffer is None:
+            buffer = self._extra_buffers[name] = PlanBuffer(ref.device, ref.framework)
+        return buffer.upload(data, current_stream(ref))
+
+    def _prepare(self, plan: AttentionPlan, device: int) -> None:
+        """Fetch or compile the plan's kernel."""
+        from pyinfer.jit.attention_launch import prepare_attention
+
+        kv, out = self._kv_dtype, self._out_dtype
+        prepare_attention(
+            device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0, None, kv, out, self._options, True
+        )
 
     def _check_run(self, q: Any, window_left: int | None, args: tuple[Any, ...]) -> TensorView:
         plan = self._plan

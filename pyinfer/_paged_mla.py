@@ -122,7 +122,7 @@ class PagedMla(BatchAttention):
         indices: np.ndarray | None,
         page_size: int,
     ) -> None:
-        from pyinfer.schedulers.plan import lengths
+        from pyinfer.schedulers.checks import lengths
 
         op = self._op
         lengths(op, "qo_indptr", qo_indptr)

@@ -65,8 +65,9 @@ def _on_host(
     """The plan of the same shape for what the arrays hold now, checked as in plan()."""
     import numpy as np
 
+    from pyinfer.schedulers.checks import lengths
     from pyinfer.schedulers.decode import EXTRA_SLOTS
-    from pyinfer.schedulers.plan import build_plan, lengths, plan_batch
+    from pyinfer.schedulers.plan import build_plan, plan_batch
 
     qo_indptr = np.arange(len(last) + 1, dtype=np.int32)
     if kv_len is None:

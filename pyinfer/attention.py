@@ -208,7 +208,7 @@ class BatchAttention:
         self, qo_indptr: Any, kv_indptr: Any, kv_indices: Any, kv_len_arr: Any, page_size: int, strict: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | TensorView, int]:
         """The page table, checked, without pages that no key lies in, as arrays of the wrapper's own; the largest page, -1 if it lies on a device."""
-        from pyinfer.schedulers.plan import lengths
+        from pyinfer.schedulers.checks import lengths
 
         op = self._op
         arrays = common.host_metadata(

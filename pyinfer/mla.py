@@ -237,7 +237,7 @@ class BatchDecodeMlaWithPagedKVCacheWrapper(PagedMla):
         strict
             Refuse indptr and last_page_len on a GPU.
         """
-        from pyinfer.schedulers.plan import page_table
+        from pyinfer.schedulers.checks import page_table
 
         op = self._op
         window, cap = common.check_window(op, window_left), common.check_soft_cap(op, logits_soft_cap)
