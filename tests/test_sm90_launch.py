@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,7 +98,7 @@ def test_plan_launch(hopper, page_size):
     assert found["v_map"] == fake_map(v.data_ptr(), BFLOAT16, shape, strides, (64, rows, 1, 1))
     assert found["q_map"] == fake_map(q.data_ptr(), BFLOAT16, (128, 8, 80, 1), (128, 1024, 0), (64, 4, 16, 1))
     assert found["o_map"] == fake_map(out.data_ptr(), BFLOAT16, (128, 8, 80, 1), (128, 1024, 0), (64, 4, 16, 1))
-    assert found["boxed"] == 3
+    assert found["boxed"] == 3 and found["heads_at_once"] == 2
     assert found["q_stride_token"] == 1024 and found["q_stride_head"] == 128 and found["out_stride_token"] == 1024
     assert found["logit_scale"] == pytest.approx(0.1 * 1.4426950408889634) and found["v_scale"] == 1.0
     assert found["num_kv_heads"] == 2 and found["group"] == 4 and found["causal"] == 1 and found["window_left"] == -1
@@ -153,6 +155,42 @@ def test_falls_back(hopper, case):
         case = dict(case, out_dtype=getattr(torch, case["out_dtype"]))
     run_plan(torch, **case)
     assert hopper.pop()[0].startswith("prefill_sm80")
+
+
+def test_heads_at_once():
+    """As many as half an L2 holds the keys and values of, at least one."""
+    config = attention_sm90.candidates(128)[0]
+    assert [attention_sm90.heads_at_once(config, 8, n) for n in (0, 1000, 4096, 8192, 16384, 1 << 30)] == [
+        8,
+        8,
+        8,
+        6,
+        3,
+        1,
+    ]
+
+
+def test_order_of_heads():
+    """The kernel's `block_of` takes every (item, head) once, in sections of heads."""
+    text = (Path(__file__).parent.parent / "cuda_src" / "prefill" / "prefill_sm90.cu.jinja").read_text()
+    body = text[text.index("const auto block_of") : text.index("Ring<WORKS> at;\n            bool more")]
+    lines = re.findall(r"const int (\w+) = (.+?);|return (.+?);", body)
+    for items, num_kv_heads, at_once in ((1, 1, 1), (7, 8, 3), (5, 8, 8), (4, 6, 1), (3, 5, 2)):
+        order = []
+        for index in range(items * num_kv_heads):
+            scope = {"index": index, "items": items, "min_of": min}
+            for name, value, result in lines:
+                code = re.sub(r"p\.", "", value or result).replace("/", "//")
+                got = eval(code, {"heads_at_once": at_once, "num_kv_heads": num_kv_heads}, scope)
+                if name:
+                    scope[name] = got
+            order.append(divmod(got, num_kv_heads))
+        assert sorted(order) == [(i, h) for i in range(items) for h in range(num_kv_heads)]
+        sections = [h // at_once for _, h in order]
+        assert sections == sorted(sections)
+        for section in set(sections):
+            own = [i for (i, _), s in zip(order, sections, strict=True) if s == section]
+            assert own == sorted(own)
 
 
 @pytest.mark.parametrize(("heads", "group"), [(6, 3), (10, 5), (256, 128)])
@@ -311,7 +349,10 @@ def test_compiles(dim):
         artifact = attention_sm90.gen_prefill_sm90(config, dtype, source, variant).build("90a")
         used = artifact.resources
         assert used.spill_stores == used.spill_loads == used.stack == 0, (config.tag, used)
-        assert used.registers == 65536 // config.block[0] // config.ctas_per_sm // 8 * 8 and config.smem + used.smem <= 227 * 1024, (
+        assert (
+            used.registers == 65536 // config.block[0] // config.ctas_per_sm // 8 * 8
+            and config.smem + used.smem <= 227 * 1024
+        ), (
             config.tag,
             used,
         )

@@ -323,7 +323,9 @@ def launch_attention(
         flags = attention_sm90.boxed(q, out, group) if config.boxes else 0
         maps = attention_sm90.maps_of(config, q, k, v, out, kv_layout, plan.page_size, group, flags)
         encoded = attention_sm90.encode(maps, q.ptr, k.ptr, v.ptr, out.ptr)
-        values = (*values[:5], *partials[:3], *encoded, partials[3], *values[5:], *ready.constants, flags)
+        tokens = int(plan.kv_indptr[-1]) * max(plan.page_size, 1)
+        together = attention_sm90.heads_at_once(config, plan.num_kv_heads, tokens)
+        values = (*values[:5], *partials[:3], *encoded, partials[3], *values[5:], *ready.constants, flags, together)
         if bind:
             bound = ready.kernel.bind(ready.grid, values, 5, pdl)
             return BoundSm90(bound, maps)
@@ -412,6 +414,7 @@ def launch_single(
             attention_sm90.maps_of(config, q, k, v, out, kv_layout, 0, group, flags), q.ptr, k.ptr, v.ptr, out.ptr
         )
         request = (qo_len, kv_len, kv_chunk, num_splits, attention_sm90.box_rows(config, 0), flags)
+        request += (attention_sm90.heads_at_once(config, num_kv_heads, kv_len),)
         values = (*values[:5], *partials[:3], *maps, partials[3], *values[5:], *shape, *request)
         kernel = attention_sm90.kernel_of(device, config, q.dtype, "single", variant, options)
         kernel(stream, attention_sm90.grid(config, device, tiles * num_splits * num_kv_heads), values, pdl)

@@ -38,6 +38,7 @@ DTYPES = (BFLOAT16, FLOAT16)
 HEAD_DIMS = (64, 128)
 """The usual head dimensions."""
 MIN_HEAD_DIM, MAX_HEAD_DIM = 64, 256
+L2_SHARE = 24 << 20  # bytes of keys and values that may count on staying in L2: half of Hopper's
 MANY_ROWS = 1024  # no choice depends on more
 MIN_ROWS = 65  # packed query rows of the largest request: below, the sm80 family's tiles of 64 and 16 rows waste less
 COLUMNS = 64  # of a TMA box: 128 bytes
@@ -166,25 +167,18 @@ def candidates(
     high = fills_192(max_packed_rows)
     if largest <= 64:
         two = make(128, stages=4, q_buffers=2)
-        return (three(128, stages=3), three(128, stages=3, dynamic=True), two) if high else (two,)
+        return (three(128, stages=3), two) if high else (two,)
     if largest <= 128:
         two = make(128, q_buffers=2)
         if not high:
             return (two, make(128, q_buffers=2, dynamic=True))
-        return (
-            three(80),
-            three(80, dynamic=True),
-            three(80, stages=3),
-            three(80, overlap=False),
-            three(80, boxes=False),
-            two,
-        )
+        return (three(80), three(80, stages=3), three(80, overlap=False), three(80, boxes=False), two)
     if head_dim_qk <= 192 and vo <= 128:
         two = make(128)
-        return (make(96, q_buffers=2), make(64, consumers=3, stages=3), two) if high else (two,)
+        return (make(96, q_buffers=2), two) if high else (two,)
     if largest <= 192:
         return (make(96),)
-    return (make(80), make(80, overlap=False), make(80, dynamic=True))
+    return (make(80), make(80, overlap=False))
 
 
 def fills_192(packed_rows: int) -> bool:
@@ -258,6 +252,7 @@ def sm90_params(source: str, options: AttentionOptions = PLAIN) -> ParamStruct:
         *fields,
         i32("box_rows", "keys of a TMA box"),
         i32("boxed", "1: whole tiles of queries are boxes, 2: of the output"),
+        i32("heads_at_once", "kv heads whose items take turns"),
     )
 
 
@@ -456,6 +451,12 @@ def check(config: Sm90Config, *call: Any) -> None:
         fail(
             "attention", "config", "cannot run this call", config.tag, "what attention_sm90.covers", "Pass config=None."
         )
+
+
+def heads_at_once(config: Sm90Config, num_kv_heads: int, tokens: int) -> int:
+    """How many kv heads to work on at a time, so that their keys and values, of so many tokens in all, stay in L2."""
+    size = max(tokens, 1) * (config.head_dim_qk + config.head_dim_vo) * 2
+    return max(1, min(num_kv_heads, L2_SHARE // size))
 
 
 def boxed(q: TensorView, out: TensorView, group: int) -> int:
