@@ -221,6 +221,9 @@ class _Rewriter:
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                     self.local.add(node.id)
             body = self.block(definition.body)
+        taken = next((n for n in sorted(self.local) if n.startswith(("_", "pyinfer_")) or n in SCALES), None)
+        if taken is not None:
+            fail(OP, self.hook, "has a name that is taken", repr(taken), "names that do not begin with an underscore")
         stored = {n.id for s in body for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         if self.scaled is not None:
             before, after = SCALES

@@ -68,7 +68,7 @@ def _param(name: str, declared: Any) -> tuple[str, str, str]:
     """(name, "f32" or "i32", index) of a declared parameter."""
     if not isinstance(name, str) or not name.isidentifier():
         fail(_OP, "params", "has a name that is none", repr(name), "a Python identifier")
-    if name in _TAKEN:
+    if name in _TAKEN or name in _variant_source.SCALES or name.startswith("_"):
         fail(_OP, "params", "has a name that is taken", repr(name), f"another than {', '.join(sorted(_TAKEN))}")
     found = _PARAM.fullmatch(declared) if isinstance(declared, str) else None
     if found is None:

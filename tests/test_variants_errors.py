@@ -40,6 +40,11 @@ def of_two(a: float, b: float) -> float:
     return a + b
 
 
+def shadowing(score):
+    _mul = score
+    return _mul * 2
+
+
 def deleted(score):
     del score
 
@@ -82,6 +87,8 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "param index": (lambda: AttentionVariant("x", logits=lambda score: score, params={"a": "float32[q]"}), ValueError, r"params\['a'\] is no type"),
     "param name": (lambda: AttentionVariant("x", logits=lambda score: score, params={"a-b": "int32"}), ValueError, "params has a name that is none: got 'a-b'"),
     "param taken": (lambda: AttentionVariant("x", logits=lambda score: score, params={"head": "int32"}), ValueError, "params has a name that is taken: got 'head'"),
+    "param underscore": (lambda: AttentionVariant("x", logits=lambda score: score, params={"_mul": "int32"}), ValueError, "params has a name that is taken: got '_mul'"),
+    "local name": (lambda: AttentionVariant("x", logits=shadowing), ValueError, "logits has a name that is taken: got '_mul'"),
     "param unused": (lambda: AttentionVariant("x", logits=lambda score: score, params={"a": "int32"}), ValueError, "params has a parameter that no function asks for: got a"),
     "source without hooks": (lambda: AttentionVariant("x", cuda_source="int f();"), ValueError, "cuda_source defines no hook: got none, wanted any of user_query_transform"),
     "source with others": (
