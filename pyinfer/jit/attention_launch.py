@@ -221,10 +221,12 @@ def _planned(
     """
     dim_qk, dim_vo = shape.head_dim_qk, shape.head_dim_vo
     if config is None:
-        config = sm90 = hopper_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
+        sm90 = hopper_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
         if sm90 is not None:
-            config = sm90 = attention_sm90.for_pages(sm90, shape.page_size)
-        if sm90 is None or sm90.tile_q != shape.tile_q or out_dtype is not dtype:
+            sm90 = attention_sm90.for_pages(sm90, shape.page_size)
+        if sm90 is not None and sm90.tile_q == shape.tile_q and out_dtype is dtype:
+            config = sm90
+        else:
             config = device_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
             config = attention_sm90.stand_in(config, dim_qk, dim_vo, shape.tile_q)
             wide = device_wide_config(device, dim_qk, dim_vo, kv_dtype.itemsize, options)
@@ -413,8 +415,8 @@ def launch_single(
         maps = attention_sm90.encode(
             attention_sm90.maps_of(config, q, k, v, out, kv_layout, 0, group, flags), q.ptr, k.ptr, v.ptr, out.ptr
         )
-        request = (qo_len, kv_len, kv_chunk, num_splits, attention_sm90.box_rows(config, 0), flags)
-        request += (attention_sm90.heads_at_once(config, num_kv_heads, kv_len),)
+        together = attention_sm90.heads_at_once(config, num_kv_heads, kv_len)
+        request = (qo_len, kv_len, kv_chunk, num_splits, attention_sm90.box_rows(config, 0), flags, together)
         values = (*values[:5], *partials[:3], *maps, partials[3], *values[5:], *shape, *request)
         kernel = attention_sm90.kernel_of(device, config, q.dtype, "single", variant, options)
         kernel(stream, attention_sm90.grid(config, device, tiles * num_splits * num_kv_heads), values, pdl)
