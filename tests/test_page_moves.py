@@ -313,7 +313,7 @@ def test_errors(backend: Backend) -> None:
     gather()
     with pytest.raises(TypeError, match=r"gather_paged_kv_cache: dtype cannot be made: got float32, wanted float16"):
         gather(dtype="float32")
-    with pytest.raises(TypeError, match=r"gather_paged_kv_cache: v_out cannot be made: got float32"):
+    with pytest.raises(TypeError, match=r"gather_paged_kv_cache: [kv]_out cannot be made: got float32"):
         gather(v_out=b.full((2, 2, 64), 0.0, "float32"))
     with pytest.raises(TypeError, match=r"gather_paged_kv_cache: v_out has the wrong dtype: got float32"):
         gather(k_out=new, v_out=b.full((2, 2, 64), 0.0, "float32"))
