@@ -311,8 +311,10 @@ class BatchRun:
                 sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl, options=selected, extras=extras,
             )  # fmt: skip
             launch()
-            if not given_lse and sinks is None and self._note_args(args):  # which `options` does not tell apart
-                self._repeated.note(q, k, v, out_view, lse_view, options, functools.partial(launch, bind=True))
+            # What `options` does not tell apart: sinks, and an lse that is given and not asked for.
+            if sinks is None and (return_lse or not given_lse) and self._note_args(args):
+                bind = functools.partial(launch, bind=True)
+                self._repeated.note(q, k, v, out_view, lse_view, options, bind, given_lse)
         else:
             from pyinfer.cpu.attention import run_plan
 

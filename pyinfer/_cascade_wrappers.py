@@ -36,6 +36,12 @@ class _States:
         self.v = empty(q, (levels, rows, heads, head_dim_vo))
         self.s = empty(q, (levels, rows, heads), FLOAT32)
 
+    def parts(self) -> list[tuple[Any, Any]]:
+        """Output and log-sum-exp of each level."""
+        if self.q.framework == "torch":
+            return list(zip(self.v.unbind(0), self.s.unbind(0), strict=True))
+        return [(self.v[i], self.s[i]) for i in range(len(self.v))]
+
     def merge(self, op: str, out: Any, lse: Any, return_lse: bool) -> Any:
         """The merged output (and LSE), in `out` and `lse` if given."""
         from pyinfer.cascade import merge_state_views
@@ -262,8 +268,8 @@ class MultiLevelCascadeAttentionWrapper:
             return self._levels[0].run(q, paged_kv_cache, out=out, lse=lse, return_lse=return_lse, **options)
         qv = common.q_view(self._op, q)
         states = _States(len(self._levels), qv, qv.shape[2])
-        for i, level in enumerate(self._levels):
-            level.run(q, paged_kv_cache, out=states.v[i], lse=states.s[i], return_lse=True, **options)
+        for level, (level_out, level_lse) in zip(self._levels, states.parts(), strict=True):
+            level.run(q, paged_kv_cache, out=level_out, lse=level_lse, return_lse=True, **options)
         return states.merge(self._op, out, lse, return_lse)
 
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:

@@ -54,6 +54,7 @@ class RepeatedRun:
     __slots__ = (
         "_bound",
         "_key",
+        "_lse_layout",
         "_lse_shape",
         "_options",
         "_out_contiguous",
@@ -81,15 +82,17 @@ class RepeatedRun:
         lse: TensorView | None,
         options: tuple[Any, ...],
         bind: Callable[[], BoundLaunch],
+        given_lse: bool = False,
     ) -> None:
-        """A call has been checked and launched. `options` are the arguments of run() that `__call__` compares, `bind` makes its launch once more, bound."""
+        """A call has been checked and launched. `options` are the arguments of run() that `__call__` compares, `bind` makes its launch once more, bound.
+
+        `given_lse`: lse is the caller's, not the call's own.
+        """
         torch = sys.modules.get("torch")
-        if (
-            torch is None
-            or not _is_plain(map(type, options))
-            or any(type(x.obj) is not torch.Tensor for x in (q, k, v, out))
-        ):
+        tensors = (q, k, v, out) if lse is None else (q, k, v, out, lse)
+        if torch is None or not _is_plain(map(type, options)) or any(type(x.obj) is not torch.Tensor for x in tensors):
             return
+        lse_layout = layout(lse.obj) if lse is not None and given_lse else None
         combined = k.obj is v.obj
         kv: Layout = layout(k.obj) if combined else (layout(k.obj), layout(v.obj))
         key = (
@@ -99,6 +102,7 @@ class RepeatedRun:
             None if lse is None else lse.shape,
             v.ptr - k.ptr if combined else None,
             options,
+            lse_layout,
         )
         if key != self._key:
             self._key, self._bound = key, None
@@ -110,6 +114,7 @@ class RepeatedRun:
         self._out_layout, self._out_shape = key[2], tuple(out.shape)
         self._out_contiguous = out.is_contiguous()
         self._lse_shape = None if lse is None else tuple(lse.shape)
+        self._lse_layout = lse_layout
         self._bound = bind()
 
     def __call__(self, q: Any, kv: Any, out: Any, lse: Any, options: tuple[Any, ...]) -> Any:
@@ -122,19 +127,21 @@ class RepeatedRun:
         kv
             The combined cache, or a tuple of two tensors.
         out, lse
-            As run() got them. A given lse is left to the full path.
+            As run() got them.
         options
             The other arguments; floats, bools and None only (anything else never compares equal to what was noted).
         """
         tensor = self._tensor
-        q_layout, kv_layout, out_layout, _, v_offset, _ = self._key  # type: ignore[misc]
+        q_layout, kv_layout, out_layout, _, v_offset, _, lse_layout = self._key  # type: ignore[misc]
         if (
             type(q) is not tensor
             or not _is_plain(map(type, options))
             or options != self._options
-            or lse is not None
+            or (lse is None) != (lse_layout is None)
             or layout(q) != q_layout
         ):
+            return None
+        if lse is not None and (type(lse) is not tensor or layout(lse) != lse_layout):
             return None
         q_ptr = q.data_ptr()
         if v_offset is not None:
@@ -162,7 +169,8 @@ class RepeatedRun:
         if self._lse_shape is None:
             self._bound(stream, q_ptr, k_ptr, v_ptr, out_ptr, 0)  # type: ignore[misc]
             return out
-        lse = q.new_empty(self._lse_shape, dtype=sys.modules["torch"].float32)
+        if lse is None:
+            lse = q.new_empty(self._lse_shape, dtype=sys.modules["torch"].float32)
         self._bound(stream, q_ptr, k_ptr, v_ptr, out_ptr, lse.data_ptr())  # type: ignore[misc]
         return out, lse
 

@@ -30,7 +30,7 @@ def torch(monkeypatch):
     return torch
 
 
-def warm(torch, kv, options=OPTIONS, lse=False):
+def warm(torch, kv, options=OPTIONS, lse=False, given=False):
     """A RepeatedRun that has seen the same call twice, its recorder and its query."""
     repeated, bound = _repeated_run.RepeatedRun(), Recorder()
     q, out = torch.zeros(3, 4, 64), torch.zeros(3, 4, 64)
@@ -41,7 +41,7 @@ def warm(torch, kv, options=OPTIONS, lse=False):
         v.ptr += kv.stride(1) * kv.element_size()
     for _ in range(2):
         assert not repeated.ready
-        repeated.note(view(q), k, v, view(out), view(torch.zeros(3, 4)) if lse else None, options, lambda: bound)
+        repeated.note(view(q), k, v, view(out), view(torch.zeros(3, 4)) if lse else None, options, lambda: bound, given)
     return repeated, bound, q
 
 
@@ -61,6 +61,21 @@ def test_addresses_follow_the_tensors(torch):
     out, lse = repeated(q, (v, k), None, None, (None, 0.5, None, True, None, None))
     assert bound.calls == [(77, q.data_ptr(), v.data_ptr(), k.data_ptr(), out.data_ptr(), lse.data_ptr())]
     assert lse.shape == (3, 4) and lse.dtype is torch.float32
+
+
+@pytest.mark.cpu
+def test_a_given_lse(torch):
+    """It is served where one was given, and told from a call without; as from one of another layout."""
+    cache, options = torch.zeros(5, 2, 16, 2, 64), (None, None, None, True, None, None)
+    repeated, bound, q = warm(torch, cache, options, lse=True, given=True)
+    out, lse = torch.zeros_like(q), torch.zeros(3, 4)
+    got = repeated(q, cache, out, lse, options)
+    assert got[0] is out and got[1] is lse
+    assert bound.calls == [(77, q.data_ptr(), cache.data_ptr(), cache[:, 1].data_ptr(), out.data_ptr(), lse.data_ptr())]
+    for other in (None, torch.zeros(3, 8)[:, :4], torch.zeros(3, 4).double(), lse.numpy(), torch.zeros(4, 3).T):
+        assert repeated(q, cache, out, other, options) is None
+    own, _, q = warm(torch, cache, options, lse=True)
+    assert own(q, cache, out, lse, options) is None and own(q, cache, out, None, options) is not None
 
 
 @pytest.mark.cpu
@@ -104,7 +119,7 @@ def test_nothing_is_bound_to_scales_in_tensors(torch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("combined", [True, False])
-@pytest.mark.parametrize("return_lse", [True, False])
+@pytest.mark.parametrize("return_lse", [True, False, "given"])
 def test_same_bits_as_the_full_path(rng, combined, return_lse):
     torch = pytest.importorskip("torch")
     batch, pages, page = 3, 9, 16
@@ -128,7 +143,9 @@ def test_same_bits_as_the_full_path(rng, combined, return_lse):
         assert wrapper._repeated.ready == (step in (2, 3))
         q, kv = torch.randn(batch, 8, 64, device="cuda", dtype=torch.bfloat16), cache()
         out = torch.full_like(q, float("nan")) if step % 2 else None
-        got = wrapper.run(q, kv, out=out, return_lse=return_lse)
-        want = make().run(q, kv, return_lse=return_lse)
+        lse = torch.full((batch, 8), float("nan"), device="cuda") if return_lse == "given" else None
+        got = wrapper.run(q, kv, out=out, lse=lse, return_lse=bool(return_lse))
+        assert lse is None or got[1] is lse
+        want = make().run(q, kv, return_lse=bool(return_lse))
         for a, b in zip(got, want, strict=True) if return_lse else ((got, want),):
             assert_same_bits(a.float().cpu().numpy(), b.float().cpu().numpy())
