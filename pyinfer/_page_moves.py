@@ -84,24 +84,25 @@ def _gather(rows: Two, caches: Two, places: Places, scales: tuple[Scale, Scale] 
         for i, (target, cache) in enumerate(zip(rows, caches, strict=True)):
             cpu.gather(target, cache, bases, None if scales is None else scales[i].numpy())
         return
-    from pyinfer.jit.page import GATHER_BLOCK
-
     access, chunks, strides = accesses(rows, caches, scales is not None)
     dequantize = None if scales is None else (key.dtype.name, caches[0].dtype.name)
-    kernel, has_pdl = _gather_kernel(key.device, access, *chunks, dequantize)
-    parts = -(-heads * max(chunks) // GATHER_BLOCK)
+    kernel, has_pdl, per_block = _gather_kernel(key.device, access, heads, *chunks, dequantize)
+    parts = -(-heads * max(chunks) // per_block)
     values, _ = struct_values(rows, caches, places, scales, strides, parts)
     kernel(current_stream(key), nnz * parts, values, has_pdl)
 
 
 @functools.cache
 def _gather_kernel(
-    device: int, access: int, key_chunks: int, value_chunks: int, dequantize: tuple[str, str] | None
-) -> tuple[Kernel, bool]:
+    device: int, access: int, heads: int, key_chunks: int, value_chunks: int, dequantize: tuple[str, str] | None
+) -> tuple[Kernel, bool, int]:
+    """Kernel, whether the device has programmatic dependent launch, accesses per block."""
     from pyinfer.core.device import pdl_supported
-    from pyinfer.jit.page import gen_gather
+    from pyinfer.jit.page import append_config, gen_gather
 
-    return gen_gather(access, key_chunks, value_chunks, dequantize).build_and_load(device), pdl_supported(device)
+    block, unroll, _ = append_config(heads * max(key_chunks, value_chunks))
+    kernel = gen_gather(access, heads, key_chunks, value_chunks, dequantize).build_and_load(device)
+    return kernel, pdl_supported(device), block * unroll
 
 
 def copy_tensor(

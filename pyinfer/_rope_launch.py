@@ -163,12 +163,14 @@ def _launch_cuda(
     in_place = out.q_nope is not None and q_nope is not None and out.q_nope.ptr == q_nope.view.ptr and ratio == 1
     q_heads, kv_heads = q_rope.view.shape[1], k_rope.view.shape[1]
     heads = (q_heads, kv_heads, 0 if in_place or q_nope is None else q_heads)
-    kernel, has_pdl = _kernel(
-        q_rope.view.device, dtype.name, out_dtype.name, rotary_dim, nope, not is_neox, append, value, vec
-    )
-    from pyinfer.jit.rope import rope_quantize_parts
+    from pyinfer.jit.rope import rope_quantize_chunks, rope_quantize_config
 
-    parts = rope_quantize_parts(heads, rotary_dim // 2, nope, value, vec)
+    chunks = rope_quantize_chunks(heads, rotary_dim // 2, nope, value, vec)
+    config = rope_quantize_config(chunks)
+    kernel, has_pdl = _kernel(
+        q_rope.view.device, dtype.name, out_dtype.name, rotary_dim, nope, not is_neox, append, value, vec, config
+    )
+    parts = -(-chunks // (config[0] * config[1]))
     tensors = [*inputs, *q_outs, *k_outs, table, positions, *(places.arrays if places is not None else ())]
     pointers = [0 if x is None else x.ptr for x in tensors]
     strides = [s for x in (*inputs, *q_outs) for s in ((0, 0) if x is None else x.strides[:2])]
@@ -215,10 +217,11 @@ def _kernel(
     append: bool,
     value: int,
     vec: int,
+    config: tuple[int, int, str],
 ) -> tuple[Kernel, bool]:
     """Kernel, whether the device has programmatic dependent launch."""
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.rope import gen_rope_quantize
 
-    spec = gen_rope_quantize(dtype, out, rotary_dim, nope, interleave, append, value, vec)
+    spec = gen_rope_quantize(dtype, out, rotary_dim, nope, interleave, append, value, vec, config)
     return spec.build_and_load(device), pdl_supported(device)

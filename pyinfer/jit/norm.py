@@ -182,17 +182,19 @@ def _result(quantize: str, dtype: DType, out: str | None) -> DType:
 
 
 def rmsnorm_config(vectors: int, quantize: str = "") -> RowConfig:
-    """The weights are loaded beside x. Rows of up to 512 vectors take four a thread.
+    """Four vectors a thread, the weights loaded beside them; long rows through the L1 cache, with registers for 1024 threads a multiprocessor.
 
-    Longer ones take two, through the L1 cache, with registers for 1536 threads a multiprocessor. Measured on an H200 (tools/gpu/time_ops.py, copy 4.28 TB/s) at
-    16384 x 8192: 130.5 us, 96% of the copy; four a thread past the L1 cache: 137.0, one: 169.8, a row loaded ahead: 142.0. At 4096 x 4096 four, two and a row
-    ahead are within 2%.
+    Measured on an H200 (tools/gpu/time_ops.py, copy 4.26 TB/s) at 16384 x 8192: 130.8 us, 96% of the copy (two vectors a thread the same; past the
+    L1 cache: 137.0;
+    one vector: 169.8). With a scale a row: blocks that load a row ahead, 109.6 us (with two vectors a thread 123.1) and at 4096 x 4096 16.6 us (19.0).
     """
     config = replace(row_config(vectors, 4, (512, 8 if quantize else 12)), early_bytes=64)
-    if not 512 < vectors <= 2048:
+    if not 128 < vectors <= 4096 or config.reread:
         return config
-    config = replace(row_config(vectors, 2, (512, 8)), load="load", early_bytes=32)
-    return replace(config, blocks=max(1, 1536 // config.lanes))
+    blocks = max(1, 1024 // config.lanes)
+    if quantize == "row" and config.lanes <= 512:
+        return replace(config, blocks=max(1, blocks // 2), ahead=max(1, blocks // 2))
+    return replace(config, load="load" if vectors > 512 else config.load, blocks=blocks)
 
 
 def rmsnorm_candidates(vectors: int, quantize: str = "") -> list[RowConfig]:
@@ -205,14 +207,12 @@ def rmsnorm_candidates(vectors: int, quantize: str = "") -> list[RowConfig]:
     found = [rmsnorm_config(vectors, quantize)]
     if 128 < vectors <= 1024:
         for slots, load, store, early, blocks, ahead in (
-            (1, "load", "store", 16, 2048, 0),
-            (2, "load", "store", 32, 1536, 0),
-            (2, "load", "store_stream", 32, 1536, 0),
-            *(() if quantize else ((2, "load", "store", 32, 2048, 0),)),
             (4, "load", "store", 64, 1024, 0),
-            (2, "load_once", "store_stream", 32, 1536, 0),
-            (2, "load_once", "store", 32, 1024, 1024),
+            (4, "load_once", "store", 64, 1024, 0),
+            (2, "load", "store", 32, 1536, 0),
+            (4, "load", "store", 64, 512, 512),
             (4, "load_once", "store", 64, 512, 512),
+            (2, "load", "store", 32, 1024, 1024),
         ):
             config = row_config(vectors, slots, (1024, 4))
             per_block = config.lanes * config.rows
@@ -327,8 +327,7 @@ def gen_layernorm(dtype: str, param_dtype: str, hidden: int, vec: int | None = N
     """The layernorm kernel for rows of `hidden` elements; `param_dtype` is the weight's and the bias's."""
     d, param = canonical_dtype(dtype), canonical_dtype(param_dtype)
     v = _vec(d, hidden, vec)
-    config = rmsnorm_config(hidden // v, "row")
-    config = replace(config, early_bytes=0, blocks=max(1, config.blocks - 1))  # weight and bias take registers, too
+    config = replace(rmsnorm_config(hidden // v, "tensor"), early_bytes=0)
     constants = (
         ("scalar_t", d.ctype),
         ("param_t", param.ctype),
@@ -382,7 +381,9 @@ def all_specs() -> list[JitSpec]:
         ]
     specs += [gen_fused_add_rmsnorm("bfloat16", 8192, config=c) for c in fused_add_candidates(1024)]
     specs += [gen_rmsnorm("bfloat16", 8192, config=c) for c in rmsnorm_candidates(1024)]
-    specs += [gen_rmsnorm("bfloat16", 8192, quantize="row", config=c) for c in rmsnorm_candidates(1024, "row")]
+    specs += [
+        gen_rmsnorm("bfloat16", 8192, quantize=q, config=c) for q in QUANTIZE[1:] for c in rmsnorm_candidates(1024, q)
+    ]
     specs += [gen_rmsnorm("bfloat16", 1024, silu=True), gen_rmsnorm("bfloat16", 1024, silu=True, quantize="tensor")]
     specs += [gen_layernorm(d, "float32", h) for d in ("bfloat16", "float16") for h in _HIDDEN]
     specs += [

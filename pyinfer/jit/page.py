@@ -153,6 +153,7 @@ def gen_append(
     value_chunks: int | None = None,
     config: tuple[int, int, int] | None = None,
     quantize: tuple[str, str] | None = None,
+    load: str = "load_once",
 ) -> JitSpec:
     """The append kernel. It moves bytes, of any element type, or rounds to 8-bit floats.
 
@@ -168,15 +169,19 @@ def gen_append(
         One of `append_candidates`; default `append_config`.
     quantize
         Dtypes of what comes in and of the cache, if they differ.
+    load
+        Access function of `cuda_src/common/vec_io.cuh`.
     """
     value_chunks = key_chunks if value_chunks is None else value_chunks
     block, unroll, tokens = config or append_config(num_heads * max(key_chunks, value_chunks))
     source, cache, vec, kind = _types(access_bytes, quantize)
     constants = (
         ("source_t", source), ("cache_t", cache), ("VEC", vec), ("QUANTIZE", bool(quantize)), ("BLOCK", block), ("UNROLL", unroll),
-        ("TOKENS", tokens), ("KEY_CHUNKS", key_chunks), ("VALUE_CHUNKS", value_chunks),
+        ("TOKENS", tokens), ("KEY_CHUNKS", key_chunks), ("VALUE_CHUNKS", value_chunks), ("LOAD", load),
     )  # fmt: skip
-    several = f"_n{tokens}" if tokens > 1 else ""
+    several = (f"_n{tokens}" if tokens > 1 else "") + (
+        "" if load == "load_once" else "_read" + load.removeprefix("load")
+    )
     return JitSpec(
         f"append_paged_kv_cache{kind}_v{access_bytes}_{key_chunks}_{value_chunks}_t{block}_u{unroll}{several}",
         "page/append.cu.jinja",
@@ -197,26 +202,27 @@ def _types(access_bytes: int, dtypes: tuple[str, str] | None) -> tuple[str, str,
 @functools.cache
 def gen_gather(
     access_bytes: int,
+    num_heads: int,
     key_chunks: int,
     value_chunks: int,
     dequantize: tuple[str, str] | None = None,
 ) -> JitSpec:
     """The gather kernel; parameters as `gen_append` (`dequantize`: dtypes of what comes out and of the cache)."""
+    block, unroll, _ = append_config(num_heads * max(key_chunks, value_chunks))
     rows, cache, vec, kind = _types(access_bytes, dequantize)
     constants = (
-        ("row_t", rows), ("cache_t", cache), ("VEC", vec), ("DEQUANTIZE", bool(dequantize)), ("BLOCK", GATHER_BLOCK),
+        ("row_t", rows), ("cache_t", cache), ("VEC", vec), ("DEQUANTIZE", bool(dequantize)), ("BLOCK", block), ("UNROLL", unroll),
         ("KEY_CHUNKS", key_chunks), ("VALUE_CHUNKS", value_chunks),
     )  # fmt: skip
     return JitSpec(
-        f"gather_paged_kv_cache{kind}_v{access_bytes}_{key_chunks}_{value_chunks}",
+        f"gather_paged_kv_cache{kind}_v{access_bytes}_{key_chunks}_{value_chunks}_t{block}_u{unroll}",
         "page/gather.cu.jinja",
         gather_params(bool(dequantize)),
         constants,
-        block=(GATHER_BLOCK, 1, 1),
+        block=(block, 1, 1),
     )
 
 
-GATHER_BLOCK = 128
 COPY_BLOCK, COPY_UNROLL = 256, 4
 
 
@@ -276,14 +282,15 @@ def all_specs() -> list[JitSpec]:
         gen_append(2, 1, 64),
         gen_append(1, 3, 100),
         *(gen_append(16, 8, 16, config=c) for c in append_candidates(128)),
+        gen_append(16, 8, 16, load="load"),
         gen_append(16, 8, 16, quantize=("bfloat16", "float8_e4m3fn")),
         gen_append(16, 1, 64, 8, quantize=("float16", "float8_e5m2")),
         gen_append(2, 3, 100, quantize=("bfloat16", "float8_e4m3fn")),
         gen_append(16, 2, 16, quantize=("float32", "float8_e4m3fn")),
-        gen_gather(16, 16, 16),
-        gen_gather(16, 64, 8),
-        gen_gather(1, 3, 100),
-        gen_gather(16, 16, 16, dequantize=("bfloat16", "float8_e4m3fn")),
-        gen_gather(2, 7, 9, dequantize=("float16", "float8_e5m2")),
+        gen_gather(16, 8, 16, 16),
+        gen_gather(16, 1, 64, 8),
+        gen_gather(1, 2, 3, 100),
+        gen_gather(16, 8, 16, 16, dequantize=("bfloat16", "float8_e4m3fn")),
+        gen_gather(2, 3, 7, 9, dequantize=("float16", "float8_e5m2")),
         *(gen_copy_pages(b) for b in (16, 8, 4, 2, 1)),
     ]
