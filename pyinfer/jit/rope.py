@@ -101,7 +101,7 @@ def gen_rope(
     interleave: bool,
     num_heads: int,
     vec: int | None = None,
-    ahead: bool = True,
+    ahead: bool | None = None,
     load: str = "load_once",
 ) -> JitSpec:
     """The kernel for a rotary dimension.
@@ -117,14 +117,15 @@ def gen_rope(
     vec
         Elements per access; default: what rotary_dim allows if pointers and strides are multiples of 16 bytes.
     ahead
-        Load a head while the one before it is worked on, and the first before its angles are known. Measured on an H200 (tools/gpu/time_ops.py): up
-        to 8% for one token, 1% for 16384.
+        Load a thread's first head before its angles are known: by default for elements of two bytes (float32 spills on 10.0). Measured on an H200
+        (tools/gpu/time_ops.py): up to 8% for one token, 1% for 16384.
     load
         Access function of `cuda_src/common/vec_io.cuh`.
     """
     if mode not in MODES:
         fail("gen_rope", "mode", "is unknown", repr(mode), "one of " + ", ".join(MODES))
     d = canonical_dtype(dtype)
+    ahead = d.itemsize == 2 if ahead is None else ahead
     pairs = rotary_dim // 2
     v = vec or min(16 // d.itemsize, pairs & -pairs)
     heads = heads_config(pairs // v, num_heads)

@@ -45,7 +45,8 @@ class Bench:
         for (name, _), s in zip(runs, samples, strict=True):
             rate = moved / s.us / 1e6
             mark = "*" if s.us == best else " "
-            print(f" {mark}{name:<64}{s.us:>8.2f} us {rate:>5.2f} TB/s {100 * rate / self.copy:>4.0f}%  x{reference / s.us:.3f}")  # fmt: skip
+            ratio = f"  x{reference / s.us:.2f}" if reference == reference else ""
+            print(f" {mark}{name:<56}{s.us:>8.2f} us {rate:>5.2f} TB/s {100 * rate / self.copy:>4.0f}%{ratio}")
 
 
 def close(got: Any, want: Any, what: str) -> None:
@@ -159,8 +160,9 @@ def append(bench: Bench) -> None:
             target[pages, slots] = source.cpu()
         want = torch.stack(wanted).cuda()
         variants: list[Variant] = []
-        for config in append_candidates(heads * dim * 2 // 16):
-            kernel = gen_append(16, heads, dim * 2 // 16, config=config).build_and_load(0)
+        candidates = [(c, "load_once") for c in append_candidates(heads * dim * 2 // 16)]
+        for config, load in (*candidates, *((candidates[i][0], "load") for i in (0, -2))):
+            kernel = gen_append(16, heads, dim * 2 // 16, config=config, load=load).build_and_load(0)
             _page._append_kernel = lambda *_, k=kernel, c=config: (k, pdl_supported(0), c)  # type: ignore[assignment]
             _page.append_calls.clear()
             run, result = calls.append(pyinfer, *arguments)
@@ -171,7 +173,7 @@ def append(bench: Bench) -> None:
             def timed(run: Any = run, config: Any = config, kernel: Any = kernel, store: dict[Any, Any] = {}) -> None:  # noqa: B006
                 """The candidate's own remembered calls, not another's."""
                 _page._append_kernel = lambda *_: (kernel, pdl_supported(0), config)  # type: ignore[assignment]
-                _page.append_calls._found, _page.append_calls._recent = store.setdefault(config, ({}, {}))
+                _page.append_calls._found, _page.append_calls._recent = store.setdefault(kernel.spec.name, ({}, {}))
                 run()
 
             variants.append((kernel.spec.name, timed))
@@ -193,7 +195,7 @@ def rope(bench: Bench) -> None:
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.rope import gen_rope
 
-    original, many = _rope._rope_kernel, _rope._MANY_TOKENS
+    original = _rope._rope_kernel
     for tokens in TOKENS:
         q, k = (randn((tokens, heads, 128), "bfloat16", "cuda") for heads in (32, 8))
         positions = torch.randperm(32768, device="cuda")[:tokens].to(torch.int32)
@@ -207,7 +209,7 @@ def rope(bench: Bench) -> None:
         want = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
         for mode in ("pos_ids", "cache"):
             _rope_mode(bench, mode, q, k, positions, table, want, gen_rope, pdl_supported(0))
-    _rope._rope_kernel, _rope._MANY_TOKENS = original, many
+    _rope._rope_kernel = original
     _rope._calls.clear()
 
 
@@ -223,22 +225,21 @@ def _rope_mode(
         return calls.rope_cached(module, q, k, positions, table)
 
     variants: list[Variant] = []
-    for ahead in (False, True):
-        for many in (1, 2048, 1 << 30) if len(q) >= 2048 else (2048,):
-            spec = gen(mode, "bfloat16", 128, False, 40, ahead=ahead)
+    for ahead in (True, False):
+        for load in ("load_once", "load"):
+            spec = gen(mode, "bfloat16", 128, False, 40, ahead=ahead, load=load)
             kernel = spec.build_and_load(0)
             store: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
 
-            def choose(kernel: Any = kernel, spec: Any = spec, many: int = many, store: Any = store) -> None:
+            def choose(kernel: Any = kernel, spec: Any = spec, store: Any = store) -> None:
                 """The candidate's own kernel and remembered calls, not another's."""
                 _rope._rope_kernel = lambda *_: (kernel, spec.block[1], pdl)  # type: ignore[assignment]
-                _rope._MANY_TOKENS = many
                 _rope._calls._found, _rope._calls._recent = store
 
             choose()
             run, result = call(pyinfer)
             close(result().view(want.shape), want, spec.name)
-            variants.append((f"{spec.name} whole tokens from {many}", lambda run=run, choose=choose: (choose(), run())))
+            variants.append((spec.name, lambda run=run, choose=choose: (choose(), run())))
     tokens = len(q)
     name = "apply_rope_pos_ids_inplace" if mode == "pos_ids" else "apply_rope_with_cos_sin_cache_inplace"
     moved = 4.0 * tokens * 40 * 128 + (4.0 * tokens * 128 if mode == "cache" else 0)
@@ -246,7 +247,7 @@ def _rope_mode(
 
 
 def rms(bench: Bench, quantize: str = "") -> None:
-    """rmsnorm, plain or with 8-bit results and each row's own scale."""
+    """rmsnorm, plain or with 8-bit results."""
     import torch
 
     from pyinfer.core.device import num_sms, pdl_supported
@@ -255,7 +256,7 @@ def rms(bench: Bench, quantize: str = "") -> None:
     for rows, hidden in SHAPES[1:]:
         x, weight = randn((rows, hidden), "bfloat16", "cuda"), randn((hidden,), "bfloat16", "cuda")
         out = torch.empty((rows, hidden), dtype=torch.float8_e4m3fn if quantize else torch.bfloat16, device="cuda")
-        scales = torch.empty((rows, 1), device="cuda")
+        scales = torch.full((rows, 1), 0.05, device="cuda")  # of which one counts, or all are written
         wide = x.double()
         want = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
         del wide
@@ -263,7 +264,8 @@ def rms(bench: Bench, quantize: str = "") -> None:
         for c in rmsnorm_candidates(hidden // 8, quantize):
             kernel = gen_rmsnorm("bfloat16", hidden, quantize=quantize, config=c).build_and_load(0)
             pointers = (x.data_ptr(), weight.data_ptr(), out.data_ptr(), *((scales.data_ptr(),) if quantize else ()))
-            values = (*pointers, 0, hidden, 0, hidden, rows, rows, hidden, 1.0 / hidden, 1e-6)
+            last = (1.0,) if quantize == "tensor" else ()
+            values = (*pointers, 0, hidden, 0, hidden, rows, rows, hidden, 1.0 / hidden, 1e-6, *last)
             grid = c.grid(rows, num_sms(0))
 
             def run(kernel: Any = kernel, grid: int = grid, values: Any = values) -> None:
@@ -278,10 +280,11 @@ def rms(bench: Bench, quantize: str = "") -> None:
             else:
                 close(out, want, kernel.spec.name)
             registers = kernel.resources.registers
-            variants.append((f"{kernel.spec.name} ({registers} regs, {kernel.blocks_per_sm()}/SM)", run))
+            name = kernel.spec.name.removeprefix("rmsnorm_bf16_")
+            variants.append((f"{name} ({registers} regs, {kernel.blocks_per_sm()}/SM)", run))
         del want
         bench.table(
-            f"rmsnorm{' by rows' if quantize else ''} {rows}x{hidden}",
+            f"rmsnorm {quantize} {rows}x{hidden}",
             (3.0 if quantize else 4.0) * rows * hidden,
             variants,
             lambda x=x, w=weight: calls.rmsnorm(peers.flashinfer("norm"), x, w),
@@ -291,6 +294,7 @@ def rms(bench: Bench, quantize: str = "") -> None:
 def quant(bench: Bench) -> None:
     """Operators with 8-bit results, as their callers call them."""
     rms(bench, "row")
+    rms(bench, "tensor")
     bench.timer.seconds = 0.2  # one variant a table
     for rows, hidden in SHAPES[1:]:
         _quant(bench, rows, hidden)
@@ -346,6 +350,7 @@ def _fused(bench: Bench, tokens: int) -> None:
         return torch.empty(shape, dtype=fp8, device="cuda")
 
     p, fp8 = pyinfer, torch.float8_e4m3fn
+    append8 = p.rope_quantize_fp8_append_paged_kv_cache
     pages = -(-tokens // 16) + 1
     where, last = (
         (torch.zeros(tokens, dtype=torch.int32, device="cuda"), torch.arange(tokens, device="cuda").int()),
@@ -377,17 +382,38 @@ def _fused(bench: Bench, tokens: int) -> None:
         p.append_paged_kv_cache(k, v, *where, cache, *table, last)
 
     moved, kv = 48 * 128.0 * tokens, 16 * 128.0 * tokens
+    for name, chunks, bytes_moved, run in (
+        ("rope_append", 448, 4 * moved, lambda: p.rope_append_paged_kv_cache(q, k, v, angles, pos, cache, *index, q_out=q_out)),
+        ("rope_quantize_fp8_append", 448, 3 * moved, lambda: append8(q, k, None, None, v, angles, pos, small, *index, **outs)),
+        ("the same, latent", 8772, 3 * 129 * 576.0 * tokens, lambda: append8(*parts, None, half, pos, latent, *index, **latent_outs)),
+    ):  # fmt: skip
+        bench.table(f"{name} {tokens} tokens", bytes_moved, _fused_variants(chunks, run), _no_peer)
     for name, bytes_moved, run in (
-        ("rope_append", 4 * moved, lambda: p.rope_append_paged_kv_cache(q, k, v, angles, pos, cache, *index, q_out=q_out)),
         ("  rope in place, then append", 4 * moved, apart),
-        ("rope_quantize_fp8_append", 3 * moved, lambda: p.rope_quantize_fp8_append_paged_kv_cache(q, k, None, None, v, angles, pos, small, *index, **outs)),
-        ("rope_quantize_fp8_append, latent", 3 * 129 * 576.0 * tokens, lambda: p.rope_quantize_fp8_append_paged_kv_cache(*parts, None, half, pos,
-        latent, *index, **latent_outs)),
         ("append_paged_kv_cache to 8 bits", 3 * kv, lambda: p.append_paged_kv_cache(k, v, *where, small, *table, last, "NHD", 0.5, 0.5)),
         ("gather_paged_kv_cache", 4 * kv, lambda: p.gather_paged_kv_cache(*where, cache, *table, "NHD", *gathered)),
         ("copy_pages", 4 * 16 * 128.0 * (pages // 2 * 16), lambda: p.copy_pages(cache, *pairs)),
     ):  # fmt: skip
         bench.table(f"{name} {tokens} tokens", bytes_moved, [("pyinfer", run)], _no_peer)
+
+
+def _fused_variants(chunks: int, run: Callable[[], Any]) -> list[Variant]:
+    """Every candidate in the operator's own place."""
+    from pyinfer import _rope_launch
+    from pyinfer.jit import rope as jit
+
+    variants: list[Variant] = []
+    for config in jit.rope_quantize_candidates(chunks):
+        store: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
+
+        def timed(config: Any = config, store: Any = store) -> None:
+            """The candidate's own remembered calls, not another's."""
+            jit.rope_quantize_config = lambda _: config  # type: ignore[assignment]
+            _rope_launch.calls._found, _rope_launch.calls._recent = store
+            run()
+
+        variants.append((str(config), timed))
+    return variants
 
 
 def main() -> None:
