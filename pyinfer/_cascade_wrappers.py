@@ -44,8 +44,11 @@ class _States:
 
     def merge(self, op: str, out: Any, lse: Any, return_lse: bool) -> Any:
         """The merged output (and LSE), in `out` and `lse` if given."""
-        from pyinfer.cascade import merge_state_views
+        from pyinfer.cascade import merge_state_views, merge_states
 
+        if out is None and lse is None and self.q.framework == "torch":  # rows first: views, no copies
+            merged = merge_states(self.v.transpose(0, 1), self.s.transpose(0, 1))
+            return merged if return_lse else merged[0]
         v, s = view(self.v), view(self.s)
         levels, rows, heads, dim = v.shape
         out_view = _result(op, "out", out, self.q, (rows, heads, dim), v.dtype)

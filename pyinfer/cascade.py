@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyinfer._cascade_wrappers import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
     BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
     MultiLevelCascadeAttentionWrapper,
 )
+from pyinfer.core.calls import MISS, Calls
 from pyinfer.core.dtypes import BFLOAT16, BOOL, FLOAT16, FLOAT32, UINT8, DType
 from pyinfer.core.errors import (
     check_dtype,
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
+_two_calls, _in_place_calls, _many_calls = Calls(), Calls(), Calls()
 
 
 def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any) -> tuple[Any, Any]:
@@ -60,11 +62,17 @@ def merge_state(v_a: Any, s_a: Any, v_b: Any, s_b: Any) -> tuple[Any, Any]:
     TypeError, ValueError
         For dtypes, shapes or devices that do not fit.
     """
+    done = _two_calls.run((), (v_a, s_a, v_b, s_b))
+    if done is not MISS:
+        return done
     a = _states("merge_state", v_a, s_a, "v_a", "s_a", 3)
     b = _states("merge_state", v_b, s_b, "v_b", "s_b", 3)
     _check_pair("merge_state", a, b, ("v_a", "s_a", "v_b", "s_b"))
     v_out, s_out = empty(a[0], a[0].shape), empty(a[0], a[1].shape, FLOAT32)
-    _merge(a, b, (view(v_out), view(s_out)), None)
+    launch = _merge(a, b, (view(v_out), view(s_out)), None)
+    if launch is not None:
+        outputs = ((tuple(a[0].shape), a[0].dtype), (tuple(a[1].shape), FLOAT32))
+        _two_calls.launch((), (v_a, s_a, v_b, s_b), a[0], *launch.start(6), launch.pdl, launch.aligned(6), outputs)
     return v_out, s_out
 
 
@@ -84,6 +92,9 @@ def merge_state_in_place(v: Any, s: Any, v_other: Any, s_other: Any, mask: Any =
         For dtypes, shapes or devices that do not fit.
     """
     op = "merge_state_in_place"
+    tensors = (v, s, v_other, s_other) if mask is None else (v, s, v_other, s_other, mask)
+    if _in_place_calls.run((), tensors) is not MISS:
+        return
     a = _states(op, v, s, "v", "s", 3)
     b = _states(op, v_other, s_other, "v_other", "s_other", 3)
     _check_pair(op, a, b, ("v", "s", "v_other", "s_other"))
@@ -94,7 +105,12 @@ def merge_state_in_place(v: Any, s: Any, v_other: Any, s_other: Any, mask: Any =
         check_shape(op, "mask", m, (a[0].shape[0],))
         check_last_dim_contiguous(op, "mask", m)
         check_same_device(op, {"v": a[0], "mask": m})
-    _merge(a, b, a, m)
+    launch = _merge(a, b, a, m)
+    if launch is not None:
+        recipe = ((0, 0), (1, 0), (2, 0), (3, 0), (0, 0), (1, 0), *(((4, 0),) if m is not None else ()))
+        _in_place_calls.launch(
+            (), tensors, a[0], *launch.start(len(recipe)), launch.pdl, launch.aligned(6), recipe=recipe, wants=6
+        )
 
 
 def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
@@ -117,24 +133,54 @@ def merge_states(v: Any, s: Any) -> tuple[Any, Any]:
     TypeError, ValueError
         For dtypes, shapes or devices that do not fit.
     """
+    done = _many_calls.run((), (v, s))
+    if done is not MISS:
+        return done
     vv, sv = _states("merge_states", v, s, "v", "s", 4)
     n, _, heads, dim = vv.shape
     v_out, s_out = empty(vv, (n, heads, dim)), empty(vv, (n, heads), FLOAT32)
-    merge_state_views(vv, sv, view(v_out), view(s_out))
+    launch = _merge_many(vv, sv, view(v_out), view(s_out))
+    if launch is not None:
+        outputs = (((n, heads, dim), vv.dtype), ((n, heads), FLOAT32))
+        _many_calls.launch((), (v, s), vv, *launch.start(4), launch.pdl, launch.aligned(4), outputs)
     return v_out, s_out
 
 
 def merge_state_views(vv: TensorView, sv: TensorView, out: TensorView, lse: TensorView) -> None:
     """`merge_states` of checked views into `out` and `lse`."""
+    launch = _merge_many(vv, sv, out, lse)
+    if launch is not None:
+        launch.kernel(current_stream(vv), launch.grid, launch.values, launch.pdl)
+
+
+class _Launch(NamedTuple):
+    """What is left to launch on a GPU."""
+
+    kernel: Kernel
+    grid: int
+    values: tuple[Any, ...]
+    pdl: bool
+
+    def start(self, pointers: int) -> tuple[Kernel, int, tuple[Any, ...], int]:
+        """Kernel, grid, values, and how many of these are pointers, as `Calls.launch` takes them."""
+        return self.kernel, self.grid, self.values, pointers
+
+    def aligned(self, pointers: int) -> bool:
+        """Whether the first pointers are multiples of 16 bytes, as those of remembered calls are."""
+        return not any(p & 15 for p in self.values[:pointers])
+
+
+def _merge_many(vv: TensorView, sv: TensorView, out: TensorView, lse: TensorView) -> _Launch | None:
+    """Merge on the CPU, or say what to launch; None if nothing is left."""
     n, states, heads, dim = vv.shape
     rows = n * heads
     if not rows:
-        return
+        return None
     if vv.device < 0:
         from pyinfer.cpu import cascade as cpu
 
         cpu.merge_states(vv, sv, out, lse)
-        return
+        return None
     size = vv.dtype.itemsize
     bits = dim | vv.strides[0] | vv.strides[1] | vv.strides[2] | out.strides[0] | out.strides[1]
     vec = vector_length(size, vv.ptr | out.ptr | bits * size)
@@ -153,7 +199,7 @@ def merge_state_views(vv: TensorView, sv: TensorView, out: TensorView, lse: Tens
         dim,
         states,
     )
-    kernel(current_stream(vv), -(-rows // per_block), values, pdl)
+    return _Launch(kernel, -(-rows // per_block), values, pdl)
 
 
 _State = tuple[TensorView, TensorView]
@@ -178,17 +224,18 @@ def _check_pair(op: str, a: _State, b: _State, args: tuple[str, str, str, str]) 
         check_same_device(op, {args[0]: a[0], args[2]: b[0]})
 
 
-def _merge(a: _State, b: _State, out: _State, mask: TensorView | None) -> None:
+def _merge(a: _State, b: _State, out: _State, mask: TensorView | None) -> _Launch | None:
+    """Merge on the CPU, or say what to launch; None if nothing is left."""
     v_a = a[0]
     n, heads, dim = v_a.shape
     rows = n * heads
     if not rows:
-        return
+        return None
     if v_a.device < 0:
         from pyinfer.cpu import cascade as cpu
 
         cpu.merge_state(*a, *b, *out, mask)
-        return
+        return None
     size = v_a.dtype.itemsize
     bits = dim
     for x, _ in (a, b, out):
@@ -209,7 +256,7 @@ def _merge(a: _State, b: _State, out: _State, mask: TensorView | None) -> None:
         heads,
         dim,
     )
-    kernel(current_stream(v_a), -(-rows // per_block), values, pdl)
+    return _Launch(kernel, -(-rows // per_block), values, pdl)
 
 
 @functools.cache

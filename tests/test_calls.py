@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pyinfer
-from pyinfer import _norm_quant, _page, _page_moves, _rope, _rope_launch, _rope_quant, activation, norm, page
+from pyinfer import _norm_quant, _page, _page_moves, _rope, _rope_launch, _rope_quant, activation, cascade, norm, page
 from pyinfer.core import calls
 from tests import stub_driver
 
@@ -27,6 +27,8 @@ def forget():
     caches += [page._kernel, _page._append_kernel]
     stores += [norm._layer_calls, _norm_quant._static_calls, _norm_quant._dynamic_calls, _rope_launch.calls]
     stores += [activation._quant_calls, activation._dynamic_calls]
+    stores += [cascade._two_calls, cascade._in_place_calls, cascade._many_calls]
+    caches += [cascade._merge_state_kernel, cascade._merge_states_kernel]
     caches += [norm._layernorm_kernel, _norm_quant._kernel, _rope_launch._kernel, activation._rows_kernel]
 
     def clear():
@@ -154,6 +156,10 @@ def operators():
             lambda a, b, c, d: pyinfer.get_batch_indices_positions(a, b, 6, c, d), ints(0, 6), ints(9), where, pos
         ),
         "lengths": make(lambda a, b: pyinfer.get_seq_lens(a, b, 16), indptr, last),
+        "merge": make(pyinfer.merge_state, q, torch.randn(6, 4), q, torch.randn(6, 4)),
+        "merge in place": make(pyinfer.merge_state_in_place, q, torch.randn(6, 4), q, torch.randn(6, 4)),
+        "merge in place masked": make(pyinfer.merge_state_in_place, q, torch.randn(6, 4), q, torch.randn(6, 4), torch.ones(6, dtype=torch.bool)),
+        "merge many": make(pyinfer.merge_states, bf16(6, 3, 4, 64), torch.randn(6, 3, 4)),
     }  # fmt: skip
 
 
@@ -168,7 +174,7 @@ def test_second_call_launches_what_the_full_path_would(launches, monkeypatch, na
     assert not launches
     call = fresh()
     with monkeypatch.context() as patch:
-        for module in (norm, activation, _rope, page, _norm_quant, _rope_quant, _page, _page_moves):
+        for module in (norm, activation, _rope, page, _norm_quant, _rope_quant, _page, _page_moves, cascade):
             patch.setattr(module, "view", lambda *_: pytest.fail("the full path was taken"))
         got = call()
     second = launches.pop()
@@ -180,6 +186,8 @@ def test_second_call_launches_what_the_full_path_would(launches, monkeypatch, na
     spec = next(s for s in _specs() if s.name == full[0])
     a, b = (stub_driver.fields(spec.params, launch[2]) for launch in (second, full))
     allocated = {"out", "q_out", "k_out", "batch_indices", "positions", "seq_lens"} if want is not None else set()
+    if name.startswith("merge") and want is not None:
+        allocated = {"v_out", "s_out"}
     if "dynamic" in name:
         allocated |= {"scales"}
     if name.startswith("rope ") and want is not None:
