@@ -294,6 +294,31 @@ def test_backend_chooses_the_family(hopper):
         pyinfer.BatchDecodeWithPagedKVCacheWrapper(backend="fa3")
 
 
+def test_modules_of_a_backend(monkeypatch):
+    """FlashInfer's factories: "fa3" gives kernels of this family alone, "auto" both where both may run."""
+    from pyinfer.jit import attention
+
+    def names(backend, archs="9.0a", dtype="bfloat16", out="bfloat16", rope=0):
+        monkeypatch.setenv("PYINFER_CUDA_ARCH_LIST", archs)
+        module = attention.gen_batch_prefill_module(backend, dtype, dtype, out, "int32", 128, 128, rope)
+        return {s.name.split("_bf16")[0] for s in module.specs}, [s for s in module.specs if "gather" in s.name]
+
+    assert names("fa3") == ({"prefill_sm90"}, names("fa3")[1]) and len(names("fa3")[1]) == 1
+    assert names("auto")[0] == {"decode_sm80", "prefill_sm80", "prefill_sm90"}
+    assert names("auto", "8.9")[0] == names("fa2")[0] == {"decode_sm80", "prefill_sm80"}
+    for case in (dict(archs="8.0"), dict(rope=1), dict(out="float32")):
+        with pytest.raises(
+            ValueError,
+            match="gen_batch_prefill_module: backend has no kernel for this case: got 'fa3', wanted 'auto' or 'fa2'",
+        ):
+            names("fa3", **case)
+    with pytest.raises(
+        ValueError,
+        match="gen_single_prefill_module: backend is not available: got 'cudnn', wanted 'auto', 'fa2' or 'fa3'",
+    ):
+        attention.gen_single_prefill_module("cudnn", *["float16"] * 3, 64, 64)
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])
 def test_backends_on_the_cpu(backend):

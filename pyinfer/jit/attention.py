@@ -288,7 +288,7 @@ def all_specs(archs: Collection[int] = (80, 89, 90)) -> list[JitSpec]:
 # ---- FlashInfer's factory names (API.md section 19), with its argument order -----------------------------------------------------
 def _module(
     op: str, source: str, row_classes: tuple[int, ...], dtype_q: DType | str, dtype_kv: DType | str, dtype_o: DType | str, head_dim_qk: int, head_dim_vo: int,
-    pos_encoding_mode: int, use_sliding_window: bool, use_logits_soft_cap: bool,
+    pos_encoding_mode: int, use_sliding_window: bool, use_logits_soft_cap: bool, backend: str = "fa2",
 ) -> JitModule:  # fmt: skip
     dtype, kv, out = (
         canonical_dtype(d, op, arg) for arg, d in (("dtype_q", dtype_q), ("dtype_kv", dtype_kv), ("dtype_o", dtype_o))
@@ -305,10 +305,18 @@ def _module(
     variant = "softcap" if use_logits_soft_cap else "plain"
     specs: dict[JitSpec, None] = {}
     for arch in env.default_archs():
-        for rows in row_classes:
+        if backend != "fa2" and dtype is kv is out:
+            from pyinfer.jit import attention_sm90
+
+            family = options._replace(family="sm90" if backend == "fa3" else "")
+            case = (env.arch_number(arch), dtype, head_dim_qk, head_dim_vo, source, variant, family)
+            specs |= dict.fromkeys(attention_sm90.reachable_specs(*case))
+        for rows in row_classes if backend != "fa3" else ():
             config = attention_config(env.arch_number(arch), dtype, head_dim_qk, head_dim_vo, rows, kv, options)
             spec = gen_attention(config, dtype, head_dim_qk, head_dim_vo, source, variant, kv, out, options)
             specs[spec] = None
+    if not specs:
+        fail(op, "backend", "has no kernel for this case", repr(backend), "'auto' or 'fa2'")
     phase = op.removeprefix("gen_").removesuffix("_module")
     name = _features(use_logits_soft_cap, options)[1]
     types = dtype.short if dtype is kv is out else f"{dtype.short}_{kv.short}_{out.short}"
@@ -357,7 +365,7 @@ def gen_single_prefill_module(
     use_sliding_window: bool = False, use_logits_soft_cap: bool = False, use_fp16_qk_reduction: bool = False,
 ) -> JitModule:  # fmt: skip
     """The kernels of `single_prefill_with_kv_cache`, one for each tile height. Scores are accumulated in float32 with use_fp16_qk_reduction too."""
-    _check_backend("gen_single_prefill_module", backend)
+    _check_backend("gen_single_prefill_module", backend, ("auto", "fa2", "fa3"))
     args = (
         dtype_q,
         dtype_kv,
@@ -368,7 +376,7 @@ def gen_single_prefill_module(
         use_sliding_window,
         use_logits_soft_cap,
     )
-    return _module("gen_single_prefill_module", "single", ROW_CLASSES, *args)
+    return _module("gen_single_prefill_module", "single", ROW_CLASSES, *args, backend)
 
 
 def gen_batch_prefill_module(
@@ -376,7 +384,7 @@ def gen_batch_prefill_module(
     pos_encoding_mode: int = 0, use_sliding_window: bool = False, use_logits_soft_cap: bool = False, use_fp16_qk_reduction: bool = False,
 ) -> JitModule:  # fmt: skip
     """The kernels of the batch prefill wrappers (paged and ragged are the same), one for each tile height. `dtype_idx`: int32."""
-    _check_backend("gen_batch_prefill_module", backend)
+    _check_backend("gen_batch_prefill_module", backend, ("auto", "fa2", "fa3"))
     _check_index("gen_batch_prefill_module", dtype_idx)
     args = (
         dtype_q,
@@ -388,12 +396,13 @@ def gen_batch_prefill_module(
         use_sliding_window,
         use_logits_soft_cap,
     )
-    return _module("gen_batch_prefill_module", "plan", ROW_CLASSES, *args)
+    return _module("gen_batch_prefill_module", "plan", ROW_CLASSES, *args, backend)
 
 
-def _check_backend(op: str, backend: str) -> None:
-    if backend not in ("auto", "fa2"):
-        fail(op, "backend", "is not available", repr(backend), "'auto' or 'fa2'")
+def _check_backend(op: str, backend: str, there: tuple[str, ...] = ("auto", "fa2")) -> None:
+    if backend not in there:
+        wanted = ", ".join(map(repr, there[:-1])) + f" or {there[-1]!r}"
+        fail(op, "backend", "is not available", repr(backend), wanted)
 
 
 def _check_index(op: str, dtype_idx: DType | str) -> None:

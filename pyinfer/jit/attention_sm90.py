@@ -341,17 +341,17 @@ def all_specs() -> list[JitSpec]:
     return list(found)
 
 
-def model_specs(arch: int, dtype: str, head_dim: int, soft_cap: bool) -> list[JitSpec]:
-    """The kernels that a model's prefill takes on an architecture, besides the sm80 family's: short and long requests, pages of any size."""
-    variant = "softcap" if soft_cap else "plain"
-    specs = []
-    for rows in (MIN_ROWS, MANY_ROWS):
-        config = config_for(arch, canonical_dtype(dtype), head_dim, head_dim, rows)
+def reachable_specs(
+    arch: int, dtype: DType | str, head_dim_qk: int, head_dim_vo: int, source: str, variant: str, options: AttentionOptions = PLAIN
+) -> list[JitSpec]:  # fmt: skip
+    """The kernels that prefill takes of this family on an architecture, for short and long requests and pages of any size; none where it has none."""
+    specs: dict[JitSpec, None] = {}
+    for rows in (1, MIN_ROWS, MANY_ROWS):
+        config = config_for(arch, canonical_dtype(dtype), head_dim_qk, head_dim_vo, rows, None, options)
         if config is not None:
-            specs += [gen_prefill_sm90(config, dtype, source, variant) for source in SOURCES]
-    if specs:  # pages too small or odd for TMA
-        specs.append(gen_prefill_sm90(gathering(head_dim, head_dim), dtype, "plan", variant))
-    return list(dict.fromkeys(specs))
+            for page_size in (0, 1) if source == "plan" else (0,):
+                specs[gen_prefill_sm90(for_pages(config, page_size), dtype, source, variant, options)] = None
+    return list(specs)
 
 
 @functools.cache

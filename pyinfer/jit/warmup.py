@@ -193,7 +193,8 @@ def _attention(model: ModelConfig, arch: int) -> list[JitSpec]:
     if wide is not None and group <= DECODE_ROWS:
         specs.append(gen_attention(wide, model.dtype, dim, dim, "plan", variant))
     specs += all_replan_specs()
-    specs += attention_sm90.model_specs(arch, model.dtype, dim, variant == "softcap")
+    for source in SOURCES:
+        specs += attention_sm90.reachable_specs(arch, model.dtype, dim, dim, source, variant)
     return [*specs, gen_merge_state(model.dtype, dim), gen_merge_states(model.dtype, dim)]
 
 
