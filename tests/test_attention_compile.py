@@ -226,7 +226,7 @@ def test_flashinfer_factories() -> None:
     assert all("_single_" in s.name for s in attention.gen_single_decode_module(f16, f16, f16, 256, 256).specs)
     assert all("_single_" in s.name for s in attention.gen_single_prefill_module("auto", f16, f16, f16, 256, 256).specs)
     for bad in (
-        ("fa3", f16, f16, f16, "int32"),
+        ("cutlass", f16, f16, f16, "int32"),
         ("fa2", f16, f16, f16, "int64"),
     ):
         with pytest.raises((ValueError, TypeError), match="gen_batch_prefill_module"):
