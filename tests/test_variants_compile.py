@@ -132,6 +132,7 @@ def test_no_numba_cuda_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.compile
 def test_no_nvjitlink_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(AttentionVariant("unlinked", logits=lambda score: score + 0.03125), "90a", 16)
+    variant_link._operations()  # Numba-CUDA imports the binding, too
     variant_link._nvjitlink.cache_clear()
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvjitlink", None)
     monkeypatch.delattr("cuda.bindings.nvjitlink", raising=False)
