@@ -167,6 +167,8 @@ def _definition(hook: str, function: Any) -> ast.FunctionDef | ast.Lambda:
     found: list[Any] = [n for n in ast.walk(tree) if isinstance(n, wanted) and first in (n.lineno, *_decorators(n))]
     if len(found) > 1:  # several on the line: told apart by their code
         own = [_instructions_in(n, function) for n in found]
+        if not any(own):  # a lambda of one constant: from Python 3.12 on its instructions are said to come from nowhere
+            own = [_same_code(n, function) for n in found]
         found = [n for n, count in zip(found, own, strict=True) if count == max(own) and count]
         found = [
             n for n in found if not any(n is not other and other in ast.walk(n) for other in found)
@@ -188,6 +190,12 @@ def _instructions_in(node: ast.AST, function: Any) -> int:
         body = node.body  # type: ignore[attr-defined]
         first, last = (body.lineno, body.col_offset), (body.end_lineno, body.end_col_offset)
         return sum(line is not None and first <= (line, column) < last for line, _, column, _ in code.co_positions())
+    return _same_code(node, function)
+
+
+def _same_code(node: ast.AST, function: Any) -> int:
+    """1 if a lambda of the file compiles to the function's own instructions."""
+    code = function.__code__
     own = compile(ast.Expression(node), "", "eval").co_consts[0]  # type: ignore[arg-type]
     return int((own.co_code, own.co_consts, own.co_names) == (code.co_code, code.co_consts, code.co_names))
 

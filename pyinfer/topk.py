@@ -394,7 +394,7 @@ def _sorted_by_framework(op: str, v: TensorView, values: Any, indices: Any, larg
         )
     if large:
         values, indices = values.flip(-1), indices.flip(-1)
-    values, order = values.sort(-1, descending=True, stable=True)
+    values, order = values.sort(dim=-1, descending=True, stable=True)
     return values, indices.gather(-1, order)
 
 

@@ -341,8 +341,9 @@ def test_the_capacity_is_the_first_plans(rng, backend_arrays, device, name):
         kind.plan(s)
         plans = kind.plans()
         now = [(p.max_work, p.max_partials, p.workspace_bytes, p.offsets, p.tile_q, p.capacity) for p in plans]
-        assert fixed in (None, now)
-        fixed = now
+        if now:  # without a workspace the device is known from the first run on
+            assert fixed in (None, now)
+            fixed = now
         for p in plans:
             assert p.n_work <= p.max_work and p.num_partials <= p.max_partials and p.workspace_bytes <= 32 << 20
             assert len(p.pack()) == p.offsets.total
