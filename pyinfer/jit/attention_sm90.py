@@ -338,6 +338,10 @@ def all_specs() -> list[JitSpec]:
             for variant in variants:
                 for source in SOURCES if len(dtypes) > 1 else SOURCES[i % 2 : i % 2 + 1]:
                     found[gen_prefill_sm90(config, dtype, source, variant, options)] = None
+    # Short requests, and pages of any size.
+    for dim in (64, 128, 256):
+        others = [candidates(dim, dim, MIN_ROWS)[0], gathering(dim, dim)] + [candidates(dim, dim, 64)[0]] * (dim <= 128)
+        found |= dict.fromkeys(gen_prefill_sm90(config, DTYPES[0]) for config in others)
     return list(found)
 
 
