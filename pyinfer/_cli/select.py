@@ -19,7 +19,7 @@ _KERNELS_OF = {
     "single_prefill_with_kv_cache": "prefill_*_single_*",
 }
 # Public modules that run another module's kernels: block-sparse attention is paged prefill over the blocks.
-RUNS_KERNELS_OF = {"sparse": "prefill"}
+RUNS_KERNELS_OF = {"sparse": "prefill", "variants": "attention"}
 
 
 def families() -> list[str]:
