@@ -75,7 +75,7 @@ class Sm90Config:
     boxes
         Whole tiles of queries and output come and go by TMA where they are boxes of their tensors.
     trace
-        Block 0 writes what its warps do, and when, to the partials (tools/gpu/trace_sm90.py; plans without splits).
+        Block 0 writes what its warps do, and when, to the partials (tools/gpu/time_sm90.py trace; plans without splits).
     """
 
     head_dim_qk: int
