@@ -140,7 +140,9 @@ def test_family_compiles(family, arch):
             complaints.append(
                 f"{spec.name}: {r.registers} registers times {x * y * z} threads is more than a multiprocessor has"
             )
-    assert (specs or family in HOPPER) and not complaints, f"{len(complaints)} complaints for sm_{arch}:\n" + "\n".join(complaints)
+    assert (specs or family in HOPPER) and not complaints, f"{len(complaints)} complaints for sm_{arch}:\n" + "\n".join(
+        complaints
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -189,7 +189,12 @@ def test_too_new_an_arch():
     spec = t.tiny(min_arch=90, max_arch=90)
     with pytest.raises(ValueError, match="tiny_1: arch lacks its instructions: got 100a, wanted 90"):
         spec.build("10.0")
-    assert spec.build("9.0").arch == "90a" and [spec.suits(a) for a in (80, 90, 100, 120)] == [False, True, False, False]
+    assert spec.build("9.0").arch == "90a" and [spec.suits(a) for a in (80, 90, 100, 120)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_default_arch_is_one_that_has_the_instructions(monkeypatch):

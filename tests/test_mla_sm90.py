@@ -79,7 +79,8 @@ def test_keys_and_values_of_one_tile(source, rows):
 
 def test_stage_and_slot_offsets(source):
     assert (
-        "k_tile = wgmma_descriptor(operand_address(smem.ckv[0][0]), 16, 1024) + stage * (2 * HALF_BYTES / 16);" in source
+        "k_tile = wgmma_descriptor(operand_address(smem.ckv[0][0]), 16, 1024) + stage * (2 * HALF_BYTES / 16);"
+        in source
     )
     assert "const uint64_t a = weights_tile + slot * (BLOCK / 16);" in source
     assert "const uint64_t v = v_tile + stage * (2 * HALF_BYTES / 16);" in source

@@ -185,7 +185,9 @@ class JitModule:
 
 def gen_jit_spec(name: str, template: str, params: ParamStruct, **constants: Any) -> JitSpec:
     """A JitSpec from keyword constants; `block`, `smem`, `options`, `min_arch`, `max_arch` and `cluster` are taken out of them."""
-    own = {k: constants.pop(k) for k in ("block", "smem", "options", "min_arch", "max_arch", "cluster") if k in constants}
+    own = {
+        k: constants.pop(k) for k in ("block", "smem", "options", "min_arch", "max_arch", "cluster") if k in constants
+    }
     return JitSpec(name, template, params, tuple(sorted(constants.items())), **own)
 
 
