@@ -339,6 +339,9 @@ def test_the_capacity_is_the_first_plans(rng, backend_arrays, device, name):
     for i in range(61):
         s = random_step(rng, i, kind.decode)
         kind.plan(s)
+        if i == 0:  # a wrapper without a workspace learns from q where it is
+            kind.fill(rng)
+            kind.run()
         plans = kind.plans()
         now = [(p.max_work, p.max_partials, p.workspace_bytes, p.offsets, p.tile_q, p.capacity) for p in plans]
         if now:  # without a workspace the device is known from the first run on
