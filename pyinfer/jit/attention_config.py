@@ -173,6 +173,9 @@ def candidate_configs(
     if 100 <= arch < 120 and max(head_dim_qk, head_dim_vo) > 64:
         # NOTE: for sm_100 ptxas spills 20 bytes in the tile that fills 255 registers elsewhere: the others come first.
         found.sort(key=lambda c: (c.tile_q, c.tile_kv, c.num_warps) == (128, 64, 4))
+    if arch >= 120 and rope:
+        # NOTE: and for sm_120 as many where rotated queries of 128 rows meet a ring of three stages.
+        found.sort(key=lambda c: (c.tile_q, c.stages) == (128, 3))
     found += [replace(c, ctas_per_sm=1) for c in found if c.ctas_per_sm > 1]
     per_block, per_sm = smem_limits(arch)
     fitting = [
