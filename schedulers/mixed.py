@@ -87,7 +87,7 @@ def mixed_capacity(
 
     `keep_indices`: the page indices travel with the prefill plan. Whatever share of the device a plan gives to either kind, it is not more than all of it.
     """
-    shape: dict[str, int] = dict(
+    shape: dict[str, Any] = dict(
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         page_size=page_size,

@@ -11,7 +11,8 @@ PYINFER_DEVICE void store_matrices_4(uint32_t address, const uint32_t (&x)[4]) {
 // A box of shared memory to a 4-D tensor (sm_90), what lies outside of it dropped. Stores are grouped by `tma_commit`; after `tma_wait_read` the
 // shared memory of all groups may be used again. What ordinary stores wrote there needs `fence_async_proxy` in front.
 PYINFER_DEVICE void tma_store_4d(const TensorMap* map, uint32_t source, int x, int y, int z, int w) {
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(source), "r"(x), "r"(y), "r"(z), "r"(w)
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(source), "r"(x), "r"(y), "r"(z),
+                 "r"(w)
                  : "memory");
 }
 PYINFER_DEVICE void tma_commit() {
