@@ -99,7 +99,7 @@ def choose_config(arch: int, max_packed_rows: int, page_size: int, backend: str 
         if arch != 90:
             fail(op, "backend", "needs a Hopper GPU", f"'fa3' on architecture {arch}", "'auto' or 'fa2'")
         fail(op, "page_size", "is not covered by backend 'fa3'", page_size, "a multiple of 8", "Pass backend='auto'.")
-    return mla_sm90_config(max_packed_rows) if possible and backend != "fa2" else mla_config(arch, max_packed_rows)
+    return mla_sm90_config() if possible and backend != "fa2" else mla_config(arch, max_packed_rows)
 
 
 PARAMS = ParamStruct(

@@ -39,7 +39,6 @@ class MlaSm90Config:
 
     cluster: int
     turns: bool = True
-    tile_kv: int = 64
     score_registers: int = 184
     output_registers: int = 160
 
@@ -49,6 +48,11 @@ class MlaSm90Config:
         return ROWS * self.cluster
 
     @property
+    def tile_kv(self) -> int:
+        """Keys of a tile."""
+        return TILE_KV
+
+    @property
     def ctas_per_sm(self) -> int:
         """Blocks on a multiprocessor."""
         return 1
@@ -56,22 +60,22 @@ class MlaSm90Config:
     @property
     def smem(self) -> int:
         """Dynamic shared memory per block in bytes: `SharedMemory` of the template."""
-        return (8 * STAGES + 4) * BLOCK + (3072 if self.tile_kv == 64 else 2048)  # all there is
+        return (8 * STAGES + 4) * BLOCK + 3072  # all there is
 
     @property
     def tag(self) -> str:
         """Short form for kernel names."""
-        return f"q{self.tile_q}_kv{self.tile_kv}_x{self.cluster}{'' if self.turns else '_loose'}"
+        return f"q{self.tile_q}_kv{TILE_KV}_x{self.cluster}{'' if self.turns else '_loose'}"
 
 
-def mla_sm90_config(max_packed_rows: int) -> MlaSm90Config:
-    """The configuration for the largest qo_len * num_heads of the requests."""
-    return MlaSm90Config(1 if max_packed_rows <= ROWS else 2)
+def mla_sm90_config() -> MlaSm90Config:
+    """The configuration that is taken. Pairs (cluster 2) measured up to 3% slower on an H200 than blocks on their own; `tools/gpu/time_mla.py` times both."""
+    return MlaSm90Config(1)
 
 
-def box_rows(page_size: int, tile_kv: int = TILE_KV) -> int:
+def box_rows(page_size: int) -> int:
     """Keys of a TMA box: the most that divides both page and tile. 0: pages too small or odd for boxes."""
-    rows = math.gcd(page_size, tile_kv)
+    rows = math.gcd(page_size, TILE_KV)
     return rows if rows % 8 == 0 else 0  # the swizzle repeats every 8 rows
 
 
@@ -131,7 +135,7 @@ def gen_mla_sm90(config: MlaSm90Config, dtype: DType | str, soft_cap: bool = Fal
     }
     return JitSpec(
         name=f"mla_sm90_{dt.short}{'_softcap' if soft_cap else ''}_{config.tag}",
-        template="mla/mla_sm90.cu.jinja" if config.tile_kv == 64 else "mla/mla_sm90_32.cu.jinja",
+        template="mla/mla_sm90.cu.jinja",
         params=PARAMS,
         constants=tuple(constants.items()),
         block=(384, 1, 1),
@@ -189,7 +193,7 @@ def prepare_mla_sm90(
 
     if config.tile_q != plan.tile_q:
         fail("mla", "plan", "was made for another tile", plan.tile_q, f"tile_q {config.tile_q} of {config.tag}")
-    rows = box_rows(plan.page_size, config.tile_kv)
+    rows = box_rows(plan.page_size)
     if not rows:
         fail("mla", "page_size", "is too small or odd for TMA", plan.page_size, "a multiple of 8")
     at = plan.offsets

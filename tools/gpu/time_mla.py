@@ -276,7 +276,7 @@ def batches(config: Any, dtype: Any) -> None:
 
 def check() -> None:
     """All stages of all configurations."""
-    for config in (MlaSm90Config(1), MlaSm90Config(2), MlaSm90Config(1, tile_kv=32), MlaSm90Config(2, tile_kv=32)):
+    for config in (MlaSm90Config(1), MlaSm90Config(2)):
         for dtype in (torch.bfloat16, torch.float16):
             before = failures
             stages(config, dtype)
@@ -303,7 +303,7 @@ CASES = (  # heads, batch, q length, kv length, page size
 def variants(heads: int, rows: int) -> list[Any]:
     """What is worth timing."""
     clusters = (2, 1) if rows > 64 else (1,)
-    sm90 = [MlaSm90Config(cluster, tile_kv=tile_kv) for tile_kv in (64, 32) for cluster in clusters]
+    sm90 = [MlaSm90Config(cluster) for cluster in clusters]
     sm80 = [mla_config(90, rows)] if rows > 16 else list(candidate_configs(90, rows)[:2])
     return sm90 + sm80
 
