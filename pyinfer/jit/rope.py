@@ -117,8 +117,7 @@ def gen_rope(
     vec
         Elements per access; default: what rotary_dim allows if pointers and strides are multiples of 16 bytes.
     ahead
-        Load a thread's first head before its angles are known: by default for elements of two bytes (float32 spills on 10.0). Measured on an H200
-        (tools/gpu/time_ops.py): up to 8% for one token, 1% for 16384.
+        Load a thread's first head before its angles are known: by default for elements of two bytes (float32 spills on 10.0).
     load
         Access function of `cuda_src/common/vec_io.cuh`.
     """
