@@ -1,7 +1,8 @@
 """README's benchmark tables from benchmarks/results/*.json.
 
 Between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` in README.md stands what `TABLES[NAME]` makes of the newest
-full result that holds its suite: the rows of SHOWN, to keep README short. `python -m benchmarks.readme_tables`
+full result that holds its suite, and of older ones for the cases that it lacks (a run of `--cases`; the line under the
+table then names all files): the rows of SHOWN, to keep README short. `python -m benchmarks.readme_tables`
 rewrites the blocks, `--check` only says (exit status 1) whether one is out of date, `--all` prints every table with
 every row.
 """
@@ -62,12 +63,30 @@ def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def newest(documents: list[dict[str, Any]], suite: str, device: str) -> dict[str, Any] | None:
-    """The newest document with that suite, run on that device, that has a result of ours."""
-    for document in documents:
-        cases = document["suites"].get(suite, {}).get("cases", [])
-        if document["device"] == device and any(_ours(case) for case in cases):
-            return document
-    return None
+    """The newest document with that suite, run on that device, that has a result of ours; cases that only older ones have are added to it."""
+    found = [
+        d
+        for d in documents
+        if d["device"] == device and any(_ours(case) for case in d["suites"].get(suite, {}).get("cases", []))
+    ]
+    if not found:
+        return None
+    cases: dict[tuple[Any, Any], dict[str, Any]] = {}
+    files = []
+    for document in found:
+        fresh = {_key(c): c for c in document["suites"][suite]["cases"] if _ours(c)}
+        if not fresh.keys() <= cases.keys():
+            files.append(document["file"])
+        cases = {**fresh, **cases}
+    every = [_key(c) for d in reversed(found) for c in d["suites"][suite]["cases"]]
+    order = {key: place for place, key in reversed(list(enumerate(every)))}  # as the oldest run lists them
+    merged = [cases[key] for key in sorted(cases, key=order.__getitem__)]
+    first = found[0]
+    return {**first, "files": files, "suites": {**first["suites"], suite: {**first["suites"][suite], "cases": merged}}}
+
+
+def _key(case: dict[str, Any]) -> tuple[Any, Any]:
+    return case.get("op"), case.get("spec")
 
 
 def cases_of(document: dict[str, Any], suite: str) -> list[dict[str, Any]]:
@@ -120,7 +139,7 @@ def source(document: dict[str, Any], suite: str) -> str:
         if gpu
         else f"matmul {limits['matmul_tflop_s'] * 1e3:.0f} GFLOP/s"
     )
-    link = f"[{document['file']}](benchmarks/results/{document['file']})"
+    link = ", ".join(f"[{name}](benchmarks/results/{name})" for name in document.get("files", [document["file"]]))
     return (
         f"\n{where}, torch {versions.get('torch', '?')}; {speed} in the same run{'; peers: ' + peers if peers else ''}. "
         f"{document['date'][:10]}, {link}.\n"

@@ -465,6 +465,26 @@ def test_newest_full_result_counts():
     assert readme_tables.newest(documents, "prefill", "cuda") is None
 
 
+def test_a_run_of_some_cases_replaces_those_rows_only():
+    def document(date, **times):
+        cases = [
+            {"op": "host", "spec": k, "results": [{"name": "pyinfer", "status": "ok", "us": v}]}
+            for k, v in times.items()
+        ]
+        return {"date": date, "file": f"{date}.json", "device": "cuda", "suites": {"host_cost": {"cases": cases}}}
+
+    old, new = document("2026-01-02", plan=9.0, run=2.0), document("2026-01-03", plan=4.0)
+    merged = readme_tables.newest([new, old], "host_cost", "cuda")
+    assert [(c["spec"], c["results"][0]["us"]) for c in merged["suites"]["host_cost"]["cases"]] == [
+        ("plan", 4.0),
+        ("run", 2.0),
+    ]
+    assert merged["files"] == ["2026-01-03.json", "2026-01-02.json"]
+    assert readme_tables.newest([document("2026-01-04", plan=3.0, run=1.0), new, old], "host_cost", "cuda")[
+        "files"
+    ] == ["2026-01-04.json"]
+
+
 def test_kept_results_follow_the_schema():
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         document = json.loads(path.read_text())
