@@ -28,12 +28,14 @@ def _output(*command: str) -> str:
 def commit() -> str:
     """The commit of this checkout, with '+' behind it if tracked files differ.
 
-    A copy without .git (the GPU machine) takes it from .peers/COMMIT, which tools/gpu/stamp.sh writes; 'unknown' if there is none.
+    The GPU machine, whose copy has no .git or that of another commit, takes it from .peers/COMMIT, which tools/gpu/stamp.sh writes; it is known by $PEERS
+    (tools/gpu/common.sh). 'unknown' if there is neither.
     """
-    head = _output("git", "rev-parse", "HEAD")
+    stamp = Path(os.environ.get("PEERS", "/nowhere")) / "COMMIT"
+    head = "" if stamp.exists() else _output("git", "rev-parse", "HEAD")
     if head:
         return head + ("+" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
-    for path in (ROOT / ".peers" / "COMMIT", Path(os.environ.get("PEERS", "/nowhere")) / "COMMIT"):
+    for path in (stamp, ROOT / ".peers" / "COMMIT"):
         if path.exists():
             lines = path.read_text().split()
             return lines[0] + ("+" if "dirty" in lines else "")

@@ -441,6 +441,13 @@ def test_readme_tables_replace_their_blocks_only(tmp_path):
             readme_tables.render(bad, [])
 
 
+def test_the_gpu_machines_commit_is_the_stamped_one(tmp_path, monkeypatch):
+    """Its copy has a .git of the commit that the session began with."""
+    (tmp_path / "COMMIT").write_text("0123abc\ndirty\n")
+    monkeypatch.setenv("PEERS", str(tmp_path))
+    assert machine.commit.__wrapped__() == "0123abc+"
+
+
 def test_newest_full_result_counts():
     def document(date, status="ok", device="cuda", **more):
         return {
