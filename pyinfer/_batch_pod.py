@@ -14,6 +14,7 @@ from pyinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
 _DTYPES = (FLOAT16, BFLOAT16)
 _HEAD_DIMS = (64, 128, 256)
+_DECODE_ROWS = 16  # packed rows of the decode part's tile
 
 
 class _Ready(NamedTuple):
@@ -62,6 +63,7 @@ class BatchPODWithPagedKVCacheWrapper:
         self._options: dict[str, Any] = {}
         self._causal = False  # of the last run: what the next plan is made for
         self._masked = False
+        self._fits = False  # one launch does the planned case
         self._ready: _Ready | None = None
         self._buffer: Any = None
         self._memory: Any = None
@@ -133,14 +135,16 @@ class BatchPODWithPagedKVCacheWrapper:
             num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim, page_size=page_size, pos_encoding_mode=pos_encoding_mode,
             window_left=window_left, q_data_type=q_data_type, kv_data_type=kv_data_type, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
         )  # fmt: skip
-        self._tables, self._ready, self._masked = (
-            None,
-            None,
-            False,
-        )  # until both are planned: half of a new plan is none
-        self._decode.plan(*tables[1], **self._options)
-        self._prefill.plan(*tables[0], causal=self._causal, **self._options)
+        self._tables = self._ready = None  # until both are planned: half of a new plan is none
+        self._masked = False
+        p, d = self._prefill, self._decode
+        d.plan(*tables[1], **self._options)
+        p.plan(*tables[0], causal=self._causal, **self._options)
         self._tables = (tables[0], tables[1])
+        qo_d = tables[1][0]
+        rows = int((qo_d[1:] - qo_d[:-1]).max(initial=0)) * (num_qo_heads // num_kv_heads)
+        alike = p._dtype in _DTYPES and p._kv_dtype is p._dtype and head_dim in _HEAD_DIMS
+        self._fits = alike and rows <= _DECODE_ROWS and pos_encoding_mode == "NONE"
 
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:
         """Deprecated: `plan`."""
@@ -196,7 +200,7 @@ class BatchPODWithPagedKVCacheWrapper:
             fail(op, "plan()", "was not called", "run() first", "plan() before run()")
         causal, masked = bool(causal_p), custom_mask_p is not None or packed_custom_mask_p is not None
         scales = dict(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
-        if not masked:
+        if self._fits and not masked:
             done = self._together(q_p, paged_kv_cache_p, q_d, paged_kv_cache_d, causal, scales, return_lse, enable_pdl)
             if done is not None:
                 self._causal = causal
@@ -215,15 +219,8 @@ class BatchPODWithPagedKVCacheWrapper:
     def _together(
         self, q_p: Any, cache_p: Any, q_d: Any, cache_d: Any, causal: bool, scales: dict[str, Any], return_lse: bool, enable_pdl: bool | None
     ) -> Any:  # fmt: skip
-        """Both in one launch; None if the kernel does not do this case."""
+        """Both in one launch; None for the CPU and for tensors that the kernel does not take."""
         p, d = self._prefill, self._decode
-        assert p.plan_info is not None and d.plan_info is not None
-        dim, group = d.plan_info.head_dim_qk, d.plan_info.group_size
-        qo_d = self._tables[1][0]  # type: ignore[index]
-        longest = int((qo_d[1:] - qo_d[:-1]).max(initial=0))
-        fits = p._dtype in _DTYPES and p._kv_dtype is p._dtype and dim in _HEAD_DIMS and longest * group <= 16
-        if not fits or self._options["pos_encoding_mode"] != "NONE":
-            return None
         qp = common.q_view(self._op, q_p)
         if qp.device < 0:
             return None

@@ -34,8 +34,9 @@ def prefill_key(
     rope_theta: float | None,
     fixed_split_size: int | None,
     disable_split_kv: bool,
+    family: str = "",
 ) -> PlanKey:
-    """The checked options of plan(). dtypes: q, kv, o; page_size None: ragged keys."""
+    """The checked options of plan(). dtypes: q, kv, o; page_size None: ragged keys; family: of kernels, if `backend` names one."""
     q_dtype, kv_dtype = plan_dtypes(op, *dtypes[:2])
     o_dtype = out_dtype(op, q_dtype, dtypes[2])
     window, cap = common.check_window(op, window_left), common.check_soft_cap(op, logits_soft_cap)
@@ -47,7 +48,7 @@ def prefill_key(
     common.check_split_size(op, fixed_split_size)
     return PlanKey(
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo or head_dim_qk, page_size or 0, q_dtype, kv_dtype, o_dtype, fixed_split_size,
-        disable_split_kv, bool(causal), window, cap, scale, *encoding,
+        disable_split_kv, bool(causal), window, cap, scale, *encoding, family=family,
     )  # fmt: skip
 
 
@@ -115,8 +116,6 @@ class BatchPrefill(BatchAttention):
             if mask is not None:
                 fail(op, "custom_mask", "excludes multi-item scoring", "both", "a custom mask or prefix_len_ptr")
             key = key._replace(causal=True, token_pos_in_items_len=found.token_pos_len)  # the mask it is part of
-        if self._family:
-            key = key._replace(family=self._family)
         buffers: dict[str, Any] = {}
         if self._use_cuda_graph:
             buffers = {"qo_indptr_buf": qo_indptr, "paged_kv_indptr_buf" if self._paged else "kv_indptr_buf": kv_indptr}

@@ -271,7 +271,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             common.check_options(op, seq_lens=seq_lens, block_tables=block_tables)
         key = prefill_key(
             op, (q_data_type, kv_data_type, o_data_type), num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, causal, window_left,
-            logits_soft_cap, sm_scale, pos_encoding_mode, rope_scale, rope_theta, fixed_split_size, disable_split_kv,
+            logits_soft_cap, sm_scale, pos_encoding_mode, rope_scale, rope_theta, fixed_split_size, disable_split_kv, self._family,
         )  # fmt: skip
         key = self._with_variant(key, sm_scale)
         qo, kv, last = host_metadata(
@@ -458,7 +458,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         """
         key = prefill_key(
             self._op, (q_data_type, kv_data_type, o_data_type), num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, None, causal, window_left,
-            logits_soft_cap, sm_scale, pos_encoding_mode, rope_scale, rope_theta, fixed_split_size, disable_split_kv,
+            logits_soft_cap, sm_scale, pos_encoding_mode, rope_scale, rope_theta, fixed_split_size, disable_split_kv, self._family,
         )  # fmt: skip
         key = self._with_variant(key, sm_scale)
         qo, kv = host_metadata(self._op, strict=strict, qo_indptr=qo_indptr, kv_indptr=kv_indptr)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pyinfer
+from pyinfer._support import KERNEL_FAMILIES
 from pyinfer.prefill import single_prefill_with_kv_cache_return_lse
 from tests import attention_cases as cases
 from tests.arrays import Backend, assert_close, assert_same_bits
@@ -346,3 +347,16 @@ def test_other_names_of_scales(rng, backend_arrays, device):
     two = pyinfer.single_prefill_with_kv_cache(q, k, v, k_scale=0.5, v_scale=2.0)
     assert_same_bits(b.numpy(one), b.numpy(two))
     assert not (b.numpy(one) == b.numpy(pyinfer.single_prefill_with_kv_cache(q, k, v))).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "fa2"])
+def test_equal_options_are_looked_up(backend):
+    """Also where `backend` names a family: the second plan takes the short way, which needs the very key of the first."""
+    wrapper = pyinfer.BatchPrefillWithRaggedKVCacheWrapper(None, backend=backend)
+    indptr = np.array([0, 3, 8], np.int32)
+    keys = []
+    for _ in range(2):
+        wrapper.plan(indptr, indptr, 4, 2, 64, causal=True, q_data_type="float32")
+        keys.append(wrapper._plan_key)
+    assert keys[0] is keys[1] and keys[0].family == KERNEL_FAMILIES[backend]
+    assert wrapper.plan_info.causal and wrapper.plan_info.kv_len.tolist() == [3, 5]

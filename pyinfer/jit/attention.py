@@ -76,7 +76,7 @@ _SCALE_FIELDS = (
     f32("soft_cap_log2", "cap * log2(e)"),
     f32("v_scale", "multiplies the output"),
 )
-_SHAPE_FIELDS = (
+SHAPE_FIELDS = (
     i32("num_kv_heads"),
     i32("group", "query heads per kv head"),
     u32("group_magic", "division by group: fast_divide"),
@@ -87,7 +87,7 @@ _SHAPE_FIELDS = (
     u32("page_magic", "division by page_size: fast_divide"),
     i32("page_shift"),
 )
-_SOURCE_FIELDS = {
+SOURCE_FIELDS = {
     "plan": (
         ptr("plan_header", "const int32_t", "word 0: number of work items"),
         ptr("work", "const int32_t", "[n_work, 8]"),
@@ -103,7 +103,7 @@ _SOURCE_FIELDS = {
         i32("num_splits"),
     ),
 }
-SOURCES = tuple(_SOURCE_FIELDS)
+SOURCES = tuple(SOURCE_FIELDS)
 """Where work items come from: a plan's list, or arithmetic on one request's lengths."""
 
 
@@ -128,7 +128,7 @@ def option_fields(options: AttentionOptions) -> tuple[Field, ...]:
 def attention_params(source: str, options: AttentionOptions = PLAIN, head_dim_qk: int = 0) -> ParamStruct:
     """The parameter struct of a kernel. RoPE's table of frequencies travels by value, behind the strides."""
     rope = (u64_array("rope_frequency", head_dim_qk // 2, "turns per position, times 2^64"),) if options.rope else ()
-    fields = (*_RUN_FIELDS, *rope, *_SCALE_FIELDS, *option_fields(options), *_SHAPE_FIELDS, *_SOURCE_FIELDS[source])
+    fields = (*_RUN_FIELDS, *rope, *_SCALE_FIELDS, *option_fields(options), *SHAPE_FIELDS, *SOURCE_FIELDS[source])
     return ParamStruct(f"{'Planned' if source == 'plan' else 'Single'}AttentionParams", *fields)
 
 

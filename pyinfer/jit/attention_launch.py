@@ -36,9 +36,10 @@ def divisor(d: int) -> tuple[int, int]:
     return -(-(1 << (31 + bits)) // d), 31 + bits
 
 
-def _shape_values(
+def shape_values(
     num_qo_heads: int, num_kv_heads: int, causal: bool, window_left: int, page_size: int
 ) -> tuple[int, ...]:
+    """The parameters of `attention.SHAPE_FIELDS`."""
     group = num_qo_heads // num_kv_heads
     return (
         num_kv_heads,
@@ -48,6 +49,19 @@ def _shape_values(
         min(window_left, _UNSEEN),
         page_size,
         *divisor(max(page_size, 1)),
+    )
+
+
+def plan_values(plan: AttentionPlan, plan_buffer_ptr: int) -> tuple[int, ...]:
+    """The parameters of `attention.SOURCE_FIELDS["plan"]`: where the plan's sections lie on the device."""
+    at = plan.offsets
+    return (
+        plan_buffer_ptr,
+        plan_buffer_ptr + 4 * at.work,
+        plan_buffer_ptr + 4 * at.qo_indptr,
+        plan_buffer_ptr + 4 * at.kv_indptr,
+        plan_buffer_ptr + 4 * at.kv_len,
+        plan.total_kv if plan.page_size else 0,
     )
 
 
@@ -193,20 +207,12 @@ def prepare_attention(
     kernel, most_blocks, head, tail, rope = _planned(
         device, plan.shape, dtype, soft_cap, config, kv_dtype or dtype, out_dtype or dtype, options, aligned
     )
-    at = plan.offsets
-    pointers = (
-        plan_buffer_ptr,
-        plan_buffer_ptr + 4 * at.work,
-        plan_buffer_ptr + 4 * at.qo_indptr,
-        plan_buffer_ptr + 4 * at.kv_indptr,
-        plan_buffer_ptr + 4 * at.kv_len,
-    )
     return PreparedAttention(
         kernel,
         int(min(plan.max_work * plan.shape.num_kv_heads, most_blocks)),
-        head + pointers + (plan.total_kv if plan.page_size else 0,) + tail,
+        head + plan_values(plan, plan_buffer_ptr) + tail,
         plan.partial_lse_offset,
-        plan_buffer_ptr + 4 * at.semaphore,
+        plan_buffer_ptr + 4 * plan.offsets.semaphore,
         rope,
     )
 
@@ -243,7 +249,7 @@ def _planned(
         tail = (attention_sm90.box_rows(config, shape.page_size),)
     else:
         kernel = _kernel(device, config, dtype, dim_qk, dim_vo, "plan", variant, kv_dtype, out_dtype, options, aligned)
-    head = _shape_values(shape.num_qo_heads, shape.num_kv_heads, shape.causal, shape.window_left, shape.page_size)
+    head = shape_values(shape.num_qo_heads, shape.num_kv_heads, shape.causal, shape.window_left, shape.page_size)
     return kernel, most_blocks, head, tail, _rope_table(options, dim_qk)
 
 
@@ -406,7 +412,7 @@ def launch_single(
     partial_o = workspace_ptr + SINGLE_SEMAPHORE_BYTES
     partial_lse = partial_o + partial_bytes(tiles * num_splits, num_kv_heads, config.tile_q, dim_vo)[0]
     variant = "softcap" if logits_soft_cap > 0.0 else "plain"
-    shape = _shape_values(num_qo_heads, num_kv_heads, causal, window_left, 0)
+    shape = shape_values(num_qo_heads, num_kv_heads, causal, window_left, 0)
     partials = (0, partial_o, partial_lse, workspace_ptr)
     if isinstance(config, Sm90Config):
         attention_sm90.check(config, q, k, v, out, kv_layout, 0, options, aligned)

@@ -19,8 +19,8 @@ from pyinfer.core.params import ParamStruct, i32, tensor_map
 from pyinfer.jit.attention import (
     _RUN_FIELDS,
     _SCALE_FIELDS,
-    _SHAPE_FIELDS,
-    _SOURCE_FIELDS,
+    SHAPE_FIELDS,
+    SOURCE_FIELDS,
     SOURCES,
     VARIANTS,
     _features,
@@ -244,8 +244,8 @@ def sm90_params(source: str, options: AttentionOptions = PLAIN) -> ParamStruct:
         *_RUN_FIELDS[_POINTERS:],
         *_SCALE_FIELDS,
         *option_fields(options),
-        *_SHAPE_FIELDS,
-        *_SOURCE_FIELDS[source],
+        *SHAPE_FIELDS,
+        *SOURCE_FIELDS[source],
     )
     return ParamStruct(
         f"{'Planned' if source == 'plan' else 'Single'}Sm90Params",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, DType, canonical_dtype
-from pyinfer.core.params import ParamStruct, f32, i32, i64, ptr, u32
-from pyinfer.jit.attention import smem_limits
+from pyinfer.core.params import ParamStruct, f32, i64, ptr
+from pyinfer.jit.attention import SHAPE_FIELDS, SOURCE_FIELDS, smem_limits
 from pyinfer.jit.mla_sm90 import (
     MlaSm90Config,
     PreparedMlaSm90,
@@ -127,20 +127,8 @@ PARAMS = ParamStruct(
     f32("logit_scale", "sm_scale * log2(e); soft cap: 2 log2(e) sm_scale / cap"),
     f32("soft_cap_log2", "cap * log2(e)"),
     f32("lse_scale", "1: base 2; ln 2: base e"),
-    i32("num_kv_heads", "1"),
-    i32("group", "heads"),
-    u32("group_magic", "division by group: fast_divide"),
-    i32("group_shift"),
-    i32("causal"),
-    i32("window_left", "keys to the left that stay visible; -1: all"),
-    i32("page_size"),
-    u32("page_magic", "division by page_size: fast_divide"),
-    i32("page_shift"),
-    ptr("plan_header", "const int32_t", "word 0: number of work items"),
-    ptr("work", "const int32_t", "[n_work, 8]"),
-    ptr("qo_indptr", "const int32_t", "[batch + 1], tokens"),
-    ptr("kv_indptr", "const int32_t", "[batch + 1], pages"),
-    ptr("kv_len", "const int32_t", "[batch], tokens"),
+    *SHAPE_FIELDS,  # one kv head, a group of all heads
+    *SOURCE_FIELDS["plan"],
 )
 
 
@@ -190,13 +178,8 @@ def all_specs(archs: Iterable[int] = (80, 89, 90)) -> list[JitSpec]:
 
 
 def hopper_specs() -> list[JitSpec]:
-    """Every spec of the sm90 family, for 9.0a alone."""
-    return [
-        gen_mla_sm90(MlaSm90Config(cluster), dtype, soft_cap)
-        for cluster in (1, 2)
-        for dtype in DTYPES
-        for soft_cap in (False, True)
-    ]
+    """Every spec of the sm90 family that the launch can ask for, for 9.0a alone."""
+    return [gen_mla_sm90(mla_sm90_config(), dtype, soft_cap) for dtype in DTYPES for soft_cap in (False, True)]
 
 
 def gen_batch_mla_module(
@@ -232,8 +215,7 @@ def gen_batch_mla_module(
                 for rows in (FEW_ROWS, FEW_ROWS + 1):
                     specs[gen_mla(mla_config(number, rows), dtype, soft_cap)] = None
             if backend != "fa2" and number == 90:
-                for cluster in (1, 2):
-                    specs[gen_mla_sm90(MlaSm90Config(cluster), dtype, soft_cap)] = None
+                specs[gen_mla_sm90(mla_sm90_config(), dtype, soft_cap)] = None
     if not specs:
         fail(op, "backend", "needs a Hopper GPU", repr(backend), "'auto' or 'fa2'")
     return JitModule(f"batch_mla_{dtype.short}", tuple(specs))
@@ -272,28 +254,17 @@ def prepare_mla(
     """Fetch (or compile) a plan's kernel and fill in what stays the same from run to run. `config` None: the sm80 family's."""
     from pyinfer.core.device import arch_number_of
     from pyinfer.core.errors import fail
-    from pyinfer.jit.attention_launch import divisor
+    from pyinfer.jit.attention_launch import plan_values, shape_values
 
     if isinstance(config, MlaSm90Config):
         return prepare_mla_sm90(device, plan, plan_buffer_ptr, dtype, soft_cap, config)
     config = config or mla_config(arch_number_of(device), plan.tile_q)
     if config.tile_q != plan.tile_q:
         fail("mla", "plan", "was made for another tile", plan.tile_q, f"tile_q {config.tile_q} of {config.tag}")
-    at = plan.offsets
-    sections = (at.work, at.qo_indptr, at.kv_indptr, at.kv_len)
-    constants = (
-        1,
-        plan.num_qo_heads,
-        *divisor(plan.num_qo_heads),
-        int(plan.causal),
-        min(plan.window_left, 1 << 30),
-        plan.page_size,
-        *divisor(plan.page_size),
-        plan_buffer_ptr,
-        *(plan_buffer_ptr + 4 * section for section in sections),
-    )
-    kernel = _kernel(device, config, dtype, soft_cap)
-    return PreparedMla(kernel, plan.max_work, constants, plan.partial_lse_offset, plan_buffer_ptr + 4 * at.semaphore)
+    shape = shape_values(plan.num_qo_heads, 1, plan.causal, plan.window_left, plan.page_size)
+    kernel, semaphore = _kernel(device, config, dtype, soft_cap), plan_buffer_ptr + 4 * plan.offsets.semaphore
+    constants = shape + plan_values(plan, plan_buffer_ptr)
+    return PreparedMla(kernel, plan.max_work, constants, plan.partial_lse_offset, semaphore)
 
 
 def launch_mla(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pyinfer.core import tensormap
 from pyinfer.core.dtypes import DType, canonical_dtype
-from pyinfer.core.params import ParamStruct, f32, i32, i64, ptr, tensor_map, u32
+from pyinfer.core.params import ParamStruct, f32, i32, i64, ptr, tensor_map
+from pyinfer.jit.attention import SHAPE_FIELDS, SOURCE_FIELDS
 from pyinfer.jit.spec import JitSpec
 
 if TYPE_CHECKING:
@@ -100,23 +101,10 @@ PARAMS = ParamStruct(
     f32("logit_scale", "sm_scale * log2(e); soft cap: 2 log2(e) sm_scale / cap"),
     f32("soft_cap_log2", "cap * log2(e)"),
     f32("lse_scale", "1: base 2; ln 2: base e"),
-    i32("num_kv_heads", "1"),
-    i32("group", "heads"),
-    u32("group_magic", "division by group: fast_divide"),
-    i32("group_shift"),
-    i32("causal"),
-    i32("window_left", "keys to the left that stay visible; -1: all"),
-    i32("page_size"),
-    u32("page_magic", "division by page_size: fast_divide"),
-    i32("page_shift"),
-    ptr("plan_header", "const int32_t", "word 0: number of work items"),
-    ptr("work", "const int32_t", "[n_work, 8]"),
-    ptr("qo_indptr", "const int32_t", "[batch + 1], tokens"),
-    ptr("kv_indptr", "const int32_t", "[batch + 1], pages"),
-    ptr("kv_len", "const int32_t", "[batch], tokens"),
+    *SHAPE_FIELDS,  # one kv head, a group of all heads
+    *SOURCE_FIELDS["plan"],
     i32("box_rows", "keys of a TMA box"),
     i32("slots", "work items that the device runs at a time"),
-    i32("num_indices", "entries of kv_indices that may be fetched ahead"),
 )
 
 
@@ -189,32 +177,23 @@ def prepare_mla_sm90(
     """Fetch (or compile) a plan's kernel and fill in what stays the same from run to run."""
     from pyinfer.core.device import num_sms
     from pyinfer.core.errors import fail
-    from pyinfer.jit.attention_launch import divisor
+    from pyinfer.jit.attention_launch import plan_values, shape_values
 
     if config.tile_q != plan.tile_q:
         fail("mla", "plan", "was made for another tile", plan.tile_q, f"tile_q {config.tile_q} of {config.tag}")
     rows = box_rows(plan.page_size)
     if not rows:
         fail("mla", "page_size", "is too small or odd for TMA", plan.page_size, "a multiple of 8")
-    at = plan.offsets
-    sections = (at.work, at.qo_indptr, at.kv_indptr, at.kv_len)
     constants = (
-        1,
-        plan.num_qo_heads,
-        *divisor(plan.num_qo_heads),
-        int(plan.causal),
-        min(plan.window_left, 1 << 30),
-        plan.page_size,
-        *divisor(plan.page_size),
-        plan_buffer_ptr,
-        *(plan_buffer_ptr + 4 * section for section in sections),
+        *shape_values(plan.num_qo_heads, 1, plan.causal, plan.window_left, plan.page_size),
+        *plan_values(plan, plan_buffer_ptr),
         rows,
         max(num_sms(device) // config.cluster, 1),
-        plan.total_kv,
     )
     kernel = _kernel(device, config, dtype, soft_cap)
     grid = plan.max_work * config.cluster
-    return PreparedMlaSm90(kernel, grid, constants, plan.partial_lse_offset, plan_buffer_ptr + 4 * at.semaphore, rows)
+    semaphore = plan_buffer_ptr + 4 * plan.offsets.semaphore
+    return PreparedMlaSm90(kernel, grid, constants, plan.partial_lse_offset, semaphore, rows)
 
 
 def launch_mla_sm90(
