@@ -8,6 +8,7 @@ their indices. NaN counts as the largest value, as in torch.topk; of equal value
 from __future__ import annotations
 
 import functools
+import math
 from enum import IntEnum
 from typing import Any
 
@@ -394,8 +395,9 @@ def _sorted_by_framework(op: str, v: TensorView, values: Any, indices: Any, larg
         )
     if large:
         values, indices = values.flip(-1), indices.flip(-1)
-    values, order = values.sort(dim=-1, descending=True, stable=True)
-    return values, indices.gather(-1, order)
+    # All NaNs as one: by torch's order those of negative sign are the smallest where it sorts by radix (long rows on a GPU).
+    _, order = values.masked_fill(values != values, math.nan).sort(dim=-1, descending=True, stable=True)
+    return values.gather(-1, order), indices.gather(-1, order)
 
 
 topk = top_k

@@ -10,7 +10,7 @@ import pytest
 
 import pyinfer
 from tests import attention_cases as cases
-from tests.arrays import Backend, assert_same_bits
+from tests.arrays import Backend, assert_close, assert_same_bits
 from tests.oracle_grid import OFF, OPS, case_of
 
 HEADS, DIM, PAGE = (6, 2), 64, 16
@@ -74,6 +74,21 @@ def test_company_changes_no_bit(rng, backend_arrays, device, kind, mask):
             for r, results in zip(chosen, got, strict=True):
                 for x, y, what in zip(results, together[r], ("out", "lse"), strict=True):
                     assert_same_bits(x, y, f"{what} of request {r} among {chosen}, {options}")
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_huge_scores_of_one_size_in_every_split(rng, backend_arrays, rows):
+    """Beyond 2^26 or so an LSE is the same for one key as for all of a split; the splits' weights must sum to one all the same."""
+    b, n = backend_arrays, 256
+    v = b.array(rng.standard_normal((n // PAGE, PAGE, HEADS[1], DIM)), "bfloat16")
+    k, q = b.full(v.shape, 1e15, "bfloat16"), b.full((rows, HEADS[0], DIM), 1e15, "bfloat16")
+    w = pyinfer.BatchPrefillWithPagedKVCacheWrapper()
+    pages = np.arange(n // PAGE + 1, dtype=np.int32)
+    table = (np.array([0, rows], np.int32), pages[[0, -1]], pages[:-1], np.array([PAGE], np.int32))
+    w.plan(*table, *HEADS, DIM, PAGE, q_data_type="bfloat16", fixed_split_size=4)
+    assert w.plan_info.num_partials >= 4
+    want = np.repeat(b.float64(v).reshape(n, HEADS[1], DIM).mean(0), HEADS[0] // HEADS[1], axis=0)
+    assert_close(b.float64(w.run(q, (k, v))), np.broadcast_to(want, (rows, HEADS[0], DIM)), rtol=0.01, atol=2e-3)
 
 
 def test_split_sizes_do_change_bits(rng, backend_arrays, device):

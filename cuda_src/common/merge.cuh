@@ -99,6 +99,7 @@ PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w, const S
 }
 
 // out = sum_s 2^(lse_s - lse) O_s, lse = log2 sum_s 2^lse_s, always summed in split order, so that the bits do not depend on who came last.
+// Divided by the sum of the weights: of an lse of 1e6 and more rounding leaves too little for them to add up to 1 (with a sink it may be less, not more).
 // `total`: TILE_Q floats of shared memory. THREADS threads from threadIdx.x 0 on take part. EARLY: splits fetched ahead, 5 registers each.
 template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, bool ALIGNED = true, int EARLY = 8, typename Params, typename Variant, typename Sync = BlockSync>
 PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const Variant& variant, float* total, const Sync& sync = {}) {
@@ -180,11 +181,13 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
         const int column = task % (HEAD_DIM / COLUMNS) * COLUMNS;
         const float reference = total[row] == -infinity() ? 0.0f : total[row];
         float sum[COLUMNS] = {};
+        float weights = 0.0f;
         const auto add = [&](float lse, const float4& o) {
             float weight = 1.0f;
             if constexpr (Normalises<Variant>::value) {
                 weight = exp2_approx(lse - reference);
             }
+            weights += weight;
             sum[0] = fmaf(weight, o.x, sum[0]);
             sum[1] = fmaf(weight, o.y, sum[1]);
             sum[2] = fmaf(weight, o.z, sum[2]);
@@ -204,11 +207,12 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
         for (int s = first; s < w.num_splits; ++s) {
             add(lse_of(task, s), columns_of(task, s));
         }
+        const float factor = Normalises<Variant>::value ? normaliser(Variant::SINKS ? fmaxf(weights, 1.0f) : weights) : 1.0f;
         const OutputRow at = output_row(p, w, row);
         vec_t<T, COLUMNS> result;
 #pragma unroll
         for (int i = 0; i < COLUMNS; ++i) {
-            result[i] = from_float<T>(variant.output_transform(sum[i], w, [&] { return at; }, column + i));
+            result[i] = from_float<T>(variant.output_transform(factor * sum[i], w, [&] { return at; }, column + i));
         }
         store_columns<ALIGNED>(p.out + at.token * p.out_stride_token + at.head * p.out_stride_head + column, result);
     }
