@@ -142,6 +142,17 @@ struct AttentionTile {
         }
     }
 
+    // Scores times a factor for each of a lane's two rows (of one row block).
+    PYINFER_DEVICE void scale_rows(const float (&factor)[2]) {
+#pragma unroll
+        for (int n = 0; n < KV_BLOCKS; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                score[0][n][i] *= factor[i / 2];
+            }
+        }
+    }
+
     // The softmax takes the maximum before it scales, so a scale that is not positive is applied here. Returns the scale left to apply.
     PYINFER_DEVICE float make_scale_positive(float scale) {
         if (scale > 0.0f) {
@@ -307,6 +318,36 @@ struct AttentionTile {
         }
     }
 };
+
+// bf16 queries of 8-bit keys become f16, which takes an 8-bit value in one instruction where bf16 takes four. So that none leaves f16's range each row is
+// multiplied by a power of two that brings its largest element to 2^14: what then falls below f16's smallest value is under 2^-38 of that. One warp, 16 rows;
+// returns the power that undoes it for row `lane % 16`. A row with infinity or NaN keeps its scale.
+template <int STEPS, int ROW_BYTES>
+PYINFER_DEVICE float queries_to_f16(char* tile) {
+    const int lane = threadIdx.x % 32;
+    const auto chunk = [&](int i) -> uint4& { return *reinterpret_cast<uint4*>(tile + swizzled_offset<ROW_BYTES>(lane % 16, 2 * i + lane / 16)); };
+    uint32_t highest = 0;  // magnitude, as a float's bits
+    const auto look_at = [&](uint32_t pair) { highest = max_of(highest, max_of(pair & 0x7fff0000u, (pair << 16) & 0x7fff0000u)); };
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+        const uint4 x = chunk(i);
+        look_at(x.x), look_at(x.y), look_at(x.z), look_at(x.w);
+    }
+    highest = max_of(highest, __shfl_xor_sync(0xffffffffu, highest, 16));
+    const int exponent = static_cast<int>(highest >> 23);
+    const int shift = exponent == 255 ? 0 : min_of(14 + 127 - exponent, 126);
+    const float factor = __int_as_float((127 + shift) << 23);
+    const auto convert = [&](uint32_t pair) {
+        const float2 x = unpack2<bf16>(pair);
+        return pack2<f16>(x.x * factor, x.y * factor);
+    };
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+        uint4& x = chunk(i);
+        x = make_uint4(convert(x.x), convert(x.y), convert(x.z), convert(x.w));
+    }
+    return __int_as_float((127 - shift) << 23);
+}
 
 // The queries for 8-bit keys: within 16 columns, pairs (0 1)(2 3)...(14 15) become pairs 0, 2, 4, 6, 1, 3, 5, 7, so that the A fragment's
 // k = 2t, 2t+1, 2t+8, 2t+9 are dims 4t..4t+3. One warp, ROWS rows of a swizzled tile; a lane moves whole groups of 16.
