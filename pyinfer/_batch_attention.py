@@ -15,8 +15,8 @@ from pyinfer._attention_options import (
     qo_lengths,
 )
 from pyinfer._batch_run import BatchRun
-from pyinfer._repeated_run import RepeatedRun
 from pyinfer._support import KERNEL_FAMILIES
+from pyinfer.core.calls import Calls
 from pyinfer.core.dtypes import INT32, INT64, UINT8, DType
 from pyinfer.core.errors import (
     check_dtype,
@@ -99,8 +99,7 @@ class BatchAttention(BatchRun):
         self._sm_scale, self._soft_cap = 1.0, 0.0
         self._q_shape = (0, 0, 0)
         self._kv_tokens = 0
-        self._repeated = RepeatedRun()
-        self._noted_args: tuple[Any, ...] | None = ()
+        self._calls = Calls()  # run() with the plan there is
         self._options: AttentionOptions = PLAIN
         self._extras: AttentionExtras = NO_EXTRAS
         self._mask: Mask | None = None
@@ -299,7 +298,7 @@ class BatchAttention(BatchRun):
         _, heads, dim = self._q_shape
         self._q_shape = (plan.total_rows, heads, dim)
         self._kv_tokens = plan.total_kv
-        self._repeated.forget()
+        self._calls.clear()
         if self._planned_device >= 0:
             self._upload(plan, plan.shape is last.shape)
 
@@ -373,7 +372,7 @@ class BatchAttention(BatchRun):
         self._q_shape = (plan.total_rows, plan.num_qo_heads, plan.head_dim_qk)
         self._kv_tokens = plan.total_kv
         self._kv_known = None
-        self._repeated.forget()
+        self._calls.clear()
         if device >= 0:
             self._upload(plan)
 
@@ -397,7 +396,7 @@ class BatchAttention(BatchRun):
         causal = causal and not options.mask
         if isinstance(self._plan_key, PlanKey):
             self._plan_key = self._plan_key._replace()  # another object, which no plan() will be like
-        self._repeated.forget()
+        self._calls.clear()
         window = common.check_window(self._op, window_left)
         self._soft_cap = common.check_soft_cap(self._op, logits_soft_cap)
         self._sm_scale = common.softmax_scale(self._op, sm_scale, plan.head_dim_qk)

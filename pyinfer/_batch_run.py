@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import sys
 from typing import TYPE_CHECKING, Any
 
 from pyinfer import _attention as common
 from pyinfer._attention_options import Items, Mask, joined_items, joined_mask, mask_bits_offset, sinks_view
-from pyinfer._repeated_run import RepeatedRun, args_key
+from pyinfer.core.calls import Calls, Source
 from pyinfer.core.dtypes import FLOAT32, DType
 from pyinfer.core.errors import (
     check_last_dim_contiguous,
@@ -23,8 +23,47 @@ from pyinfer.jit.attention_options import NO_EXTRAS, AttentionExtras, AttentionO
 if TYPE_CHECKING:
     import numpy as np
 
+    from pyinfer.core.launch import BoundLaunch
     from pyinfer.schedulers.plan import AttentionPlan
     from pyinfer.variants import AttentionVariant
+
+
+RunCall = tuple[tuple[Any, ...], tuple[Any, ...]]
+"""What `core.calls` recognises a run() by: all that decides the launch besides the plan and the tensors, and the tensors."""
+
+
+def run_call(
+    q: Any, kv: Any, out: Any, lse: Any, args: tuple[Any, ...], sinks: Any, options: tuple[Any, ...]
+) -> RunCall:
+    """A run() for `Calls.run`: a new plan forgets them all.
+
+    Parameters
+    ----------
+    kv
+        The cache, or a tuple of keys and values.
+    args, sinks
+        Values that a bound launch has in it: of the tensors among them the addresses count too.
+    options
+        The other arguments.
+    """
+    pair = type(kv) is tuple
+    tensors = (q, *kv) if pair else (q, kv)
+    if out is not None:
+        tensors += (out,)
+    if lse is not None:
+        tensors += (lse,)
+    if not args and sinks is None:
+        return (options, pair, out is None, lse is None), tensors
+    plain = _torch_types()
+    values = (*args, None, sinks)
+    tensors += tuple([x for x in values if type(x) in plain])
+    bound = [(type(x).__name__, x.data_ptr() if type(x) in plain else x) for x in values]
+    return (options, pair, out is None, lse is None, *bound), tensors
+
+
+def _torch_types() -> tuple[type, ...]:
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.Tensor, torch.nn.Parameter)
 
 
 class BatchRun:
@@ -53,8 +92,7 @@ class BatchRun:
     _q_shape: tuple[int, int, int]
     _kv_tokens: int
     _kv_known: tuple[Any, ...] | None
-    _repeated: RepeatedRun
-    _noted_args: tuple[Any, ...] | None
+    _calls: Calls
     _plan_ptr: int
     _indices_ptr: int
     _workspace_ptr: int
@@ -64,18 +102,6 @@ class BatchRun:
 
     def _move_plan(self, q: TensorView) -> None:
         raise NotImplementedError
-
-    def _args_as_noted(self, args: tuple[Any, ...]) -> bool:
-        """Whether the variant's values are those of the bound launch, which has them in it."""
-        return args_key(args) == self._noted_args if args or self._noted_args else True
-
-    def _note_args(self, args: tuple[Any, ...]) -> bool:
-        """Remember a call's values; False if such values cannot be told from others later."""
-        key = args_key(args) if args else ()
-        if key != self._noted_args:
-            self._repeated.forget()
-            self._noted_args = key
-        return key is not None
 
     def _upload(self, plan: AttentionPlan, has_kernel: bool = False) -> None:
         """Send a plan to the GPU, find its workspace and its kernel (compiling it if need be): run() then only launches."""
@@ -261,11 +287,11 @@ class BatchRun:
         soft_cap: float,
         v_scale: float,
         enable_pdl: bool | None,
-        options: tuple[Any, ...],
+        call: RunCall,
         sinks: Any = None,
         args: tuple[Any, ...] = (),
     ) -> Any:
-        """Allocate what is not given, and launch. `options`: the arguments by which `RepeatedRun` recognises the call; `args`: the variant's values."""
+        """Allocate what is not given, and launch. `call`: what `run_call` made of the arguments; `args`: the variant's values."""
         plan = self._plan
         assert plan is not None
         variant, values = self._variant, []
@@ -274,8 +300,8 @@ class BatchRun:
                 self._op, args, q.device, plan.num_qo_heads, plan.num_kv_heads, len(plan.kv_len)
             )
             variant.check_run(self._op, return_lse or lse is not None, sinks is not None)
-        given_lse = lse is not None
         shape = (q.shape[0], plan.num_qo_heads, plan.head_dim_vo)
+        given_out, given_lse = out is not None, lse is not None
         if out is None:
             out = empty(q, shape, self._out_dtype)
             out_view = view(out)
@@ -305,16 +331,13 @@ class BatchRun:
                 assert variant is not None
                 extras = extras._replace(user=variant.cuda_values(values))
             pdl = self._pdl_default if enable_pdl is None else common.use_pdl(q.device, enable_pdl)
-            launch = functools.partial(
-                common.launchers()[0],
+            bound = common.launchers()[0](
                 q.device, current_stream(q), self._plan_ptr, plan, q, k, v, self._indices_ptr, self._kv_layout, out_view, lse_view, self._workspace_ptr,
-                sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl, options=selected, extras=extras,
+                sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl, options=selected, extras=extras, bind=True,
             )  # fmt: skip
-            launch()
-            # What `options` does not tell apart: sinks, and an lse that is given and not asked for.
-            if sinks is None and (return_lse or not given_lse) and self._note_args(args):
-                bind = functools.partial(launch, bind=True)
-                self._repeated.note(q, k, v, out_view, lse_view, options, bind, given_lse)
+            bound(current_stream(q), q.ptr, k.ptr, v.ptr, out_view.ptr, 0 if lse_view is None else lse_view.ptr)
+            if (return_lse or not given_lse) and not (q.ptr | k.ptr | v.ptr | out_view.ptr) & 15:
+                self._remember(call, q, k, v, bound, given_out, return_lse, given_lse)
         else:
             from pyinfer.cpu.attention import run_plan
 
@@ -329,6 +352,42 @@ class BatchRun:
             del kept  # what `user` points at has lived until here
         return (out, lse) if return_lse else out
 
+    def _remember(
+        self,
+        call: RunCall,
+        q: TensorView,
+        k: TensorView,
+        v: TensorView,
+        bound: BoundLaunch,
+        given_out: bool,
+        return_lse: bool,
+        given_lse: bool,
+    ) -> None:
+        """Let later calls like this one, which was launched by `bound`, go straight to the launch."""
+        scalars, tensors = call
+        pair = scalars[1]
+        keys: list[Source] = [(1, 0), (2, 0)] if pair else [(1, 0), (1, v.ptr - k.ptr)]
+        following = (
+            2 + pair
+        )  # of the tensors: the given output and LSE, then a variant's and sinks, then those allocated
+        plan = self._plan
+        assert plan is not None
+        shape = (q.shape[0], plan.num_qo_heads, plan.head_dim_vo)
+        outputs: list[tuple[Any, DType]] = []
+        places = []
+        for wanted, given, size, dtype in (
+            (True, given_out, shape, self._out_dtype),
+            (return_lse, given_lse, shape[:2], FLOAT32),
+        ):
+            if wanted and given:
+                places.append(following)
+                following += 1
+            elif wanted:
+                places.append(len(tensors) + len(outputs))
+                outputs.append((size, dtype))
+        recipe = ((0, 0), *keys, *[(place, 0) for place in places], *[None] * (not return_lse))
+        self._calls.remember(scalars, tensors, q, bound, tuple(outputs), recipe, 4, tuple(places))
+
     def _run(
         self,
         q: TensorView,
@@ -337,15 +396,15 @@ class BatchRun:
         out: Any,
         lse: Any,
         sinks: Any,
-        options: tuple[Any, ...],
+        call: RunCall,
         sm_scale: float | None = None,
         args: tuple[Any, ...] = (),
     ) -> Any:
-        """`_execute` with the scales taken out of `options`: (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left).
+        """`_execute` with the scales taken out of the call's options: (q_scale, k_scale, v_scale, return_lse, enable_pdl, ...).
 
         sm_scale is the plan's unless given. `args`: the values of the variant's parameters.
         """
-        q_scale, k_scale, v_scale, return_lse, enable_pdl, _ = options
+        (q_scale, k_scale, v_scale, return_lse, enable_pdl, *_), *_ = call[0]
         if sm_scale is None:
             sm_scale = self._sm_scale
         if q_scale is not None:
@@ -354,7 +413,7 @@ class BatchRun:
             sm_scale *= common.scale(self._op, "k_scale", k_scale)
         factor = common.scale(self._op, "v_scale", v_scale)
         cap = self._soft_cap
-        return self._execute(q, k, v, out, lse, return_lse, sm_scale, cap, factor, enable_pdl, options, sinks, args)
+        return self._execute(q, k, v, out, lse, return_lse, sm_scale, cap, factor, enable_pdl, call, sinks, args)
 
     # ---- the CPU backend's view of the options
     def _cpu_workspace(self, need: int) -> Any:

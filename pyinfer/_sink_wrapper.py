@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pyinfer import _attention as common
+from pyinfer._batch_run import run_call
+from pyinfer.core.calls import MISS
 from pyinfer.core.errors import fail_type
 from pyinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
@@ -130,11 +132,15 @@ custom_mask_buf, mask_indptr_buf, backend
         if sinks is None:
             fix = "Without sinks use BatchPrefillWithPagedKVCacheWrapper."
             fail_type(self._op, "sinks", "are missing", None, "float32 [num_qo_heads]", fix)
+        options = (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left, sm_scale)
+        call = run_call(q, paged_kv_cache, out, lse, args, sinks, options)
+        done = self._calls.run(*call)
+        if done is not MISS:
+            return done
         qv = self._check_run(q, window_left, args)
         k, v = self._paged_kv(qv, paged_kv_cache)
-        options = (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left)
         given = None if sm_scale is None else common.scale(self._op, "sm_scale", sm_scale)
-        return self._run(qv, k, v, out, lse, sinks, options, sm_scale=given)
+        return self._run(qv, k, v, out, lse, sinks, call, sm_scale=given)
 
     def forward(  # type: ignore[override]
         self,

@@ -12,8 +12,10 @@ from pyinfer import _attention as common
 from pyinfer._attention import host_metadata
 from pyinfer._attention_options import PlanKey, options_of
 from pyinfer._batch_attention import BatchAttention
+from pyinfer._batch_run import run_call
 from pyinfer._fast_decode_plan import fast_decode_plan
 from pyinfer._support import out_dtype, plan_dtypes
+from pyinfer.core.calls import MISS
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import fail
 from pyinfer.core.tensor import TensorView, empty, view
@@ -449,13 +451,13 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
             A request without keys: zeros and -inf.
         """
         options = (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left)
-        if self._repeated.ready and sinks is None and self._args_as_noted(args):
-            done = self._repeated(q, paged_kv_cache, out, lse, options)
-            if done is not None:
-                return done
+        call = run_call(q, paged_kv_cache, out, lse, args, sinks, options)
+        done = self._calls.run(*call)
+        if done is not MISS:
+            return done
         qv = self._check_run(q, window_left, args)
         k, v = self._paged_kv(qv, paged_kv_cache)
-        return self._run(qv, k, v, out, lse, sinks, options, args=args)
+        return self._run(qv, k, v, out, lse, sinks, call, args=args)
 
     def run_return_lse(self, q: Any, paged_kv_cache: Any, *args: Any, **kwargs: Any) -> Any:
         """`run` with return_lse=True."""

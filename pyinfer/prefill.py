@@ -12,7 +12,9 @@ from pyinfer import _attention as common
 from pyinfer._attention import host_metadata
 from pyinfer._attention_options import bind_mask, mask_view, options_of
 from pyinfer._batch_prefill import BatchPrefill, prefill_key
+from pyinfer._batch_run import run_call
 from pyinfer._support import KERNEL_FAMILIES, out_dtype
+from pyinfer.core.calls import MISS
 from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import device_name, fail
 from pyinfer.core.tensor import empty, view
@@ -341,13 +343,13 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             A row that sees no key: zeros and -inf.
         """
         options = (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left)
-        if self._repeated.ready and sinks is None and self._args_as_noted(args):
-            done = self._repeated(q, paged_kv_cache, out, lse, options)
-            if done is not None:
-                return done
+        call = run_call(q, paged_kv_cache, out, lse, args, sinks, options)
+        done = self._calls.run(*call)
+        if done is not MISS:
+            return done
         qv = self._check_run(q, window_left, args)
         k, v = self._paged_kv(qv, paged_kv_cache)
-        return self._run(qv, k, v, out, lse, sinks, options, args=args)
+        return self._run(qv, k, v, out, lse, sinks, call, args=args)
 
     def forward(
         self,
@@ -518,14 +520,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         Other parameters and returns as `BatchPrefillWithPagedKVCacheWrapper.run`.
         """
         options = (q_scale, k_scale, v_scale, return_lse, enable_pdl, window_left)
-        if self._repeated.ready and sinks is None and self._args_as_noted(args):
-            done = self._repeated(q, (k, v), out, lse, options)
-            if done is not None:
-                return done
+        call = run_call(q, (k, v), out, lse, args, sinks, options)
+        done = self._calls.run(*call)
+        if done is not MISS:
+            return done
         qv = self._check_run(q, window_left, args)
         kv, vv = view(k, self._op, "k"), view(v, self._op, "v")
         self._check_kv(qv, kv, vv, "k", "v")
-        return self._run(qv, kv, vv, out, lse, sinks, options, args=args)
+        return self._run(qv, kv, vv, out, lse, sinks, call, args=args)
 
     def forward(
         self,

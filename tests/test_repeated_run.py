@@ -2,150 +2,264 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 
 import pyinfer
-from pyinfer import _repeated_run
-from pyinfer.core.tensor import view
+from pyinfer import _batch_run
+from pyinfer.jit import attention_launch
+from tests import stub_runtime
 from tests.arrays import assert_same_bits
 
-OPTIONS = (None, None, None, False, None, None)
+torch = pytest.importorskip("torch")
+PAGES, PAGE, HEADS, DIM = 9, 16, (8, 2), 64
+TABLE = ([0, 2, 5, 9], list(range(PAGES)), [3, 16, 1])
 
 
-class Recorder:
-    """Stands for a bound launch."""
+class Runs:
+    """The GPU path of a wrapper's run() on CPU tensors: what was launched, and how many calls were checked in full."""
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, monkeypatch, record):
+        self.launches, self.checked = record, 0
+        original = _batch_run.BatchRun._check_run
 
-    def __call__(self, *pointers):
-        self.calls.append(pointers)
+        def check_run(wrapper, *args):
+            self.checked += 1
+            return original(wrapper, *args)
+
+        monkeypatch.setattr(_batch_run.BatchRun, "_check_run", check_run)
+
+    def pointers(self):
+        """q, k, v, out and lse of the last launch."""
+        return struct.unpack_from("5P", self.launches[-1][2])
+
+    def served(self, call):
+        """A call's result, and whether it went straight to the launch."""
+        before = self.checked
+        result = call()
+        return result, self.checked == before
 
 
 @pytest.fixture
-def torch(monkeypatch):
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(_repeated_run, "raw_stream", lambda: lambda device: 77)
-    return torch
+def runs(monkeypatch):
+    caches = (
+        attention_launch.prepare_attention,
+        attention_launch._planned,
+        attention_launch._kernel,
+    )  # of stubs' kernels
+    for x in caches:
+        x.cache_clear()
+    yield Runs(monkeypatch, stub_runtime.install(monkeypatch)[1])
+    for x in caches:
+        x.cache_clear()
 
 
-def warm(torch, kv, options=OPTIONS, lse=False, given=False):
-    """A RepeatedRun that has seen the same call twice, its recorder and its query."""
-    repeated, bound = _repeated_run.RepeatedRun(), Recorder()
-    q, out = torch.zeros(3, 4, 64), torch.zeros(3, 4, 64)
-    if isinstance(kv, tuple):
-        k, v = view(kv[0]), view(kv[1])
-    else:
-        k, v = view(kv), view(kv)
-        v.ptr += kv.stride(1) * kv.element_size()
-    for _ in range(2):
-        assert not repeated.ready
-        repeated.note(view(q), k, v, view(out), view(torch.zeros(3, 4)) if lse else None, options, lambda: bound, given)
-    return repeated, bound, q
+def zeros(*shape, dtype=torch.float16):
+    return torch.zeros(shape, dtype=dtype)
 
 
-@pytest.mark.cpu
-def test_addresses_follow_the_tensors(torch):
-    cache = torch.zeros(5, 2, 16, 2, 64)
-    repeated, bound, q = warm(torch, cache)
-    other, q2 = torch.ones_like(cache), torch.ones_like(q)
-    out = repeated(q2, other, None, None, OPTIONS)
-    v_ptr = other[:, 1].data_ptr()
-    assert bound.calls == [(77, q2.data_ptr(), other.data_ptr(), v_ptr, out.data_ptr(), 0)]
-    assert out.shape == q.shape and out.dtype == q.dtype
-    given = torch.zeros_like(q)
-    assert repeated(q, other, given, None, OPTIONS) is given
-    k, v = torch.zeros(5, 16, 2, 64), torch.zeros(5, 16, 2, 64)
-    repeated, bound, q = warm(torch, (k, v), (None, 0.5, None, True, None, None), lse=True)
-    out, lse = repeated(q, (v, k), None, None, (None, 0.5, None, True, None, None))
-    assert bound.calls == [(77, q.data_ptr(), v.data_ptr(), k.data_ptr(), out.data_ptr(), lse.data_ptr())]
-    assert lse.shape == (3, 4) and lse.dtype is torch.float32
+def decode():
+    wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper(zeros(1 << 20, dtype=torch.uint8))
+    wrapper.plan(*TABLE, *HEADS, DIM, PAGE)
+    return wrapper
+
+
+def cache(combined=True):
+    both = zeros(PAGES, 2, PAGE, 2, DIM)
+    return both if combined else (both[:, 0].contiguous(), both[:, 1].contiguous())
 
 
 @pytest.mark.cpu
-def test_a_given_lse(torch):
-    """It is served where one was given, and told from a call without; as from one of another layout."""
-    cache, options = torch.zeros(5, 2, 16, 2, 64), (None, None, None, True, None, None)
-    repeated, bound, q = warm(torch, cache, options, lse=True, given=True)
-    out, lse = torch.zeros_like(q), torch.zeros(3, 4)
-    got = repeated(q, cache, out, lse, options)
-    assert got[0] is out and got[1] is lse
-    assert bound.calls == [(77, q.data_ptr(), cache.data_ptr(), cache[:, 1].data_ptr(), out.data_ptr(), lse.data_ptr())]
-    for other in (None, torch.zeros(3, 8)[:, :4], torch.zeros(3, 4).double(), lse.numpy(), torch.zeros(4, 3).T):
-        assert repeated(q, cache, out, other, options) is None
-    own, _, q = warm(torch, cache, options, lse=True)
-    assert own(q, cache, out, lse, options) is None and own(q, cache, out, None, options) is not None
+@pytest.mark.parametrize("combined", [True, False])
+@pytest.mark.parametrize("given_out", [True, False])
+@pytest.mark.parametrize("lse", ["none", "own", "given"])
+def test_addresses_follow_the_tensors(runs, combined, given_out, lse):
+    wrapper = decode()
+    for step in range(4):
+        q, kv = zeros(3, 8, DIM), cache(combined)
+        out = zeros(3, 8, DIM) if given_out else None
+        own = zeros(3, 8, dtype=torch.float32) if lse == "given" else None
+        got, straight = runs.served(
+            lambda: wrapper.run(q, kv, out=out, lse=own, return_lse=lse != "none", v_scale=0.5)  # noqa: B023
+        )
+        assert straight == (step > 0)
+        first, second = got if lse != "none" else (got, None)
+        assert not given_out or first is out
+        assert lse != "given" or second is own
+        assert first.shape == q.shape and first.dtype is q.dtype and first.is_contiguous()
+        assert second is None or (second.shape == (3, 8) and second.dtype is torch.float32)
+        k, v = (kv[:, 0], kv[:, 1]) if combined else kv
+        wanted = (q, k, v, first)
+        assert runs.pointers() == (*[x.data_ptr() for x in wanted], 0 if second is None else second.data_ptr())
+    first, *later = [data for _, _, data, *_ in runs.launches]
+    assert all(data[40:] == first[40:] for data in later)  # all but the pointers
 
 
 @pytest.mark.cpu
-def test_anything_else_takes_the_full_path(torch):
-    cache = torch.zeros(5, 2, 16, 2, 64)
-    repeated, bound, q = warm(torch, cache)
-    parameter = torch.nn.Parameter(q.clone())
-    odd = torch.zeros(q.numel() + 1)[1:].view(q.shape)  # 4 bytes off a 16-byte boundary
-    for case in [
-        (q[:2], cache, None, None, OPTIONS),
-        (q.transpose(0, 1), cache, None, None, OPTIONS),
-        (q.half(), cache, None, None, OPTIONS),
-        (parameter, cache, None, None, OPTIONS),
-        (odd, cache, None, None, OPTIONS),
-        (q.numpy(), cache, None, None, OPTIONS),
-        (q, cache[:4], None, None, OPTIONS),
-        (q, cache.half(), None, None, OPTIONS),
-        (q, (cache[:, 0], cache[:, 1]), None, None, OPTIONS),
-        (q, [cache, cache], None, None, OPTIONS),
-        (q, cache, torch.zeros(3, 4, 128)[..., ::2], None, OPTIONS),
-        (q, cache, torch.zeros(3, 4, 64).half(), None, OPTIONS),
-        (q, cache, None, torch.zeros(3, 4), OPTIONS),
-        (q, cache, None, None, (None, 0.5, None, False, None, None)),
-        (q, cache, None, None, (None, torch.tensor(1.0), None, False, None, None)),
-        (q, cache, None, None, (None, None, None, True, None, None)),
+def test_anything_else_takes_the_full_path(runs):
+    wrapper, q, kv = decode(), zeros(3, 8, DIM), cache()
+    k, v = cache(False)
+    wrapper.run(q, kv)
+    odd = zeros(q.numel() + 1)[1:].view(q.shape)  # 2 bytes off a 16-byte boundary
+    strided = zeros(3, 8, 2 * DIM)[..., :DIM]
+    for args, options in [
+        ((torch.nn.Parameter(q.clone()), kv), {}),
+        ((odd, kv), {}),
+        ((strided, kv), {}),
+        ((q, (k, v)), {}),
+        ((q, zeros(PAGES + 1, 2, PAGE, 2, DIM)), {}),
+        ((q, kv), {"out": strided}),
+        ((q, kv), {"return_lse": True}),
+        ((q, kv), {"v_scale": 0.5}),
+        ((q, kv), {"k_scale": 2}),
+        ((q, kv), {"enable_pdl": False}),
+        ((q, kv), {"window_left": -1}),
+        ((q, kv), {"q_scale": torch.tensor(2.0)}),
+        ((q, kv), {"sinks": zeros(8, dtype=torch.float32)}),
+        ((q, kv), {"lse": zeros(3, 8, dtype=torch.float32)}),
     ]:
-        assert repeated(*case) is None
-    assert not bound.calls
-    repeated.forget()
-    assert not repeated.ready
+        assert not runs.served(lambda: wrapper.run(*args, **options))[1], options  # noqa: B023
+        assert runs.served(lambda: wrapper.run(q, kv))[1]
+    for args, options in [
+        ((q[:2], kv), {}),
+        ((q.float(), kv), {}),
+        ((q, kv[:4]), {}),
+        ((q, kv.float()), {}),
+        ((q, [k, v]), {}),
+        ((q, (k, v, v)), {}),
+        ((q, kv), {"out": zeros(3, 8, DIM, dtype=torch.float32)}),
+        ((q, kv), {"lse": zeros(3, 8), "return_lse": True}),
+        ((q, kv), {"k_scale": zeros(3)}),
+        ((q, kv), {"k_scale": [1.0]}),
+        ((q, kv), {"window_left": 3}),
+        ((q, kv, 1.0), {}),
+        ((q.numpy(), kv), {}),
+    ]:
+        with pytest.raises((TypeError, ValueError), match="BatchDecodeWithPagedKVCacheWrapper"):
+            wrapper.run(*args, **options)
+        assert runs.served(lambda: wrapper.run(q, kv))[1]
 
 
 @pytest.mark.cpu
-def test_nothing_is_bound_to_scales_in_tensors(torch):
-    repeated = _repeated_run.RepeatedRun()
-    q = torch.zeros(3, 4, 64)
-    for _ in range(3):
-        repeated.note(view(q), view(q), view(q), view(q), None, (torch.tensor(2.0), *OPTIONS[1:]), Recorder)
-    assert not repeated.ready
+def test_nothing_is_remembered_of_values_in_tensors(runs):
+    """A scale in a tensor may change in place."""
+    wrapper, q, kv, scale = decode(), zeros(3, 8, DIM), cache(), torch.tensor(2.0)
+    seen = set()
+    for value in (2.0, 3.0, 3.0):
+        scale.fill_(value)
+        assert not runs.served(lambda: wrapper.run(q, kv, v_scale=scale))[1]
+        seen.add(runs.launches[-1][2][40:])
+    assert len(seen) == 2
+
+
+@pytest.mark.cpu
+def test_a_new_plan_starts_over(runs):
+    wrapper, q, kv = decode(), zeros(3, 8, DIM), cache()
+    for _ in range(2):
+        wrapper.run(q, kv)
+    wrapper.plan([0, 1, 2, 3], *TABLE[1:], *HEADS, DIM, PAGE)
+    assert not runs.served(lambda: wrapper.run(q, kv))[1] and runs.served(lambda: wrapper.run(q, kv))[1]
+    with pytest.warns(DeprecationWarning):
+        wrapper.forward(q, kv, sm_scale=2.0)  # replaces a part of the plan
+    assert runs.checked == 3
+
+
+@pytest.mark.cpu
+def test_pages_are_checked_against_each_cache(runs):
+    """A plan that names a page outside the cache is refused, also where the same cache was good for the plan before."""
+    wrapper, q, kv = decode(), zeros(3, 8, DIM), cache()
+    for _ in range(2):
+        wrapper.run(q, kv)
+    wrapper.plan(TABLE[0], [*range(8), 9], TABLE[2], *HEADS, DIM, PAGE)
+    with pytest.raises(ValueError, match="names a page outside the cache"):
+        wrapper.run(q, kv)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["decode", "sink wrapper"])
+def test_sinks_are_bound_by_address(runs, name):
+    q, kv, sinks = zeros(3, 8, DIM), cache(), zeros(8, dtype=torch.float32)
+    if name == "decode":
+        wrapper = decode()
+        call = lambda x, **options: wrapper.run(q, kv, sinks=x, **options)  # noqa: E731
+    else:
+        wrapper = pyinfer.BatchAttentionWithAttentionSinkWrapper(
+            q_data_type="float16", kv_data_type="float16", head_dim_qk=DIM, head_dim_vo=DIM
+        )
+        wrapper.plan([0, 1, 2, 3], *TABLE, *HEADS, page_size=PAGE)
+        call = lambda x, **options: wrapper.run(q, kv, x, **options)  # noqa: E731
+    other, bound = zeros(8, dtype=torch.float32), []
+    for x, straight in ((sinks, False), (sinks, True), (other, False), (sinks, True), (other, True)):
+        assert runs.served(lambda: call(x))[1] == straight  # noqa: B023
+        assert struct.pack("P", x.data_ptr()) in runs.launches[-1][2]
+    if name == "sink wrapper":  # sm_scale is run()'s as well
+        for scale, straight in ((0.5, False), (0.5, True), (None, True), (0.25, False), (torch.tensor(0.5), False)):
+            assert runs.served(lambda: call(sinks, sm_scale=scale))[1] == straight  # noqa: B023
+            bound.append(runs.launches[-1][2][40:])
+        assert bound[0] == bound[1] == bound[4] and len(set(bound)) == 3
+
+
+@pytest.mark.cpu
+def test_ragged_keys(runs):
+    wrapper = pyinfer.BatchPrefillWithRaggedKVCacheWrapper(zeros(1 << 20, dtype=torch.uint8))
+    wrapper.plan([0, 2, 5], [0, 4, 9], *HEADS, DIM, causal=True)
+    for step in range(3):
+        q, k, v = zeros(5, 8, DIM), zeros(9, 2, DIM), zeros(9, 2, DIM)
+        out, straight = runs.served(lambda: wrapper.run(q, k, v))  # noqa: B023
+        assert straight == (step > 0) and runs.pointers() == (*[x.data_ptr() for x in (q, k, v, out)], 0)
+    both = zeros(9, 2, DIM)
+    assert not runs.served(lambda: wrapper.run(q, both, both))[1]  # one tensor twice
+    with pytest.raises(ValueError, match="k is shorter than the plan"):
+        wrapper.run(q, k[:8], v[:8])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("combined", [True, False])
 @pytest.mark.parametrize("return_lse", [True, False, "given"])
-def test_same_bits_as_the_full_path(rng, combined, return_lse):
-    torch = pytest.importorskip("torch")
-    batch, pages, page = 3, 9, 16
-    indptr, last = np.array([0, 2, 5, 9], np.int32), np.array([3, 16, 1], np.int32)
+def test_same_bits_as_the_full_path(rng, monkeypatch, combined, return_lse):
+    runs = Runs(monkeypatch, [])
+    order = np.random.default_rng(1).permutation(PAGES).astype(np.int32)
 
-    def cache():
-        both = torch.randn(pages, 2, page, 2, 64, device="cuda", dtype=torch.bfloat16)
+    def filled():
+        both = torch.randn(PAGES, 2, PAGE, 2, DIM, device="cuda", dtype=torch.bfloat16)
         return both if combined else (both[:, 0].contiguous(), both[:, 1].contiguous())
 
-    def make():
-        wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(1 << 20, dtype=torch.uint8, device="cuda"))
-        order = np.random.default_rng(1).permutation(pages).astype(np.int32)
-        wrapper.plan(indptr, order, last, 8, 2, 64, page, q_data_type="bfloat16")
+    def plan(wrapper):
+        wrapper.plan(TABLE[0], order, TABLE[2], *HEADS, DIM, PAGE, q_data_type="bfloat16")
         return wrapper
+
+    def make():
+        return plan(pyinfer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(1 << 20, dtype=torch.uint8, device="cuda")))
 
     wrapper = make()
     for step in range(6):
         if step == 4:  # a new plan starts over
-            order = np.random.default_rng(1).permutation(pages).astype(np.int32)
-            wrapper.plan(indptr, order, last, 8, 2, 64, page, q_data_type="bfloat16")
-        assert wrapper._repeated.ready == (step in (2, 3))
-        q, kv = torch.randn(batch, 8, 64, device="cuda", dtype=torch.bfloat16), cache()
+            plan(wrapper)
+        q, kv = torch.randn(3, 8, DIM, device="cuda", dtype=torch.bfloat16), filled()
         out = torch.full_like(q, float("nan")) if step % 2 else None
-        lse = torch.full((batch, 8), float("nan"), device="cuda") if return_lse == "given" else None
-        got = wrapper.run(q, kv, out=out, lse=lse, return_lse=bool(return_lse))
-        assert lse is None or got[1] is lse
+        lse = torch.full((3, 8), float("nan"), device="cuda") if return_lse == "given" else None
+        got, straight = runs.served(lambda: wrapper.run(q, kv, out=out, lse=lse, return_lse=bool(return_lse)))  # noqa: B023
+        assert straight == (step in (2, 3)) and (lse is None or got[1] is lse)
         want = make().run(q, kv, return_lse=bool(return_lse))
         for a, b in zip(got, want, strict=True) if return_lse else ((got, want),):
             assert_same_bits(a.float().cpu().numpy(), b.float().cpu().numpy())
+
+
+@pytest.mark.gpu
+def test_sinks_same_bits(rng, monkeypatch):
+    runs = Runs(monkeypatch, [])
+
+    def make():
+        wrapper = pyinfer.BatchAttentionWithAttentionSinkWrapper(head_dim_qk=DIM, head_dim_vo=DIM)
+        wrapper.plan([0, 1, 2, 3], *TABLE, *HEADS, page_size=PAGE, causal=True)
+        return wrapper
+
+    wrapper, kv = make(), torch.randn(PAGES, 2, PAGE, 2, DIM, device="cuda", dtype=torch.bfloat16)
+    sinks = [torch.randn(8, device="cuda") for _ in range(2)]
+    for step in range(5):
+        q = torch.randn(3, 8, DIM, device="cuda", dtype=torch.bfloat16)
+        got, straight = runs.served(lambda: wrapper.run(q, kv, sinks[step % 2]))  # noqa: B023
+        assert straight == (step > 1)
+        assert_same_bits(got.float().cpu().numpy(), make().run(q, kv, sinks[step % 2]).float().cpu().numpy())

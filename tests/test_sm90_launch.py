@@ -40,7 +40,7 @@ def hopper(monkeypatch):
         attention_launch.prepare_attention,
         attention_launch._planned,
         attention_launch._kernel,
-        attention_launch._planned,
+        tensormap.table,
     )
     from pyinfer.core import device
 
@@ -382,3 +382,19 @@ def test_compiles(dim):
             used,
         )
         assert not [line for line in artifact.log.splitlines() if "(C75" in line], (config.tag, artifact.log)
+
+
+def test_maps_by_address(monkeypatch):
+    """A tensor's map is encoded once for its address, and no more than so many are kept."""
+    made = []
+    monkeypatch.setattr(tensormap, "encode", lambda address, *layout: made.append((address, layout)) or bytes(128))
+    layout = (BFLOAT16, (128, 10, 2, 1), (256, 128, 0), (64, 8, 1, 1))
+    maps = tensormap.Maps(*layout)
+    for address in (16, 32, 16, 32, 16):
+        maps[address]
+    assert made == [(16, layout), (32, layout)]
+    for address in range(tensormap.MOST_ADDRESSES + 1):
+        maps[16 * address]
+    assert len(maps) <= tensormap.MOST_ADDRESSES and len(made) > tensormap.MOST_ADDRESSES
+    assert tensormap.table(*layout) is tensormap.table(*layout)
+    tensormap.table.cache_clear()

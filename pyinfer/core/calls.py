@@ -175,24 +175,65 @@ class Calls:
         returns
             Which of the tensors is the result, where nothing is allocated and there are so many. None: there is no result.
         """
-        maker = _MAKERS.get(like.framework) if aligned and _plain(scalars) else None
-        made = maker(tensors, like, outputs) if maker is not None else None
+        made = self._recognised(scalars, tensors, like, outputs) if aligned else None
         if made is None:
             kernel(current_stream(like), grid, values, pdl)
             return
-        check, ptr, stream, new = made
         bound = kernel.bind(grid, values, pointers, pdl)
         bound(current_stream(like), *values[:pointers])
-        if len(self._found) >= MOST_KEYS:
-            self.clear()
-        given = len(tensors)
         if recipe is None:
             recipe = tuple([(i, 0) for i in range(pointers)])
-        returned = returns if returns is not None and returns < given and not outputs else None
-        make = _runner(given, len(outputs), recipe, pointers if wants is None else wants, returned)
-        run = make(ptr, new, stream, like.device, *bound.parts(), MISS)
+        inside = returns is not None and returns < len(tensors) and not outputs
+        self._keep(scalars, tensors, made, bound, len(outputs), recipe, wants, (returns,) if inside else None)  # type: ignore[arg-type]
+
+    def remember(
+        self,
+        scalars: Any,
+        tensors: tuple[Any, ...],
+        like: TensorView,
+        bound: BoundLaunch,
+        outputs: tuple[tuple[Any, DType], ...],
+        recipe: tuple[Source, ...],
+        wants: int,
+        returns: tuple[int, ...] | None,
+    ) -> None:
+        """Remember a call that was checked, and launched by `bound`, if it can be recognised: for those who bind by themselves. Parameters as `launch`.
+
+        Parameters
+        ----------
+        returns
+            Which tensors are the result, those allocated counted on behind those given: one, or a tuple of several. None: what was allocated.
+        """
+        made = self._recognised(scalars, tensors, like, outputs)
+        if made is not None:
+            self._keep(scalars, tensors, made, bound, len(outputs), recipe, wants, returns)
+
+    def _recognised(
+        self, scalars: Any, tensors: tuple[Any, ...], like: TensorView, outputs: tuple[tuple[Any, DType], ...]
+    ) -> _Made | None:
+        """What recognises calls like this one and serves them; None where that cannot be told."""
+        maker = _MAKERS.get(like.framework) if _plain(scalars) else None
+        return maker(tensors, like, outputs) if maker is not None else None
+
+    def _keep(
+        self,
+        scalars: Any,
+        tensors: tuple[Any, ...],
+        made: _Made,
+        bound: BoundLaunch,
+        allocated: int,
+        recipe: tuple[Source, ...],
+        wants: int | None,
+        returns: tuple[int, ...] | None,
+    ) -> None:
+        check, ptr, stream, new = made
+        device, given = bound.kernel.device, len(tensors)
+        if len(self._found) >= MOST_KEYS:
+            self.clear()
+        make = _runner(given, allocated, recipe, len(recipe) if wants is None else wants, returns)
+        run = make(ptr, new, stream, device, *bound.parts(), MISS)
         key = (type(tensors[0]), tensors[0].shape, given, scalars)
-        call = Call(run, bound, stream, like.device, ptr, new)
+        call = Call(run, bound, stream, device, ptr, new)
         self._found[key] = ((check, call), *self._found.get(key, ())[: MOST_PER_KEY - 1])
         self._recent[scalars] = check, run
 
@@ -207,7 +248,7 @@ class Calls:
 
 @functools.cache
 def _runner(
-    given: int, allocated: int, recipe: tuple[Source, ...], wants: int, returns: int | None
+    given: int, allocated: int, recipe: tuple[Source, ...], wants: int, returns: tuple[int, ...] | None
 ) -> Callable[..., Callable[..., Any]]:
     """What makes `Call.run` for calls of one form, from its source."""
     tensors = [f"t{i}" for i in range(given + allocated)]
@@ -216,13 +257,14 @@ def _runner(
         "def make(ptr, new, stream, device, slot, pack, pack_stream, offset, current_device, launch, handle, submit, MISS):",
         f"    def run({', '.join(tensors[:given])}):",
     ]
-    result = "None" if returns is None else tensors[returns]
+    result = "made" if allocated else "None"
     if allocated:
-        result = "made"
         targets = "" if allocated == 1 else f"{', '.join(tensors[given:])} = "
         lines.append(f"        {targets}made = new()")
         if allocated == 1:
             tensors[given] = "made"
+    if returns is not None:
+        result = ", ".join([tensors[i] for i in returns])
     lines += [f"        p{i} = ptr({tensors[i]})" for i in used]
     pointers = ["0" if s is None else f"p{s[0]}" + (f" + {s[1]}" if s[1] else "") for s in recipe]
     tested = list(dict.fromkeys(p for p in pointers[:wants] if p != "0"))

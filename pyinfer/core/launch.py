@@ -12,7 +12,10 @@ import ctypes
 import functools
 import struct
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 from pyinfer.jit.spec import JitSpec
 
@@ -241,6 +244,10 @@ class BoundLaunch:
             slot.config_argument, self._handle, slot.argv_argument, None
         ):
             self._submit(slot)  # another device is current, or an error to deal with: all over again
+
+    def pack_with(self, pack: Callable[..., Any]) -> None:
+        """Write the leading fields by `pack(buffer, 0, *pointers)`: for parameters that follow from the pointers (tensor maps)."""
+        self._pack_pointers = pack
 
     def parts(self) -> tuple[Any, ...]:
         """What a call consists of, for functions that do it themselves (`core.calls`).

@@ -88,3 +88,26 @@ def encode(address: int, dtype: DType, shape: tuple[int, ...], strides: tuple[in
 
         _check(code, f"cuTensorMapEncodeTiled of shape {shape}, strides {strides}, box {box}")
     return raw.raw[start : start + BYTES]
+
+
+MOST_ADDRESSES = 512
+"""Maps that a table keeps; beyond, it begins anew."""
+
+
+class Maps(dict[int, bytes]):
+    """`encode` of tensors that differ in their address alone, by address: what a layer's keys and values cost from the second step on."""
+
+    def __init__(self, *layout: Any) -> None:
+        self._layout = layout
+
+    def __missing__(self, address: int) -> bytes:
+        if len(self) >= MOST_ADDRESSES:
+            self.clear()
+        found = self[address] = encode(address, *self._layout)
+        return found
+
+
+@functools.lru_cache(maxsize=256)
+def table(dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Maps:
+    """The table of a layout; arguments as `encode`'s."""
+    return Maps(dtype, shape, strides, box)

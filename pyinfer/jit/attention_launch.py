@@ -11,7 +11,7 @@ from pyinfer.jit import attention_sm90
 from pyinfer.jit.attention import AttentionConfig, attention_config, gen_attention
 from pyinfer.jit.attention_config import wide_decode_config
 from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, AttentionOptions, check_extras
-from pyinfer.jit.attention_sm90 import BoundSm90, Sm90Config
+from pyinfer.jit.attention_sm90 import Sm90Config
 from pyinfer.jit.rope import frequency_bytes
 from pyinfer.schedulers.plan import SINGLE_SEMAPHORE_BYTES, AttentionPlan, PlanShape, partial_bytes
 
@@ -275,7 +275,7 @@ def launch_attention(
     options: AttentionOptions = PLAIN,
     extras: AttentionExtras = NO_EXTRAS,
     bind: bool = False,
-) -> BoundLaunch | BoundSm90 | None:
+) -> BoundLaunch | None:
     """Run a plan; or, with `bind`, return its launch bound but for the addresses of q, k, v, out and lse.
 
     Parameters
@@ -335,8 +335,7 @@ def launch_attention(
         together = attention_sm90.heads_at_once(config, plan.num_kv_heads, tokens)
         values = (*values[:5], *partials[:3], *encoded, partials[3], *values[5:], *ready.constants, flags, together)
         if bind:
-            bound = ready.kernel.bind(ready.grid, values, 5, pdl)
-            return BoundSm90(bound, maps)
+            return attention_sm90.bind(ready.kernel, ready.grid, values, maps, pdl)
         ready.kernel(stream, ready.grid, values, pdl)
         return None
     values = (*values[:5], *partials, *values[5:15], *ready.rope, *values[15:], *ready.constants)

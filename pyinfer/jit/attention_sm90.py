@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ COLUMNS = 64  # of a TMA box: 128 bytes
 SLACK = 1024  # bytes for aligning the shared memory
 WORKS, WORK_BYTES = 4, 64  # the kernel's ring of work items
 _POINTERS = 8  # leading fields of _RUN_FIELDS: 64 bytes, so that the tensor maps behind them are aligned
-_MAP_OFFSET = 8 * _POINTERS
+_LEADING = struct.Struct(f"@{_POINTERS}P" + 4 * f"{tensormap.BYTES}s")  # the pointers and the maps behind them
 
 
 @dataclass(frozen=True)
@@ -493,28 +494,31 @@ def maps_of(
 
 def encode(maps: tuple[Map, ...], q: int, k: int, v: int, out: int) -> tuple[bytes, ...]:
     """The tensor maps of `maps_of` at these addresses."""
-    return tuple(
-        tensormap.encode(address, *m) if m else bytes(tensormap.BYTES)
-        for address, m in zip((k, v, q, out), maps, strict=True)
-    )
+    return tuple([m[address] for m, address in zip(_tables(maps), (k, v, q, out), strict=True)])
 
 
-class BoundSm90:
-    """A bound launch (`core.launch.BoundLaunch`) whose tensor maps follow the addresses of q, k, v and out."""
+class _NoMap:
+    """In the place of a table where the kernel needs no map."""
 
-    __slots__ = ("_bound", "_maps")
+    def __getitem__(self, address: int) -> bytes:
+        return _EMPTY
 
-    def __init__(self, bound: BoundLaunch, maps: tuple[Map, ...]) -> None:
-        self._bound = bound
-        self._maps = maps
 
-    def __call__(self, stream: int, *pointers: int) -> None:
-        """Launch on `stream` with these addresses of q, k, v, out and lse."""
-        slot = self._bound._slot  # the calling thread's own
-        addresses = pointers[:4]
-        if getattr(slot, "mapped", None) != addresses:
-            maps = b"".join(encode(self._maps, *addresses))
-            params: Any = slot.own.params  # a ctypes array takes bytes; its stubs do not say so
-            params[_MAP_OFFSET : _MAP_OFFSET + len(maps)] = maps
-            slot.mapped = addresses
-        self._bound(stream, *pointers)
+_EMPTY, _NO_MAP = bytes(tensormap.BYTES), _NoMap()
+
+
+def _tables(maps: tuple[Map, ...]) -> list[tensormap.Maps | _NoMap]:
+    return [tensormap.table(*m) if m else _NO_MAP for m in maps]
+
+
+def bind(kernel: Kernel, grid: int, values: tuple[Any, ...], maps: tuple[Map, ...], pdl: bool) -> BoundLaunch:
+    """A bound launch (`core.launch.BoundLaunch`) of five pointers, q, k, v, out and lse, whose tensor maps follow them."""
+    bound = kernel.bind(grid, values, 5, pdl)
+    of_k, of_v, of_q, of_out = _tables(maps)
+    fixed, pack_into = values[5:_POINTERS], _LEADING.pack_into
+
+    def pack(buffer: Any, at: int, q: int, k: int, v: int, out: int, lse: int) -> None:
+        pack_into(buffer, at, q, k, v, out, lse, *fixed, of_k[k], of_v[v], of_q[q], of_out[out])
+
+    bound.pack_with(pack)
+    return bound
