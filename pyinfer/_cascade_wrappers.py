@@ -10,14 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pyinfer import _attention as common
-from pyinfer.core.dtypes import FLOAT32
 from pyinfer.core.errors import fail
-from pyinfer.core.tensor import empty, view
+from pyinfer.core.tensor import view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pyinfer.core.tensor import TensorView
 
 _BUFFERS = (
     "qo_indptr_buf_arr",
@@ -25,45 +23,6 @@ _BUFFERS = (
     "paged_kv_indices_buf_arr",
     "paged_kv_last_page_len_buf_arr",
 )
-
-
-class _States:
-    """Room for the outputs and log-sum-exps of several levels, [levels, rows, heads, dim] and [levels, rows, heads], and their merge in one launch."""
-
-    def __init__(self, levels: int, q: TensorView, head_dim_vo: int) -> None:
-        rows, heads, _ = q.shape
-        self.q = q
-        self.v = empty(q, (levels, rows, heads, head_dim_vo))
-        self.s = empty(q, (levels, rows, heads), FLOAT32)
-
-    def parts(self) -> list[tuple[Any, Any]]:
-        """Output and log-sum-exp of each level."""
-        if self.q.framework == "torch":
-            return list(zip(self.v.unbind(0), self.s.unbind(0), strict=True))
-        return [(self.v[i], self.s[i]) for i in range(len(self.v))]
-
-    def merge(self, op: str, out: Any, lse: Any, return_lse: bool) -> Any:
-        """The merged output (and LSE), in `out` and `lse` if given."""
-        from pyinfer.cascade import merge_state_views, merge_states
-
-        if out is None and lse is None and self.q.framework == "torch":  # rows first: views, no copies
-            merged = merge_states(self.v.transpose(0, 1), self.s.transpose(0, 1))
-            return merged if return_lse else merged[0]
-        v, s = view(self.v), view(self.s)
-        levels, rows, heads, dim = v.shape
-        out_view = _result(op, "out", out, self.q, (rows, heads, dim), v.dtype)
-        lse_view = _result(op, "lse", lse, self.q, (rows, heads), FLOAT32)
-        for x in (v, s):  # rows first: a view, no copy
-            x.shape = (x.shape[1], levels, *x.shape[2:])
-            x.strides = (x.strides[1], x.strides[0], *x.strides[2:])
-        merge_state_views(v, s, out_view, lse_view)
-        return (out_view.obj, lse_view.obj) if return_lse else out_view.obj
-
-
-def _result(op: str, arg: str, given: Any, q: TensorView, shape: tuple[int, ...], dtype: Any) -> TensorView:
-    if given is None:
-        return view(empty(q, shape, dtype))
-    return common.check_out(op, arg, given, q, shape, dtype)
 
 
 def _refuse_places(op: str, pos_encoding_mode: str, window_left: int) -> None:
@@ -117,6 +76,7 @@ class MultiLevelCascadeAttentionWrapper:
         paged_kv_indices_buf_arr: Sequence[Any] | None = None,
         paged_kv_last_page_len_buf_arr: Sequence[Any] | None = None,
     ) -> None:
+        from pyinfer._cascade_levels import SharedLevel
         from pyinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
         if not isinstance(num_levels, int) or num_levels < 1:
@@ -134,9 +94,12 @@ class MultiLevelCascadeAttentionWrapper:
             for arg, value in zip(_BUFFERS, given, strict=True):
                 self._check_levels(arg, value, num_levels)
             buffers = [list(value) for value in given if value is not None]
+        classes = [BatchPrefillWithPagedKVCacheWrapper] * num_levels
+        if num_levels > 1:
+            classes[0] = SharedLevel
         self._levels = [
-            BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout, self._use_cuda_graph, *of_level)
-            for of_level in zip(*buffers, strict=True)
+            make(float_workspace_buffer, kv_layout, self._use_cuda_graph, *of_level)
+            for make, *of_level in zip(classes, *buffers, strict=True)
         ]
         for level in self._levels:
             level._op = self._op  # errors name what was called
@@ -266,14 +229,22 @@ class MultiLevelCascadeAttentionWrapper:
         """
         if not self._planned:
             fail(self._op, "plan()", "was not called", "run() first", "plan() before run()")
-        options: dict[str, Any] = dict(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, enable_pdl=enable_pdl)
+        from pyinfer._cascade_levels import SharedLevel, States
+
+        scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+        options: dict[str, Any] = {k: None if x is None else common.scale(self._op, k, x) for k, x in scales.items()}
+        options["enable_pdl"] = enable_pdl
         if len(self._levels) == 1:
             return self._levels[0].run(q, paged_kv_cache, out=out, lse=lse, return_lse=return_lse, **options)
         qv = common.q_view(self._op, q)
-        states = _States(len(self._levels), qv, qv.shape[2])
-        for level, (level_out, level_lse) in zip(self._levels, states.parts(), strict=True):
+        states = States(len(self._levels), qv, qv.shape[2])
+        # Level 0 last: it may leave splits in the workspace, which the levels share.
+        for level, (level_out, level_lse) in reversed(list(zip(self._levels, states.parts(), strict=True))):
             level.run(q, paged_kv_cache, out=level_out, lse=level_lse, return_lse=True, **options)
-        return states.merge(self._op, out, lse, return_lse)
+        shared = self._levels[0]
+        assert isinstance(shared, SharedLevel)
+        pdl = qv.device >= 0 and common.use_pdl(qv.device, enable_pdl)
+        return states.merge(self._op, out, lse, return_lse, shared, 1.0 if v_scale is None else options["v_scale"], pdl)
 
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:
         """Deprecated: `plan`."""
@@ -317,6 +288,8 @@ class _SharedPrefix:
         sm_scale: float | None,
         rope: dict[str, float | None],
     ) -> Any:
+        from pyinfer._cascade_levels import States
+
         op = self._op
         for arg, value in rope.items():
             if value is not None:
@@ -326,7 +299,7 @@ class _SharedPrefix:
             fail(op, "begin_forward()", "was not called", "forward() first", "begin_forward() before forward()")
         qv = common.q_view(op, q)
         kv, vv = common.dense_views(op, qv, k_shared, v_shared, self._kv_layout)
-        states = _States(2, qv, vv.shape[2])
+        states = States(2, qv, vv.shape[2])
         common.run_single(
             op, qv, kv, vv, self._kv_layout, view(states.v[0]), view(states.s[0]), causal=False, window_left=-1,
             sm_scale=common.softmax_scale(op, sm_scale, qv.shape[2]), logits_soft_cap=0.0, v_scale=1.0,

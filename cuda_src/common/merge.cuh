@@ -82,10 +82,13 @@ struct BlockSync {
 };
 
 // Called by all merging threads after they have written their partials; true, for all of them, in the block that came last. That block sees
-// the partials of all others and has put the semaphore back to zero.
+// the partials of all others and has put the semaphore back to zero. Without semaphores nobody merges: the next kernel will.
 template <typename Params, typename Sync = BlockSync>
 PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w, const Sync& sync = {}) {
     __shared__ bool last;
+    if (p.semaphore == nullptr) {
+        return false;
+    }
     sync();
     if (threadIdx.x == 0) {  // one ordered atomic for all: barriers pass the order on to the other threads, at no thread's cost of a fence
         int32_t* semaphore = p.semaphore + static_cast<int64_t>(w.semaphore) * p.num_kv_heads + w.kv_head;

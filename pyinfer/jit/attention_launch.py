@@ -324,7 +324,8 @@ def launch_attention(
         device, plan, plan_buffer_ptr, q.dtype, logits_soft_cap > 0.0, config, k.dtype, out.dtype, options, aligned
     )
     indices = kv_indices_ptr if plan.page_size else 0
-    partials = (indices, workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
+    semaphore = ready.semaphore if extras.merge else 0
+    partials = (indices, workspace_ptr, workspace_ptr + ready.partial_lse_offset, semaphore)
     if isinstance(config, Sm90Config):
         attention_sm90.check(config, q, k, v, out, kv_layout, plan.page_size, options, aligned)
         group = plan.num_qo_heads // plan.num_kv_heads

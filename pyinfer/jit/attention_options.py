@@ -88,6 +88,8 @@ class AttentionExtras(NamedTuple):
         uint32 [batch]; uint16 [batch, token_pos_len].
     user
         Values of `UserVariant.fields`, pointers as ints.
+    merge
+        False: the splits of a tile stay in the workspace, for a kernel of the caller's to merge. Plans for prefill kernels alone.
     """
 
     mask_ptr: int = 0
@@ -97,6 +99,7 @@ class AttentionExtras(NamedTuple):
     token_pos_ptr: int = 0
     token_pos_len: int = 0
     user: tuple[int | float, ...] = ()
+    merge: bool = True
 
 
 PLAIN = AttentionOptions()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from pyinfer.core.dtypes import DType, canonical_dtype
-from pyinfer.core.params import ParamStruct, i32, i64, ptr, u32
+from pyinfer.core.params import ParamStruct, f32, i32, i64, ptr, u32
 from pyinfer.jit.spec import JitModule, JitSpec
 
 THREADS = 128
@@ -58,6 +58,31 @@ MERGE_STATES = ParamStruct(
     i32("num_states"),
 )
 
+MERGE_LEVELS = ParamStruct(
+    "MergeLevelsParams",
+    ptr("plan_header", "const int32_t", "level 0's plan"),
+    ptr("work", "const int32_t", "its work items"),
+    ptr("qo_indptr", "const int32_t", "its requests' first query tokens"),
+    ptr("partial_o", "const float", "its splits, [slots, num_kv_heads, tile_q, head_dim]; null: merged"),
+    ptr("partial_lse", "const float", "[slots, num_kv_heads, tile_q], base 2"),
+    ptr("v", "const scalar_t", "[levels, tokens, heads, head_dim]; of level 0 what is not in partial_o"),
+    ptr("s", "const float", "[levels, tokens, heads], base 2"),
+    ptr("out", "scalar_t", "[tokens, heads, head_dim]"),
+    ptr("lse", "float", "[tokens, heads]; null: not wanted"),
+    i64("v_level", "strides in elements"),
+    i64("s_level"),
+    i64("out_token"),
+    i64("out_head"),
+    i64("lse_token"),
+    i64("lse_head"),
+    i32("levels"),
+    i32("num_kv_heads"),
+    i32("group"),
+    i32("tile_q"),
+    f32("v_scale", "of the splits; the levels' results have it"),
+)
+MERGE_LEVELS_THREADS = 256
+
 
 def row_lanes(head_dim: int, vec: int) -> int:
     """Threads that share a row: as many as it has vectors, rounded up to a power of two, at most a warp."""
@@ -100,13 +125,42 @@ def gen_merge_states(dtype: DType | str, head_dim: int, vec: int | None = None) 
 
 
 @functools.cache
+def gen_merge_levels(dtype: DType | str, head_dim: int, aligned: bool = True) -> JitSpec:
+    """The kernel that ends a cascade.
+
+    Parameters
+    ----------
+    dtype
+        "float16" or "bfloat16".
+    head_dim
+        A multiple of 4.
+    aligned
+        Whether address and strides of the output are multiples of 4 elements.
+    """
+    dt = canonical_dtype(dtype)
+    constants = (
+        ("scalar_t", dt.ctype),
+        ("HEAD_DIM", head_dim),
+        ("THREADS", MERGE_LEVELS_THREADS),
+        ("ALIGNED", aligned),
+    )
+    return JitSpec(
+        f"merge_levels_{dt.short}_d{head_dim}" + "_unaligned" * (not aligned),
+        "cascade/merge_levels.cu.jinja",
+        MERGE_LEVELS,
+        constants,
+        block=(MERGE_LEVELS_THREADS, 1, 1),
+    )
+
+
+@functools.cache
 def gen_cascade_module() -> JitModule:
-    """Both kernels for the usual head dimensions in float16 and bfloat16."""
+    """All kernels for the usual head dimensions in float16 and bfloat16."""
     return JitModule(
         "cascade",
         tuple(
             gen(dtype, dim)
-            for gen in (gen_merge_state, gen_merge_states)
+            for gen in (gen_merge_state, gen_merge_states, gen_merge_levels)
             for dtype in ("float16", "bfloat16")
             for dim in (64, 128, 256)
         ),
@@ -118,4 +172,5 @@ def all_specs() -> list[JitSpec]:
     specs = list(gen_cascade_module().specs)
     for gen in (gen_merge_state, gen_merge_states):
         specs += [gen("float32", 128), gen("float16", 80, 2), gen("bfloat16", 3, 1)]
+    specs.append(gen_merge_levels("float16", 80, False))
     return list(dict.fromkeys(specs))
