@@ -8,7 +8,7 @@ import numpy as np
 
 from pyinfer import _attention as common
 from pyinfer._batch_attention import BatchAttention
-from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType, canonical_dtype
+from pyinfer.core.dtypes import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT16, FLOAT32, DType, canonical_dtype
 from pyinfer.core.errors import (
     check_last_dim_contiguous,
     check_ndim,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CUDA_DIMS = (512, 64)  # latent and rotary dimension of the CUDA kernel
 CUDA_DTYPES = (FLOAT16, BFLOAT16)
 CPU_DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
+CACHE_DTYPES = (FLOAT8_E4M3, FLOAT8_E5M2)  # beside the queries' own
 CPU_MAX_DIM = 1024
 
 
@@ -35,6 +36,15 @@ def one_dtype(op: str, q_data_type: Any, kv_data_type: Any, q_arg: str, kv_arg: 
         fix = "Queries and caches have one dtype."
         fail_type(op, kv_arg, f"differs from {q_arg}", kv_dtype.name, q_dtype.name, fix)
     return q_dtype
+
+
+def cache_dtype(op: str, q_dtype: DType, kv_data_type: Any) -> DType:
+    """The element type of caches: the queries', or 8-bit floats."""
+    kv_dtype = canonical_dtype(kv_data_type, op, "kv_data_type")
+    if kv_dtype is not q_dtype and kv_dtype not in CACHE_DTYPES:
+        wanted = f"{q_dtype.name}, float8_e4m3fn or float8_e5m2"
+        fail_type(op, "kv_data_type", "differs from q_data_type", kv_dtype.name, wanted)
+    return kv_dtype
 
 
 class PagedMla(BatchAttention):
@@ -73,6 +83,7 @@ class PagedMla(BatchAttention):
         soft_cap: float,
         sm_scale: Any,
         dtype: DType,
+        kv_dtype: DType,
         buffers: dict[str, Any],
     ) -> None:
         """Plan checked arguments. `host`: qo_indptr, kv_indptr, kv_len. `buffers`: values of the caller's buffers but for the indices'."""
@@ -88,7 +99,7 @@ class PagedMla(BatchAttention):
         page_indices = self._page_indices(op, kv_indices, kv_indptr)
         host_indices = page_indices if isinstance(page_indices, np.ndarray) else None
         self._dims = (dims[0] + dims[1], dims[0])
-        key = (num_heads, 1, *self._dims, page_size, dtype, None, False)
+        key = (num_heads, 1, *self._dims, page_size, dtype, kv_dtype, False)
         if self._use_cuda_graph:
             pages = max(int(kv_indptr[-1]), 0) if len(kv_indptr) else 0
             for arg, values in buffers.items():
@@ -102,13 +113,23 @@ class PagedMla(BatchAttention):
         # The base keeps page tables by their last page's length; `_schedule` turns it back.
         metadata = (qo_indptr, kv_indptr, host_indices, kv_len - _before_last_page(kv_indptr, page_size))
         scale = common.scale(op, "sm_scale", sm_scale)
-        self._set_plan(metadata, key, dtype, window_left, bool(causal), soft_cap, scale, page_indices, buffers)
+        self._set_plan(
+            metadata, key, dtype, window_left, bool(causal), soft_cap, scale, page_indices, buffers, kv_dtype
+        )
 
     def _check_graph_key(self, key: tuple[Any, ...]) -> None:
         state = self._graph_state
         if state is None:
             return
-        names = (self._heads_arg, "", "head_dim_ckv + head_dim_kpe", self._dim_arg, "page_size", "q_data_type")
+        names = (
+            self._heads_arg,
+            "",
+            "head_dim_ckv + head_dim_kpe",
+            self._dim_arg,
+            "page_size",
+            "q_data_type",
+            "kv_data_type",
+        )
         for name, had, got in zip(names, state["key"], key, strict=False):
             if had != got:
                 fix = "In CUDA graph mode the first plan fixes it; make a new wrapper."
@@ -160,7 +181,7 @@ class PagedMla(BatchAttention):
         from pyinfer.schedulers.plan import build_plan
         from pyinfer.schedulers.prefill import EXTRA_SLOTS, prefill_capacity
 
-        num_heads, _, dim_qk, dim_vo, page_size, *_ = key
+        num_heads, _, dim_qk, dim_vo, page_size, _, kv_dtype, *_ = key
         kv_len = (last_page_len + _before_last_page(kv_indptr, page_size)).astype(np.int32)
         qo_len = np.ascontiguousarray(qo_indptr[1:] - qo_indptr[:-1])
         batch, total = len(qo_len), int(qo_indptr[-1])
@@ -169,7 +190,7 @@ class PagedMla(BatchAttention):
         if indices is not None:
             used = _used_pages(indices, kv_indptr, kv_len, page_size)
             max_page = int(used.max()) if len(used) else -1
-        tiles = _tiles(device, max(rows, num_heads), page_size, self._backend)
+        tiles = _tiles(device, max(rows, num_heads), page_size, self._backend, kv_dtype.itemsize)
         capacity = None
         if self._use_cuda_graph:
             max_pages = self._buffers[self._indices_arg].shape[0]
@@ -196,7 +217,8 @@ class PagedMla(BatchAttention):
         from pyinfer.jit.mla import prepare_mla
 
         self._config = self._next_config
-        prepare_mla(device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0, self._config)
+        kv_dtype = self._kv_dtype if self._kv_dtype is not self._dtype else None
+        prepare_mla(device, plan, self._plan_ptr, self._dtype, self._soft_cap > 0.0, self._config, kv_dtype)
 
     def _leave_sm90(self, arg: str, cache: TensorView) -> AttentionPlan:
         """The plan anew, for the sm80 family: TMA cannot read this cache."""
@@ -215,10 +237,11 @@ class PagedMla(BatchAttention):
     def _tensor(self, arg: str, x: Any, like: TensorView | None) -> TensorView:
         v = view(x, self._op, arg)
         check_ndim(self._op, arg, v, 3)
-        if v.dtype is not self._dtype:
-            plan_arg = "kv_data_type" if arg in (self._ckv_arg, self._kpe_arg) else "q_data_type"
-            fix = f"Pass {plan_arg} to plan()."
-            fail_type(self._op, arg, "differs from the planned dtype", v.dtype.name, self._dtype.name, fix)
+        cached = arg in (self._ckv_arg, self._kpe_arg)
+        planned = self._kv_dtype if cached else self._dtype
+        if v.dtype is not planned:
+            fix = f"Pass {'kv_data_type' if cached else 'q_data_type'} to plan()."
+            fail_type(self._op, arg, "differs from the planned dtype", v.dtype.name, planned.name, fix)
         if like is not None and v.device != like.device:
             wanted = f"{device_name(like.device)} (where q_nope is)"
             fail(self._op, arg, "is on another device", device_name(v.device), wanted)
@@ -227,6 +250,7 @@ class PagedMla(BatchAttention):
 
     def _run_mla(
         self, q_nope: Any, q_pe: Any, ckv: Any, kpe: Any, out: Any, lse: Any, return_lse: bool, base_e: bool, sm_scale: float, enable_pdl: bool | None,
+        cache_scales: tuple[float, float] = (1.0, 1.0),
     ) -> Any:  # fmt: skip
         op, plan = self._op, self._plan
         if plan is None:
@@ -263,7 +287,9 @@ class PagedMla(BatchAttention):
                 lse_view = common.check_out(op, "lse", lse, q, (wanted, heads), FLOAT32)
                 if not lse_view.is_contiguous():
                     fail(op, "lse", "is not contiguous", f"strides {tuple(lse_view.strides)}", "a contiguous tensor")
-        numbers: dict[str, Any] = {"sm_scale": sm_scale, "logits_soft_cap": self._soft_cap, "lse_base_e": base_e}
+        numbers: dict[str, Any] = {
+            "sm_scale": sm_scale, "logits_soft_cap": self._soft_cap, "lse_base_e": base_e, "ckv_scale": cache_scales[0], "kpe_scale": cache_scales[1],
+        }  # fmt: skip
         if q.device >= 0:
             from pyinfer.jit.mla import covers, launch_mla
 
@@ -298,7 +324,9 @@ def _used_pages(indices: np.ndarray, kv_indptr: np.ndarray, kv_len: np.ndarray, 
     return indices[starts + np.arange(len(starts)) - np.repeat(np.cumsum(needed) - needed, needed)]
 
 
-def _tiles(device: int, max_packed_rows: int, page_size: int, backend: str) -> tuple[int, int, int, int, Any]:
+def _tiles(
+    device: int, max_packed_rows: int, page_size: int, backend: str, kv_itemsize: int
+) -> tuple[int, int, int, int, Any]:
     """(tile_q, tile_kv, processors, blocks per processor, configuration) for the scheduler; a cluster counts as one processor."""
     if device < 0:
         from pyinfer.cpu.mla import config
@@ -308,7 +336,7 @@ def _tiles(device: int, max_packed_rows: int, page_size: int, backend: str) -> t
     from pyinfer.jit.mla import choose_config
     from pyinfer.jit.mla_sm90 import MlaSm90Config
 
-    chosen = choose_config(arch_number_of(device), max_packed_rows, page_size, backend)
+    chosen = choose_config(arch_number_of(device), max_packed_rows, page_size, backend, kv_itemsize)
     processors = num_sms(device)
     if isinstance(chosen, MlaSm90Config):
         processors = max(processors // chosen.cluster, 1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from pyinfer import _attention as common
 from pyinfer._attention import host_metadata
-from pyinfer._paged_mla import CUDA_DIMS, PagedMla, one_dtype
+from pyinfer._paged_mla import CUDA_DIMS, PagedMla, cache_dtype, one_dtype
+from pyinfer.core.dtypes import canonical_dtype
 from pyinfer.core.errors import fail
 from pyinfer.jit.mla import BACKENDS
 from pyinfer.torch_ops import attach
@@ -90,8 +92,10 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
             Query i sees key j iff j <= kv_len - qo_len + i.
         sm_scale
             Scale of the scores: 1 / sqrt(128 + 64) in DeepSeek's models, the head dimension before absorption. There is no default.
-        q_data_type, kv_data_type
-            One dtype for both: float16 or bfloat16, on the CPU float32 as well.
+        q_data_type
+            float16 or bfloat16, on the CPU float32 as well.
+        kv_data_type
+            The queries' dtype, float8_e4m3fn or float8_e5m2. A cache of 8-bit floats is read by the "fa2" family.
         use_profiler
             Not supported: False.
         strict
@@ -105,11 +109,14 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
         op = self._op
         if use_profiler:
             fail(op, "use_profiler", "is not supported", True, False)
-        dtype = one_dtype(op, q_data_type, kv_data_type, "q_data_type", "kv_data_type")
+        dtype = canonical_dtype(q_data_type, op, "q_data_type")
+        kv_dtype = cache_dtype(op, dtype, kv_data_type)
         arrays = host_metadata(op, strict=strict, qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_len_arr=kv_len_arr)
         buffers = dict(zip(("qo_indptr", "kv_indptr", "kv_len_arr"), arrays, strict=True))
         host, dims = (arrays[0], arrays[1], arrays[2]), (head_dim_ckv, head_dim_kpe)
-        self._plan_mla(host, kv_indices, num_heads, dims, page_size, causal, -1, 0.0, sm_scale, dtype, buffers)
+        self._plan_mla(
+            host, kv_indices, num_heads, dims, page_size, causal, -1, 0.0, sm_scale, dtype, kv_dtype, buffers
+        )
 
     def run(
         self,
@@ -124,6 +131,8 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
         kv_len: Any = None,
         page_table: Any = None,
         return_lse_base_on_e: bool = False,
+        ckv_scale: float | None = None,
+        kpe_scale: float | None = None,
         *,
         enable_pdl: bool | None = None,
     ) -> Any:
@@ -135,13 +144,16 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
             [tokens, num_heads, 512] (multiplied by the key's up-projection) and [tokens, num_heads, 64] (rotated), in the planned dtype.
         ckv_cache, kpe_cache
             [pages, page_size, 512] and [pages, page_size, 64]; halves of one tensor will do: any strides but a last one of 1 (on a GPU in multiples of 16
-            bytes). What lies behind a request's kv_len is never used, NaN included.
+            bytes), in the planned dtype. What lies behind a request's kv_len is never used, NaN included.
         out, lse
             Where to write, instead of new tensors: q_nope's shape and dtype; float32 [tokens, num_heads].
         return_lse
             Also return the log-sum-exp of the scaled scores: base 2, or natural with `return_lse_base_on_e`.
         profiler_buffer, kv_len, page_table
             Of other backends: None.
+        ckv_scale, kpe_scale
+            What a stored value of a cache of 8-bit floats is worth (`append_paged_mla_kv_cache` stores value / scale): positive numbers, None for 1. They need
+            such a cache.
         enable_pdl
             Programmatic dependent launch; None wherever it works (compute capability 9.0 or newer).
 
@@ -160,9 +172,21 @@ class BatchMLAPagedAttentionWrapper(PagedMla):
                 fix = "Lengths and pages are arguments of plan()." if arg != "profiler_buffer" else ""
                 fail(self._op, arg, "belongs to another backend", type(value).__name__, "None", fix)
         base_e = bool(return_lse_base_on_e)
+        scales = 1.0, 1.0
+        if ckv_scale is not None or kpe_scale is not None:
+            scales = self._cache_scale("ckv_scale", ckv_scale), self._cache_scale("kpe_scale", kpe_scale)
         return self._run_mla(
-            q_nope, q_pe, ckv_cache, kpe_cache, out, lse, return_lse, base_e, self._sm_scale, enable_pdl
+            q_nope, q_pe, ckv_cache, kpe_cache, out, lse, return_lse, base_e, self._sm_scale, enable_pdl, scales
         )
+
+    def _cache_scale(self, arg: str, value: Any) -> float:
+        """A positive scale of the planned cache of 8-bit floats; 1 for None."""
+        scale = common.scale(self._op, arg, value)
+        if not 0.0 < scale < math.inf:
+            fail(self._op, arg, "is no scale", value, "a positive, finite number")
+        if value is not None and self._plan is not None and self._kv_dtype.itemsize != 1:
+            fail(self._op, arg, "needs a cache of 8-bit floats", self._kv_dtype.name, "float8_e4m3fn or float8_e5m2")
+        return scale
 
 
 class BatchDecodeMlaWithPagedKVCacheWrapper(PagedMla):
@@ -247,7 +271,9 @@ class BatchDecodeMlaWithPagedKVCacheWrapper(PagedMla):
         host = (np.arange(len(last) + 1, dtype=np.int32), table, kv_len)
         buffers = {"paged_kv_indptr_buffer": table, "paged_kv_last_page_len_buffer": last}
         dims = (head_dim_compressed_kv, CUDA_DIMS[1])
-        self._plan_mla(host, indices, num_qo_heads, dims, page_size, False, window, cap, sm_scale, dtype, buffers)
+        self._plan_mla(
+            host, indices, num_qo_heads, dims, page_size, False, window, cap, sm_scale, dtype, dtype, buffers
+        )
 
     def run(
         self,

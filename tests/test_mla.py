@@ -45,13 +45,16 @@ class Case:
     q_pe: Any
     ckv: Any
     kpe: Any
+    kv_dtype: str | None = None  # None: the queries'
+    scales: tuple[float, float] = (1.0, 1.0)  # what a stored value of ckv and of kpe is worth
 
     def plan(self, wrapper: Any, causal: bool = False, *, sm_scale: float = SCALE, on_device: bool = False) -> None:
         tables = (self.qo_indptr, self.kv_indptr, self.kv_indices, self.kv_len)
         if on_device:
             tables = tuple(self.backend.array(x) for x in tables)
         dims = (self.q_nope.shape[2], self.q_pe.shape[2])
-        wrapper.plan(*tables, self.heads, *dims, self.page_size, causal, sm_scale, self.dtype, self.dtype)
+        kv_dtype = self.kv_dtype or self.dtype
+        wrapper.plan(*tables, self.heads, *dims, self.page_size, causal, sm_scale, self.dtype, kv_dtype)
 
     def run(self, wrapper: Any, **options: Any) -> Any:
         return wrapper.run(self.q_nope, self.q_pe, self.ckv, self.kpe, **options)
@@ -59,6 +62,7 @@ class Case:
     def expected(self, **options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         options = {"sm_scale": SCALE, **options}
         nope, pe, ckv, kpe = (self.backend.float64(x) for x in (self.q_nope, self.q_pe, self.ckv, self.kpe))
+        ckv, kpe = ckv * self.scales[0], kpe * self.scales[1]
         found = []
         for b, n in enumerate(self.kv_len):
             rows = slice(self.qo_indptr[b], self.qo_indptr[b + 1])
@@ -88,9 +92,12 @@ class Case:
 
 def make(
     rng: np.random.Generator, backend: Backend, dtype: str, heads: int, qo_lens: Any, kv_lens: Any, page_size: int, *, joined: bool = False, spare: int = 0,
-    magnitude: float = 1.0, dims: tuple[int, int] = DIMS,
+    magnitude: float = 1.0, dims: tuple[int, int] = DIMS, kv_dtype: str | None = None, scales: tuple[float, float] = (1.0, 1.0),
 ) -> Case:  # fmt: skip
-    """A random batch. Slots behind a request's last token, and pages of nobody, are NaN. `joined`: halves of one tensor. `spare`: pages behind kv_len."""
+    """A random batch. Slots behind a request's last token, and pages of nobody, are NaN. `joined`: halves of one tensor. `spare`: pages behind kv_len.
+
+    With `scales` the stored values are as much smaller as they are worth more.
+    """
     kv_len = np.asarray(kv_lens, np.int32)
     indptr, indices, last, pages = page_table(rng, np.where(kv_len > 0, kv_len + spare * page_size, 0), page_size)
     qo_indptr = np.concatenate([[0], np.cumsum(qo_lens)]).astype(np.int32)
@@ -100,14 +107,17 @@ def make(
         for t in range(n):
             slot = indices[indptr[b] + t // page_size], t % page_size
             cache[slot] = magnitude * rng.standard_normal(latent + rotary)
+    cache[..., :latent] /= scales[0]
+    cache[..., latent:] /= scales[1]
     q = rng.standard_normal((qo_indptr[-1], heads, latent + rotary))
     if joined:
-        q, cache = backend.array(q, dtype), backend.array(cache, dtype)
+        q, cache = backend.array(q, dtype), backend.array(cache, kv_dtype or dtype)
         parts = (q[..., :latent], q[..., latent:], cache[..., :latent], cache[..., latent:])
     else:
         halves = (q[..., :latent], q[..., latent:], cache[..., :latent], cache[..., latent:])
-        parts = tuple(backend.array(np.ascontiguousarray(x), dtype) for x in halves)
-    return Case(backend, dtype, heads, qo_indptr, indptr, indices, last, kv_len, page_size, *parts)
+        types = (dtype, dtype, kv_dtype or dtype, kv_dtype or dtype)
+        parts = tuple(backend.array(np.ascontiguousarray(x), t) for x, t in zip(halves, types, strict=True))
+    return Case(backend, dtype, heads, qo_indptr, indptr, indices, last, kv_len, page_size, *parts, kv_dtype, scales)
 
 
 # heads, query lengths, kv lengths, page size, causal: decode and prefill tiles, empty requests, more queries than keys, one key, several tiles and blocks;
@@ -135,6 +145,47 @@ def test_against_float64(rng, backend, device, family, heads, qo, kv, page_size,
     case.check(out, lse, causal=causal)
     again = case.run(wrapper)
     assert (backend.numpy(again).view(np.uint8) == backend.numpy(out).view(np.uint8)).all(), "two runs differ"
+
+
+FP8_CASES = [  # few rows and many, tiles of which some rows lie behind the end, pages of one token, several splits
+    (16, (1, 1, 0, 1), (1, 45, 3, 130), 16, False),
+    (128, (1, 2), (33, 400), 64, True),
+    (5, (9, 2), (70, 0), 1, True),
+]
+
+
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(("heads", "qo", "kv", "page_size", "causal"), FP8_CASES)
+def test_cache_of_8_bit_floats(rng, backend, device, kv_dtype, heads, qo, kv, page_size, causal):
+    """Every stored value is exact in the queries' dtype, so the bound is that of 16-bit caches; each part of the cache has its own scale."""
+    dtype = ("float16", "bfloat16")[int(rng.integers(2))]
+    scales = tuple(rng.uniform(0.03, 3.0, 2).tolist())
+    joined = bool(rng.integers(2))
+    case = make(rng, backend, dtype, heads, qo, kv, page_size, joined=joined, kv_dtype=kv_dtype, scales=scales)
+    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper()
+    case.plan(wrapper, causal)
+    out, lse = case.run(wrapper, return_lse=True, ckv_scale=scales[0], kpe_scale=scales[1])
+    case.check(out, lse, causal=causal)
+    case.scales = (1.0, 1.0)
+    case.check(case.run(wrapper), causal=causal)
+
+
+def test_scales_of_a_cache(rng, backend_arrays, device):
+    """They are positive numbers, and need a cache of 8-bit floats; the caches have the planned dtype."""
+    case = make(rng, backend_arrays, "bfloat16", 4, (1,), (20,), 16, kv_dtype="float8_e4m3fn")
+    wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper()
+    case.plan(wrapper)
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(
+            ValueError, match=r"^BatchMLAPagedAttentionWrapper: kpe_scale is no scale: got \S+, wanted a pos"
+        ):
+            case.run(wrapper, kpe_scale=value)
+    with pytest.raises(TypeError, match="ckv_cache differs from the planned dtype: got bfloat16, wanted float8_e4m3fn"):
+        wrapper.run(case.q_nope, case.q_pe, case.backend.full(case.ckv.shape, 0, "bfloat16"), case.kpe)
+    plain = make(rng, backend_arrays, "bfloat16", 4, (1,), (20,), 16)
+    plain.plan(wrapper)
+    with pytest.raises(ValueError, match="ckv_scale needs a cache of 8-bit floats: got bfloat16, wanted float8_e4m3fn"):
+        plain.run(wrapper, ckv_scale=0.5)
 
 
 @pytest.mark.parametrize("heads", [16, 128])
@@ -409,7 +460,10 @@ def test_constructor_and_option_errors(good, device):
     tables = (good.qo_indptr, good.kv_indptr, good.kv_indices, good.kv_len)
     with pytest.raises(ValueError, match="use_profiler is not supported: got True, wanted False"):
         make_wrapper().plan(*tables, 4, 512, 64, 16, False, SCALE, "float16", "float16", True)
-    with pytest.raises(TypeError, match="kv_data_type differs from q_data_type: got bfloat16, wanted float16"):
+    with pytest.raises(
+        TypeError,
+        match="kv_data_type differs from q_data_type: got bfloat16, wanted float16, float8_e4m3fn or float8_e5m2",
+    ):
         make_wrapper().plan(*tables, 4, 512, 64, 16, False, SCALE, "float16", "bfloat16")
     workspace = good.backend.array(np.zeros(1 << 22, np.uint8))
     wanted = (

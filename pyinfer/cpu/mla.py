@@ -47,11 +47,12 @@ def mla_items(
     mask
         causal, window_left.
     scales
-        float32: of the scores (base 2; with a soft cap as `variants._soft_cap` has it), the cap, and what the base-2 LSE is multiplied by.
+        float32: of the scores' latent part (base 2; with a soft cap as `variants._soft_cap` has it), the cap, what the base-2 LSE is multiplied by, of the
+        scores' rotary part, of the output.
     """
     heads, dc, dp, page_size, tile_q = dims[0], U(dims[1]), U(dims[2]), dims[3], dims[4]
     causal, window_left = mask[0], mask[1]
-    q_scale, cap, lse_scale = scales[0], scales[1], scales[2]
+    q_scale, cap, lse_scale, pe_scale = scales[0], scales[1], scales[2], scales[3]
     panels = (dc + _OS - U(1)) // _OS
     max_rows = U((tile_q + 3) // 4 * 4)
     d4 = (dc + dp + U(3)) // _4 * _4
@@ -93,7 +94,7 @@ def mla_items(
                     qf[r * d4 + i] = to_f32(q_nope[src + i]) * q_scale
                 src = token * strides[2] + head * strides[3]
                 for i in range(dp):
-                    qf[r * d4 + dc + i] = to_f32(q_pe[src + i]) * q_scale
+                    qf[r * d4 + dc + i] = to_f32(q_pe[src + i]) * pe_scale
 
         for t0 in range(kv0, kv1, BLOCK):
             n = min(np.int64(BLOCK), kv1 - t0)
@@ -154,7 +155,7 @@ def mla_items(
             j = U(r)
             scale = np.float32(0)
             if total[j] != 0:
-                scale = np.float32(1) / total[j]
+                scale = scales[4] / total[j]
             if work[item, 6] > 1:
                 cell = U((np.int64(work[item, 7]) + work[item, 5]) * tile_q + r)
                 for i in range(dc):
@@ -219,6 +220,8 @@ def run_mla(
     sm_scale: float,
     logits_soft_cap: float = 0.0,
     lse_base_e: bool = False,
+    ckv_scale: float = 1.0,
+    kpe_scale: float = 1.0,
 ) -> None:
     """Execute a plan on checked CPU tensors.
 
@@ -230,6 +233,8 @@ def run_mla(
         [pages, page_size, latent dim], [pages, page_size, rotary dim].
     lse
         float32 [tokens, heads] or None. `lse_base_e`: natural logarithm instead of base 2.
+    ckv_scale, kpe_scale
+        What a stored value of the caches is worth.
     """
     if plan.n_work == 0:
         return
@@ -240,9 +245,10 @@ def run_mla(
     mask = np.array([plan.causal, plan.window_left], np.int64)
     lse_scale = 1 / LOG2E if lse_base_e else 1.0
     if logits_soft_cap > 0:
-        scales = np.array([2 * LOG2E * sm_scale / logits_soft_cap, LOG2E * logits_soft_cap, lse_scale], np.float32)
+        score_scale, cap = 2 * LOG2E * sm_scale / logits_soft_cap, LOG2E * logits_soft_cap
     else:
-        scales = np.array([LOG2E * sm_scale, 0, lse_scale], np.float32)
+        score_scale, cap = LOG2E * sm_scale, 0.0
+    scales = np.array([score_scale * ckv_scale, cap, lse_scale, score_scale * kpe_scale, ckv_scale], np.float32)
     partial_o = partial_lse = _NO_F32
     if plan.num_partials:
         workspace = np.empty(plan.workspace_bytes, np.uint8)

@@ -231,7 +231,7 @@ METHODS: dict[str, dict[str, Operator]] = {
     "mla": {
         "BatchMLAPagedAttentionWrapper.run": Operator(
             "self self, q_nope, q_pe, ckv_cache, kpe_cache, out out, out lse, flag return_lse, none profiler_buffer, Tensor? kv_len, "
-            "Tensor? page_table, bool return_lse_base_on_e, bool? enable_pdl",
+            "Tensor? page_table, bool return_lse_base_on_e, number ckv_scale, number kpe_scale, bool? enable_pdl",
             r.attention("q_nope", "ckv_cache"),
             1,
         ),
