@@ -1,5 +1,5 @@
-// What a block does: one tile of packed rows against one range of keys, for one kv head. From a plan's work list, or, for a single
-// request, by arithmetic.
+// What a block does: one tile of packed rows against one range of keys, for one kv head. From a plan's work list, or, for few requests of one token each and for
+// a single request, by arithmetic.
 #pragma once
 #include "common/paged_kv.cuh"
 #include "common/ptx_sync.cuh"
@@ -55,6 +55,29 @@ PYINFER_DEVICE AttentionWork planned_work(const Params& p, uint32_t block = bloc
     if (item >= n_work) {
         w.row_count = 0;
     }
+    return w;
+}
+
+// One query token a request, each request in PIECES of one size, multiples of UNIT keys: nothing is read from memory, as the page ranges came with the launch
+// (p.table: kv_indptr, then at word p.len_at kv_len). block = (request * num_kv_heads + kv_head) * PIECES + piece: a request's pieces are a cluster.
+template <int PIECES, int UNIT, typename Params>
+PYINFER_DEVICE AttentionWork even_work(const Params& p, uint32_t block) {
+    const auto table = [&](int i) { return static_cast<int32_t>(p.table[i / 2] >> (i % 2 * 32)); };
+    AttentionWork w;
+    const int pair = block / PIECES;
+    w.request = w.qo_begin = pair / p.num_kv_heads;
+    w.kv_head = pair - w.request * p.num_kv_heads;
+    w.row_begin = w.slot = w.semaphore = 0;
+    w.row_count = p.group;
+    w.kv_base = table(w.request);
+    const int kv_len = table(p.len_at + w.request);
+    w.diagonal = kv_len - 1;
+    const int begin = p.window_left >= 0 ? max_of(0, w.diagonal - p.window_left) : 0;
+    const int piece = PIECES == 1 ? kv_len : ceil_div(ceil_div(kv_len - begin, PIECES), UNIT) * UNIT;
+    w.split = block % PIECES;
+    w.num_splits = PIECES;
+    w.kv_begin = min_of(begin + w.split * piece, kv_len);
+    w.kv_end = min_of(w.kv_begin + piece, kv_len);
     return w;
 }
 

@@ -38,3 +38,10 @@ PYINFER_DEVICE uint64_t load_cluster_u64(uint32_t address) {
     asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(x) : "r"(address) : "memory");
     return x;
 }
+// Stores to such an address. They arrive before the sender's next `cluster_arrive` counts.
+PYINFER_DEVICE void store_cluster(uint32_t address, const float2& x) {
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
+}
+PYINFER_DEVICE void store_cluster(uint32_t address, const float4& x) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}

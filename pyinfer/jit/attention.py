@@ -21,6 +21,7 @@ from pyinfer.jit.attention_config import (  # most callers know them from here
     AttentionConfig,
     attention_config,
     candidate_configs,
+    even_decode_config,
     smem_limits,
     wide_decode_config,
 )
@@ -103,8 +104,12 @@ SOURCE_FIELDS = {
         i32("num_splits"),
     ),
 }
+_SOURCE_NAMES = {"plan": "Planned", "single": "Single", "even": "Even"}
 SOURCES = tuple(SOURCE_FIELDS)
 """Where work items come from: a plan's list, or arithmetic on one request's lengths."""
+EVEN_TABLE = 72
+"""Words of the table that travels with a launch of source "even" (decode only): kv_indptr and kv_len of few requests, which are cut evenly."""
+EVEN_FIELDS = (i32("len_at", "word of the table where kv_len begins"),)
 
 
 def option_fields(options: AttentionOptions) -> tuple[Field, ...]:
@@ -126,10 +131,13 @@ def option_fields(options: AttentionOptions) -> tuple[Field, ...]:
 
 @functools.cache
 def attention_params(source: str, options: AttentionOptions = PLAIN, head_dim_qk: int = 0) -> ParamStruct:
-    """The parameter struct of a kernel. RoPE's table of frequencies travels by value, behind the strides."""
-    rope = (u64_array("rope_frequency", head_dim_qk // 2, "turns per position, times 2^64"),) if options.rope else ()
-    fields = (*_RUN_FIELDS, *rope, *_SCALE_FIELDS, *option_fields(options), *SHAPE_FIELDS, *SOURCE_FIELDS[source])
-    return ParamStruct(f"{'Planned' if source == 'plan' else 'Single'}AttentionParams", *fields)
+    """The parameter struct of a kernel. Tables travel by value, behind the strides: RoPE's frequencies, and with source "even" the page ranges."""
+    tables = (u64_array("rope_frequency", head_dim_qk // 2, "turns per position, times 2^64"),) if options.rope else ()
+    if source == "even":
+        tables += (u64_array("table", EVEN_TABLE // 2, "int32 pairs: kv_indptr, from len_at on kv_len"),)
+    of_source = EVEN_FIELDS if source == "even" else SOURCE_FIELDS[source]
+    fields = (*_RUN_FIELDS, *tables, *_SCALE_FIELDS, *option_fields(options), *SHAPE_FIELDS, *of_source)
+    return ParamStruct(f"{_SOURCE_NAMES[source]}AttentionParams", *fields)
 
 
 PLAN_PARAMS = attention_params("plan")
@@ -181,7 +189,8 @@ def gen_attention(
     dtype
         float16 or bfloat16: of the queries.
     source
-        "plan": work items come from an AttentionPlan; "single": from arithmetic on one request's lengths.
+        "plan": work items come from an AttentionPlan; "single": from arithmetic on one request's lengths; "even" (decode): from page ranges and lengths
+        that travel with the launch.
     variant
         "plain" or "softcap".
     kv_dtype
@@ -220,6 +229,8 @@ def gen_attention(
     }
     if config.kind == "prefill":
         constants["TILE_Q"] = config.tile_q
+    else:
+        constants["CLUSTER"] = config.cluster
     dims = f"d{head_dim_qk}" if head_dim_qk == head_dim_vo else f"d{head_dim_qk}x{head_dim_vo}"
     types = dt.short + (f"_kv{kv.short}" if kv is not dt else "") + (f"_o{out.short}" if out is not dt else "")
     return JitSpec(
@@ -229,6 +240,8 @@ def gen_attention(
         constants=tuple(constants.items()),
         block=config.block,
         smem=config.smem,
+        min_arch=90 if config.cluster > 1 else 80,
+        cluster=(config.cluster, 1, 1) if config.cluster > 1 else None,
         link=options.user.functions if options.user is not None else (),
     )
 
@@ -277,9 +290,13 @@ def all_specs(archs: Collection[int] = (80, 89, 90)) -> list[JitSpec]:
                         for variant in VARIANTS:
                             found[gen_attention(config, dtype, dim, dim, source, variant)] = None
             wide = wide_decode_config(arch, dim, dim)
-            if wide is not None:
-                for dtype in DTYPES:
+            even = even_decode_config(arch, dim, dim)
+            for dtype in DTYPES:
+                if wide is not None:
                     found[gen_attention(wide, dtype, dim, dim)] = None
+                    found[gen_attention(wide, dtype, dim, dim, "even")] = None
+                if even is not None:
+                    found[gen_attention(even, dtype, dim, dim, "even")] = None
     # Options once, cut for the smallest shared memory: that fits all of the architectures.
     found |= dict.fromkeys(option_specs(min(archs, key=smem_limits)))
     return list(found)

@@ -19,6 +19,8 @@ FP8_DTYPES = (FLOAT8_E4M3, FLOAT8_E5M2)
 OUT_DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 DECODE_ROWS = 16
 """Packed rows of a decode tile: one mma row block."""
+CLUSTER = 8
+"""Pieces of a request in `even_decode_config`: the most blocks of a cluster that every device takes."""
 ROW_CLASSES = (DECODE_ROWS, 64, 128)
 """Values of max_packed_rows that stand for all: each has its own configuration."""
 
@@ -39,6 +41,13 @@ STATIC_SMEM = 128
 def smem_limits(arch: int) -> tuple[int, int]:
     """Shared memory per block and per multiprocessor of an architecture (80, 89, 90, ...), in bytes."""
     return _SMEM.get(arch, _SMEM_SMALL)
+
+
+def fits(arch: int, config: AttentionConfig) -> bool:
+    """Whether a multiprocessor has the shared memory for a configuration's blocks."""
+    per_block, per_sm = smem_limits(arch)
+    smem = config.smem + STATIC_SMEM
+    return smem <= per_block and config.ctas_per_sm * (smem + 1024) <= per_sm
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class AttentionConfig:
         Dynamic shared memory per block in bytes.
     q_in_registers
         Query fragments are kept in registers instead of being read from shared memory for every tile.
+    cluster
+        Blocks of a cluster, which share a request's keys (decode of few requests; `even_decode_config`).
     """
 
     kind: str
@@ -73,6 +84,7 @@ class AttentionConfig:
     stages: int
     smem: int
     q_in_registers: bool = False
+    cluster: int = 1
 
     @property
     def block(self) -> tuple[int, int, int]:
@@ -83,7 +95,7 @@ class AttentionConfig:
     def tag(self) -> str:
         """Short form for kernel names."""
         return f"q{self.tile_q}_kv{self.tile_kv}_w{self.num_warps}_c{self.ctas_per_sm}_s{self.stages}" + (
-            "_qreg" if self.q_in_registers else ""
+            ("_qreg" if self.q_in_registers else "") + (f"_x{self.cluster}" if self.cluster > 1 else "")
         )
 
 
@@ -107,8 +119,12 @@ def decode_config(
     stages: int,
     kv_itemsize: int = 2,
     rope: bool = False,
+    cluster: int = 1,
 ) -> AttentionConfig:
-    """A decode configuration with its shared memory: rings of K and V, beyond head_dim 128 each warp's queries too, which the merge of the warps overlays."""
+    """A decode configuration with its shared memory.
+
+    Rings of K and V, beyond head_dim 128 each warp's queries too, all of which the merge of the warps overlays; and what a cluster's blocks send each other.
+    """
     q_in_registers = head_dim_qk <= 128  # at 256 the queries would take 64 registers beside the output's 128
     ring = stages * tile_kv * (row_bytes(head_dim_qk, kv_itemsize) + row_bytes(head_dim_vo, kv_itemsize))
     if not q_in_registers:
@@ -117,7 +133,12 @@ def decode_config(
         ring += _rope_bytes(head_dim_qk, tile_kv, kv_itemsize)
     merge = 4 * (num_warps * DECODE_ROWS * (-(-head_dim_vo // 16) * 16 + 8 + 2) + DECODE_ROWS)
     smem = -(-max(ring, merge) // 128) * 128
-    return AttentionConfig("decode", DECODE_ROWS, tile_kv, num_warps, ctas_per_sm, stages, smem, q_in_registers)
+    if cluster > 1:  # 4 columns, reference and sum for each of a block's share of the tasks, from every block
+        tasks = -(-DECODE_ROWS * (head_dim_vo // 4) // cluster)
+        smem += -(-cluster * tasks * 24 // 128) * 128
+    return AttentionConfig(
+        "decode", DECODE_ROWS, tile_kv, num_warps, ctas_per_sm, stages, smem, q_in_registers, cluster
+    )
 
 
 def prefill_config(
@@ -177,13 +198,7 @@ def candidate_configs(
         # NOTE: and for sm_120 as many where rotated queries of 128 rows meet a ring of three stages.
         found.sort(key=lambda c: (c.tile_q, c.stages) == (128, 3))
     found += [replace(c, ctas_per_sm=1) for c in found if c.ctas_per_sm > 1]
-    per_block, per_sm = smem_limits(arch)
-    fitting = [
-        c
-        for c in found
-        if c.smem + STATIC_SMEM <= per_block and c.ctas_per_sm * (c.smem + STATIC_SMEM + 1024) <= per_sm
-    ]
-    return tuple(dict.fromkeys(fitting))
+    return tuple(dict.fromkeys(c for c in found if fits(arch, c)))
 
 
 def _decode_candidates(
@@ -277,6 +292,21 @@ def wide_decode_config(
     """
     found = candidate_configs(arch, head_dim_qk, head_dim_vo, DECODE_ROWS, kv_itemsize, options)
     return next((c for c in found if c.num_warps == 8 and c.ctas_per_sm == 1), None)
+
+
+@functools.cache
+def even_decode_config(
+    arch: int, head_dim_qk: int, head_dim_vo: int, kv_itemsize: int = 2, options: AttentionOptions = PLAIN
+) -> AttentionConfig | None:
+    """The decode configuration of clusters: a request's keys are cut into `CLUSTER` even pieces, merged in shared memory. None where there is none."""
+    if arch < 90:
+        return None
+    base = candidate_configs(arch, head_dim_qk, head_dim_vo, DECODE_ROWS, kv_itemsize, options)[0]
+    config = decode_config(
+        head_dim_qk, head_dim_vo, tile_kv=base.tile_kv, num_warps=base.num_warps, ctas_per_sm=base.ctas_per_sm, stages=base.stages,
+        kv_itemsize=kv_itemsize, rope=options.rope is not None, cluster=CLUSTER,
+    )  # fmt: skip
+    return next((c for c in (config, replace(config, ctas_per_sm=1)) if fits(arch, c)), None)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyinfer.core.dtypes import DType
 from pyinfer.core.errors import fail
-from pyinfer.jit import attention_sm90
+from pyinfer.jit import attention_even, attention_sm90
 from pyinfer.jit.attention import AttentionConfig, attention_config, gen_attention
 from pyinfer.jit.attention_config import wide_decode_config
 from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, AttentionOptions, check_extras
@@ -76,6 +76,13 @@ def _kernel(
 
 
 @functools.cache
+def _arch_number(device: int) -> int:
+    from pyinfer.core.device import arch_number_of
+
+    return arch_number_of(device)
+
+
+@functools.cache
 def device_config(
     device: int,
     dtype: DType,
@@ -86,10 +93,8 @@ def device_config(
     options: AttentionOptions = PLAIN,
 ) -> AttentionConfig:
     """`attention_config` for the architecture that is built for a CUDA device."""
-    from pyinfer.core.device import arch_number_of
-
     return attention_config(
-        arch_number_of(device), dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, _shape_options(options)
+        _arch_number(device), dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, _shape_options(options)
     )
 
 
@@ -102,10 +107,7 @@ def device_wide_config(
     options: AttentionOptions = PLAIN,
 ) -> AttentionConfig | None:
     """`wide_decode_config` for the architecture that is built for a CUDA device."""
-    from pyinfer.core.device import arch_number_of
-
-    arch = arch_number_of(device)
-    return wide_decode_config(arch, head_dim_qk, head_dim_vo, kv_itemsize, _shape_options(options))
+    return wide_decode_config(_arch_number(device), head_dim_qk, head_dim_vo, kv_itemsize, _shape_options(options))
 
 
 @functools.cache
@@ -119,10 +121,9 @@ def hopper_config(
     options: AttentionOptions = PLAIN,
 ) -> Sm90Config | None:
     """`attention_sm90.config_for` of a CUDA device: None where the sm80 family is to plan and run."""
-    from pyinfer.core.device import arch_number_of
-
-    arch = arch_number_of(device)
-    return attention_sm90.config_for(arch, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
+    return attention_sm90.config_for(
+        _arch_number(device), dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options
+    )
 
 
 @functools.cache
@@ -167,7 +168,7 @@ class PreparedAttention(NamedTuple):
     constants: tuple[int, ...]
     partial_lse_offset: int
     semaphore: int
-    rope: tuple[bytes, ...]  # RoPE's table of frequencies, if any
+    tables: tuple[bytes, ...]  # by value: RoPE's frequencies, an even launch's page ranges
 
 
 @functools.lru_cache(maxsize=8)
@@ -182,6 +183,7 @@ def prepare_attention(
     out_dtype: DType | None = None,
     options: AttentionOptions = PLAIN,
     aligned: bool = True,
+    merge: bool = True,
 ) -> PreparedAttention:
     """Fetch (or compile) a plan's kernel and fill in what stays the same from run to run.
 
@@ -203,9 +205,18 @@ def prepare_attention(
         What else selects the kernel.
     aligned
         Whether all addresses and strides are multiples of 16 bytes.
+    merge
+        Whether splits are merged (`AttentionExtras.merge`).
     """
+    kv, out = kv_dtype or dtype, out_dtype or dtype
+    if config is None:
+        config = _config_of(device, plan.shape, dtype, kv, out, options)
+        if merge and isinstance(config, AttentionConfig):
+            even = attention_even.choose(_arch_number(device), plan, config, kv.itemsize, _shape_options(options))
+            if even is not None:
+                return _prepare_even(device, plan, even, dtype, soft_cap, kv, out, options, aligned)
     kernel, most_blocks, head, tail, rope = _planned(
-        device, plan.shape, dtype, soft_cap, config, kv_dtype or dtype, out_dtype or dtype, options, aligned
+        device, plan.shape, dtype, soft_cap, config, kv, out, options, aligned
     )
     return PreparedAttention(
         kernel,
@@ -217,27 +228,54 @@ def prepare_attention(
     )
 
 
+def _prepare_even(
+    device: int, plan: AttentionPlan, even: attention_even.Even, dtype: DType, soft_cap: bool, kv_dtype: DType, out_dtype: DType, options: AttentionOptions,
+    aligned: bool,
+) -> PreparedAttention:  # fmt: skip
+    """A plan without its work list."""
+    shape, variant = plan.shape, "softcap" if soft_cap else "plain"
+    dims = shape.head_dim_qk, shape.head_dim_vo
+    return PreparedAttention(
+        _kernel(device, even.config, dtype, *dims, "even", variant, kv_dtype, out_dtype, options, aligned),
+        plan.batch_size * shape.num_kv_heads * even.pieces,
+        (
+            *shape_values(shape.num_qo_heads, shape.num_kv_heads, shape.causal, shape.window_left, shape.page_size),
+            even.len_at,
+        ),
+        0,
+        0,
+        (*_rope_table(options, dims[0]), even.table),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _config_of(
+    device: int, shape: PlanShape, dtype: DType, kv_dtype: DType, out_dtype: DType, options: AttentionOptions
+) -> AttentionConfig | Sm90Config:
+    """The configuration that a plan of this shape was made for."""
+    dim_qk, dim_vo = shape.head_dim_qk, shape.head_dim_vo
+    sm90 = hopper_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
+    if sm90 is not None:
+        sm90 = attention_sm90.for_pages(sm90, shape.page_size)
+        if sm90.tile_q == shape.tile_q and out_dtype is dtype:
+            return sm90
+    config = device_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
+    config = attention_sm90.stand_in(config, dim_qk, dim_vo, shape.tile_q)
+    wide = device_wide_config(device, dim_qk, dim_vo, kv_dtype.itemsize, options)
+    if wide is not None and (wide.tile_q, wide.tile_kv) == (shape.tile_q, int(shape.numbers[TILE_KV])):
+        return wide
+    return config
+
+
 @functools.lru_cache(maxsize=256)
 def _planned(
-    device: int, shape: PlanShape, dtype: DType, soft_cap: bool, config: AttentionConfig | Sm90Config | None, kv_dtype: DType, out_dtype: DType,
+    device: int, shape: PlanShape, dtype: DType, soft_cap: bool, config: AttentionConfig | Sm90Config, kv_dtype: DType, out_dtype: DType,
     options: AttentionOptions, aligned: bool,
 ) -> tuple[Kernel, int, tuple[int, ...], tuple[int, ...], tuple[bytes, ...]]:  # fmt: skip
     """What every plan of a shape shares: the kernel, the most blocks to launch (a persistent grid), the constants before and behind the plan's
     addresses, and RoPE's table.
     """
     dim_qk, dim_vo = shape.head_dim_qk, shape.head_dim_vo
-    if config is None:
-        sm90 = hopper_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
-        if sm90 is not None:
-            sm90 = attention_sm90.for_pages(sm90, shape.page_size)
-        if sm90 is not None and sm90.tile_q == shape.tile_q and out_dtype is dtype:
-            config = sm90
-        else:
-            config = device_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
-            config = attention_sm90.stand_in(config, dim_qk, dim_vo, shape.tile_q)
-            wide = device_wide_config(device, dim_qk, dim_vo, kv_dtype.itemsize, options)
-            if wide is not None and (wide.tile_q, wide.tile_kv) == (shape.tile_q, int(shape.numbers[TILE_KV])):
-                config = wide
     if config.tile_q != shape.tile_q:
         fail("attention", "plan", "was made for another tile", shape.tile_q, f"tile_q {config.tile_q} of {config.tag}")
     variant = "softcap" if soft_cap else "plain"
@@ -321,15 +359,15 @@ def launch_attention(
         rows, dims = plan.tile_q, (plan.head_dim_qk, plan.head_dim_vo)
         config = _covered(device, q, k, v, out, kv_layout, plan.page_size, dims, rows, options, aligned, rows)
     ready = prepare_attention(
-        device, plan, plan_buffer_ptr, q.dtype, logits_soft_cap > 0.0, config, k.dtype, out.dtype, options, aligned
-    )
+        device, plan, plan_buffer_ptr, q.dtype, logits_soft_cap > 0.0, config, k.dtype, out.dtype, options, aligned, extras.merge
+    )  # fmt: skip
     indices = kv_indices_ptr if plan.page_size else 0
     semaphore = ready.semaphore if extras.merge else 0
     partials = (indices, workspace_ptr, workspace_ptr + ready.partial_lse_offset, semaphore)
     if isinstance(config, Sm90Config):
         attention_sm90.check(config, q, k, v, out, kv_layout, plan.page_size, options, aligned)
         group = plan.num_qo_heads // plan.num_kv_heads
-        flags = attention_sm90.boxed(q, out, group) if config.boxes else 0
+        flags = attention_sm90.boxed(q, out, group)
         maps = attention_sm90.maps_of(config, q, k, v, out, kv_layout, plan.page_size, group, flags)
         encoded = attention_sm90.encode(maps, q.ptr, k.ptr, v.ptr, out.ptr)
         tokens = int(plan.kv_indptr[-1]) * max(plan.page_size, 1)
@@ -339,7 +377,7 @@ def launch_attention(
             return attention_sm90.bind(ready.kernel, ready.grid, values, maps, pdl)
         ready.kernel(stream, ready.grid, values, pdl)
         return None
-    values = (*values[:5], *partials, *values[5:15], *ready.rope, *values[15:], *ready.constants)
+    values = (*values[:5], *partials, *values[5:15], *ready.tables, *values[15:], *ready.constants)
     if bind:
         return ready.kernel.bind(ready.grid, values, 5, pdl)
     ready.kernel(stream, ready.grid, values, pdl)
@@ -417,7 +455,7 @@ def launch_single(
     if isinstance(config, Sm90Config):
         attention_sm90.check(config, q, k, v, out, kv_layout, 0, options, aligned)
         group = num_qo_heads // num_kv_heads
-        flags = attention_sm90.boxed(q, out, group) if config.boxes else 0
+        flags = attention_sm90.boxed(q, out, group)
         maps = attention_sm90.encode(
             attention_sm90.maps_of(config, q, k, v, out, kv_layout, 0, group, flags), q.ptr, k.ptr, v.ptr, out.ptr
         )
