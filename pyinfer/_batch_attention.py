@@ -25,7 +25,7 @@ from pyinfer.core.errors import (
     device_name,
     fail,
 )
-from pyinfer.core.tensor import CPU, TensorView, host_ints, view
+from pyinfer.core.tensor import CPU, TensorView, host_ints, plain_int32, view
 from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, AttentionOptions
 
 if TYPE_CHECKING:
@@ -436,6 +436,9 @@ class BatchAttention(BatchRun):
         """Page indices as a host array, or the view of those that lie on a device (they are used where they are, and only their number is checked)."""
         import numpy as np
 
+        host = plain_int32(indices)
+        if host is not None:
+            return host
         if isinstance(indices, np.ndarray | list | tuple):
             return host_ints(indices, op, self._page_arg)
         v = view(indices, op, self._page_arg)

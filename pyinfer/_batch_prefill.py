@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import numpy as np
@@ -82,8 +83,8 @@ def _longest(indptr: np.ndarray) -> int:
     """The longest row of a CSR row pointer (of a few entries, NumPy's calls would cost more than the loop)."""
     if len(indptr) > 32:
         return int((indptr[1:] - indptr[:-1]).max())
-    rows = indptr.tolist()
-    return max((b - a for a, b in zip(rows, rows[1:], strict=False)), default=0)
+    ends = indptr.tolist()
+    return max(map(operator.sub, ends[1:], ends), default=0)
 
 
 class BatchPrefill(BatchAttention):
@@ -152,14 +153,12 @@ class BatchPrefill(BatchAttention):
         if window_left != key.window_left or causal != key.causal:
             key = key._replace(window_left=window_left, causal=causal)
         group = key.num_qo_heads // key.num_kv_heads
+        # A result that must not depend on the batch needs a tile that does not: the largest.
+        alone = key.disable_split_kv or key.fixed_split_size is not None
+        rows = 1 << 24 if alone else max(_longest(qo_indptr), 1) * group
         batch = max(len(qo_indptr) - 1, 0)
         total = int(qo_indptr[-1]) if batch else 0
-        # A result that must not depend on the batch needs a tile that does not: the largest.
-        if key.disable_split_kv or key.fixed_split_size is not None:
-            rows, total_rows = 1 << 24, 1 << 30
-        else:
-            rows, total_rows = max(_longest(qo_indptr), 1) * group, max(total, 1) * group
-        tiles = (rows, total_rows) if device < 0 else (min(rows, common.MANY_ROWS), 0)
+        tiles = (rows, 1 << 30 if alone else max(total, 1) * group) if device < 0 else (min(rows, common.MANY_ROWS), 0)
         if not self._use_cuda_graph:
             return plan_batch(op, _shape(op, device, key, *tiles), qo_indptr, kv_indptr, indices, last)
         max_kv = self._buffers[self._indices_arg].shape[0] if self._paged else int(kv_indptr[-1])

@@ -370,7 +370,7 @@ def emit(tiles, chunk, unit, work):
         order[i] = i
     if not sorted_already:
         other = np.empty(n, np.int32)
-        bits = 8 if n < 512 else 11  # clearing and summing the counts is most of the work for few items
+        bits = 6 if n < 128 else 8 if n < 512 else 11  # clearing and summing the counts is most of the work for few items
         buckets = 1 << bits
         count = np.empty(buckets + 1, np.int64)
         shift = 0
