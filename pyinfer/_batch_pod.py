@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,28 @@ from pyinfer.core.errors import fail
 from pyinfer.core.tensor import TensorView, current_stream, empty, view
 from pyinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
+if TYPE_CHECKING:
+    from pyinfer.schedulers.plan import AttentionPlan
+
 _DTYPES = (FLOAT16, BFLOAT16)
 _HEAD_DIMS = (64, 128, 256)
 _DECODE_ROWS = 16  # packed rows of the decode part's tile
+
+
+class _Part(BatchPrefillWithPagedKVCacheWrapper):
+    """One of the two batches: checked and planned with the other, but sent to a GPU only if it is to run by itself."""
+
+    _pending = False
+
+    def _upload(self, plan: AttentionPlan, has_kernel: bool = False) -> None:
+        self._pending = True
+
+    def _execute(self, *args: Any, **kwargs: Any) -> Any:
+        if self._pending:
+            self._pending = False
+            assert self._plan is not None
+            super()._upload(self._plan)
+        return super()._execute(*args, **kwargs)
 
 
 class _Ready(NamedTuple):
@@ -56,8 +75,8 @@ class BatchPODWithPagedKVCacheWrapper:
         if float_workspace_buffer is not None:
             half = view(float_workspace_buffer, self._op, "float_workspace_buffer").shape[0] // 2
             halves = float_workspace_buffer[:half], float_workspace_buffer[half:]
-        self._prefill = BatchPrefillWithPagedKVCacheWrapper(halves[0], kv_layout)
-        self._decode = BatchPrefillWithPagedKVCacheWrapper(halves[1], kv_layout)
+        self._prefill = _Part(halves[0], kv_layout)
+        self._decode = _Part(halves[1], kv_layout)
         self._prefill._op = self._decode._op = self._op  # errors name what was called
         self._tables: tuple[Any, Any] | None = None
         self._options: dict[str, Any] = {}
@@ -140,11 +159,14 @@ class BatchPODWithPagedKVCacheWrapper:
         p, d = self._prefill, self._decode
         d.plan(*tables[1], **self._options)
         p.plan(*tables[0], causal=self._causal, **self._options)
-        self._tables = (tables[0], tables[1])
         qo_d = tables[1][0]
         rows = int((qo_d[1:] - qo_d[:-1]).max(initial=0)) * (num_qo_heads // num_kv_heads)
         alike = p._dtype in _DTYPES and p._kv_dtype is p._dtype and head_dim in _HEAD_DIMS
         self._fits = alike and rows <= _DECODE_ROWS and pos_encoding_mode == "NONE"
+        home = p._ref or d._ref  # None: the first run() shows the device
+        if self._fits and home is not None and home.device >= 0:
+            self._ready = self._arrange(home, self._causal)
+        self._tables = (tables[0], tables[1])
 
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:
         """Deprecated: `plan`."""

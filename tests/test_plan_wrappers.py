@@ -81,7 +81,6 @@ def _cases() -> dict[str, Case]:
             "BatchPODWithPagedKVCacheWrapper",
             {f"{k}_{x}": v for x in "pd" for k, v in zip(("qo_indptr", "kv_indptr", "kv_indices", "last_page_len"), (qo, *decode.values()), strict=True)},
             plain,
-            2,
         ),
         "cascade": Case("MultiLevelCascadeAttentionWrapper", levels, plain, 2, {"num_levels": 2}),
         "block sparse": Case(
@@ -177,6 +176,54 @@ def test_host_metadata_costs_one_copy_and_no_wait(runtime, name):
 
 
 @pytest.mark.cpu
+def test_runs_copy_nothing(monkeypatch, runtime):
+    """What run() needs went with plan(): of the two batches of POD in one copy, unless they must run apart; sinks are used where they lie."""
+    import torch
+
+    from pyinfer.core import device
+    from pyinfer.jit import attention_launch, pod
+
+    caches = (attention_launch._planned, attention_launch._kernel, attention_launch.prepare_attention, pod.device_pod)
+    monkeypatch.setattr(device, "arch_number_of", lambda index: 80)
+    for cached in caches:
+        cached.cache_clear()
+    workspace = torch.empty(64 << 20, dtype=torch.uint8)
+    cache = torch.zeros(len(CASES["decode"].metadata["indices"]), 2, PAGE, 2, 64, dtype=torch.float16)
+    q = torch.zeros(2, 8, 64, dtype=torch.float16)
+    wrapper = at_home(make(CASES["batch POD"], workspace))
+    for step in range(2):
+        plan(CASES["batch POD"], wrapper)
+        runtime.clear()
+        for _ in range(2):
+            wrapper.run(q, cache, q, cache, causal_p=step == 1)
+        assert runtime.copies() == [H2D] * step and not runtime.waits()  # the first causal run comes as a surprise
+    plan(CASES["batch POD"], wrapper)
+    runtime.clear()
+    odd = torch.zeros(2 * 8 * 64 + 1, dtype=torch.float16)[1:].view(2, 8, 64)
+    for _ in range(2):
+        wrapper.run(odd, cache, q, cache, causal_p=True)
+    assert runtime.copies() == [H2D] * 2 and not runtime.waits()
+    wrapper.run(odd, cache, q, cache, custom_mask_p=torch.ones(sum(LENGTHS), dtype=torch.bool))
+    assert runtime.copies().count(H2D) == 4  # the mask and its plan
+
+    wrapper = at_home(
+        make(
+            CASES["sinks"]._replace(
+                own={"head_dim_qk": 64, "head_dim_vo": 64, "q_data_type": "float16", "kv_data_type": "float16"}
+            ),
+            workspace,
+        )
+    )
+    plan(CASES["sinks"], wrapper)
+    runtime.clear()
+    for _ in range(3):
+        wrapper.run(q, cache, torch.zeros(8))
+    assert not runtime.calls
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("name", "arg"),
     [(name, arg) for name, case in CASES.items() if name != "paged with a mask" for arg in case.metadata],
@@ -238,6 +285,9 @@ def test_without_a_workspace_the_library_allocates(runtime):
         if name == "BatchAttention":
             plans = wrapper.plan_info
             assert wrapper._workspace.nbytes >= plans.prefill.workspace_bytes + plans.decode.workspace_bytes > 0
+            continue
+        if name == "batch POD":
+            assert wrapper._memory.nbytes >= sum(p.workspace_bytes for p in wrapper.plan_info) > 0
             continue
         owners = getattr(
             wrapper, "_levels", [getattr(wrapper, "_inner", None) or getattr(wrapper, "_decode", None) or wrapper]
