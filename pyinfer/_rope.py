@@ -21,14 +21,11 @@ from pyinfer.core.tensor import TensorView, as_numpy, empty, view
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
+    from pyinfer.jit.rope import RopeConfig
 
 _DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 _INTEGERS = (INT32, INT64)
 _MAX_ROTARY_DIM = 512  # the table of frequencies is a kernel parameter, of which there are 4 KiB
-_MANY_TOKENS = (
-    2048  # from here on a block takes all heads of its token: the sines are computed once, and there are blocks enough
-)
-
 _calls = Calls()
 
 
@@ -317,10 +314,8 @@ def _launch(
         bits |= s
     addresses = q.ptr | k.ptr | q_out.ptr | k_out.ptr
     vec = 1 if cache_bits & 15 else vector_length(size, addresses | bits * size)
-    kernel, at_once, has_pdl = _rope_kernel(
-        q.device, key[0], q.dtype.name, rotary_dim, bool(interleave), num_heads, vec
-    )
-    heads_per_block = num_heads if tokens >= _MANY_TOKENS else at_once
+    kernel, config, has_pdl = _rope_kernel(q.device, key[0], q.dtype.name, rotary_dim, bool(interleave), num_heads, vec)
+    heads_per_block = config.heads * config.across(tokens)
     parts = -(-num_heads // heads_per_block)
     pointers = (q.ptr, k.ptr, q_out.ptr, k_out.ptr, *indices)
     values = (*pointers, *table, *strides, q_heads, num_heads, parts, heads_per_block, tail, wide, *last)
@@ -339,10 +334,10 @@ def _launch(
 @functools.cache
 def _rope_kernel(
     device: int, mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads: int, vec: int
-) -> tuple[Kernel, int, bool]:
-    """Kernel, heads a block works on at a time, whether it was built for programmatic dependent launch."""
+) -> tuple[Kernel, RopeConfig, bool]:
+    """Kernel, its configuration, whether it was built for programmatic dependent launch."""
     from pyinfer.core.device import pdl_supported
-    from pyinfer.jit.rope import gen_rope
+    from pyinfer.jit.rope import gen_rope, rope_config
 
     spec = gen_rope(mode, dtype, rotary_dim, interleave, num_heads, vec)
-    return spec.build_and_load(device), spec.block[1], pdl_supported(device)
+    return spec.build_and_load(device), rope_config(rotary_dim // 2 // vec, num_heads), pdl_supported(device)

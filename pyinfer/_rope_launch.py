@@ -14,6 +14,7 @@ from pyinfer.core.tensor import TensorView, as_numpy, view
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
+    from pyinfer.jit.rope import RopeConfig
 
 calls = Calls()
 
@@ -163,14 +164,15 @@ def _launch_cuda(
     in_place = out.q_nope is not None and q_nope is not None and out.q_nope.ptr == q_nope.view.ptr and ratio == 1
     q_heads, kv_heads = q_rope.view.shape[1], k_rope.view.shape[1]
     heads = (q_heads, kv_heads, 0 if in_place or q_nope is None else q_heads)
-    from pyinfer.jit.rope import rope_quantize_chunks, rope_quantize_config
+    from pyinfer.jit.rope import rope_config, rope_quantize_parts
 
-    chunks = rope_quantize_chunks(heads, rotary_dim // 2, nope, value, vec)
-    config = rope_quantize_config(chunks)
+    pairs = rotary_dim // 2
+    config = rope_config(pairs // vec, q_heads + kv_heads)
+    tokens = q_rope.view.shape[0]
+    parts = rope_quantize_parts(heads, pairs, nope, value, vec, config, tokens)
     kernel, has_pdl = _kernel(
         q_rope.view.device, dtype.name, out_dtype.name, rotary_dim, nope, not is_neox, append, value, vec, config
     )
-    parts = -(-chunks // (config[0] * config[1]))
     tensors = [*inputs, *q_outs, *k_outs, table, positions, *(places.arrays if places is not None else ())]
     pointers = [0 if x is None else x.ptr for x in tensors]
     strides = [s for x in (*inputs, *q_outs) for s in ((0, 0) if x is None else x.strides[:2])]
@@ -181,12 +183,12 @@ def _launch_cuda(
     if places is not None:
         wide |= places.wide
         bounds, paged = (places.num_indices, places.num_pages), (places.batch, places.page_size)
-    values = (*pointers, *strides, table.strides[0], table.shape[0], *bounds, *heads, parts, wide, *paged, *scales)
+    values = (*pointers, *strides, table.strides[0], table.shape[0], *bounds, *heads, *parts, wide, *paged, *scales)
     recipe = _recipe([*inputs, *q_outs, *k_outs], roles, append, m) if m.remember else None
     wants = len(inputs) + len(q_outs) + len(k_outs) + 1  # the data and the table
     outputs = tuple([(tuple(view(x).shape), out_dtype) for x in m.made])
     calls.launch(
-        m.scalars, m.known, q_rope.view, kernel, q_rope.view.shape[0] * parts, values, len(pointers),
+        m.scalars, m.known, q_rope.view, kernel, tokens * parts[0], values, len(pointers),
         has_pdl and enable_pdl is not False, m.remember and vec * dtype.itemsize == 16, outputs, recipe, wants,
     )  # fmt: skip
 
@@ -217,7 +219,7 @@ def _kernel(
     append: bool,
     value: int,
     vec: int,
-    config: tuple[int, int, str],
+    config: RopeConfig,
 ) -> tuple[Kernel, bool]:
     """Kernel, whether the device has programmatic dependent launch."""
     from pyinfer.core.device import pdl_supported

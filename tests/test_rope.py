@@ -299,10 +299,15 @@ def test_frequency_table_is_exact() -> None:
 
 
 @pytest.mark.compile
-def test_heads_config() -> None:
-    from pyinfer.jit.rope import heads_config
+def test_rope_config() -> None:
+    """The blocks of a token have all its heads, in parts of equal size."""
+    from pyinfer.jit.rope import rope_config
 
     for slots in (1, 3, 8, 16, 64, 256):
         for heads in (1, 2, 7, 12, 40, 128, 129):
-            at_once = heads_config(slots, heads)
-            assert 1 <= at_once <= heads and (at_once == 1 or slots * at_once <= 128)
+            for tokens in (1, 4096):
+                c = rope_config(slots, heads)
+                assert 1 <= c.heads <= heads and (c.heads == 1 or slots * c.heads <= 128) and 1 <= c.unroll <= 4
+                each = c.heads * c.across(tokens)
+                parts = -(-heads // each)
+                assert c.across(tokens) in (1, c.unroll) and parts * each - heads < parts * c.across(tokens)

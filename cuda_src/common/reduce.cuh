@@ -97,3 +97,32 @@ PYINFER_DEVICE void row_sum_and_max(float& sum, float& largest, float* partials)
         largest = warp_max(lane < WARPS ? partials[WARPS + lane] : 0.0f);
     }
 }
+
+// Mean of a row and the squares of its deviations from it, from every thread's sum, mean and count of its own elements and `squares`, its deviations from that
+// mean, which becomes the row's: parts are joined by what their means differ (Chan, Golub and LeVeque), so a large mean cancels nothing. One barrier; uses
+// 3 * ceil(LANES / 32) floats of shared memory.
+template <int LANES>
+PYINFER_DEVICE float row_moments(float sum, float& squares, float own_mean, int count, float inverse_total, float* partials) {
+    if constexpr (LANES <= 32) {
+        const float mean = warp_sum<LANES>(sum) * inverse_total, off = own_mean - mean;
+        squares = warp_sum<LANES>(squares + count * off * off);
+        return mean;
+    } else {
+        constexpr int WARPS = LANES / 32;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const float warp_count = __reduce_add_sync(FULL_WARP, count), total = warp_sum(sum);
+        const float off = own_mean - (warp_count > 0.0f ? total / warp_count : 0.0f);
+        squares = warp_sum(squares + count * off * off);
+        if (lane == 0) {
+            partials[warp] = total;
+            partials[WARPS + warp] = squares;
+            partials[2 * WARPS + warp] = warp_count;
+        }
+        __syncthreads();
+        const bool holds = lane < WARPS && partials[2 * WARPS + lane] > 0.0f;
+        const float part = holds ? partials[lane] : 0.0f, part_count = holds ? partials[2 * WARPS + lane] : 0.0f;
+        const float mean = warp_sum(part) * inverse_total, part_off = holds ? part / part_count - mean : 0.0f;
+        squares = warp_sum((holds ? partials[WARPS + lane] : 0.0f) + part_count * part_off * part_off);
+        return mean;
+    }
+}

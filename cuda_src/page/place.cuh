@@ -11,12 +11,21 @@ struct Place {
     uint32_t slot;
 };
 
+// What a token is of, and where there: to be loaded early, beside whatever else waits for nothing.
+struct TokenIndex {
+    int64_t request, position;
+};
+
+template <typename Params>
+PYINFER_DEVICE TokenIndex token_index(const Params& p, uint32_t token) {
+    return {load_index(p.batch_indices, token, p.wide & BATCH_INDICES), load_index(p.positions, token, p.wide & POSITIONS)};
+}
+
 // Page kv_indices[kv_indptr[b] + position / page_size], slot position % page_size, b = batch_indices[token]. A token without a place (negative batch index or
 // position, a position beyond the request's pages, a page the cache does not have) gets page -1: it must not land in another request's page.
 template <typename Params>
-PYINFER_DEVICE Place place_of(const Params& p, uint32_t token) {
-    const int64_t request = load_index(p.batch_indices, token, p.wide & BATCH_INDICES);
-    const int64_t position = load_index(p.positions, token, p.wide & POSITIONS);
+PYINFER_DEVICE Place place_of(const Params& p, const TokenIndex& token) {
+    const auto [request, position] = token;
     if (request < 0 || request >= p.batch || position < 0 || position > 0x7fffffff) {
         return {-1, 0};
     }

@@ -84,12 +84,10 @@ class RowConfig:
         Whether the row has more vectors than lanes * slots.
     load, store
         Access functions of `cuda_src/common/vec_io.cuh`.
-    early_bytes
-        Weights are loaded before the reduction if a thread's take at most that.
     blocks
         Blocks that a multiprocessor should hold (bounds the registers); 1: as the compiler likes.
-    ahead
-        Not 0: a block works on several rows and loads the next before it reduces one; this many blocks a multiprocessor are launched.
+    stages
+        Not 0: so many blocks are launched as the multiprocessors hold, each for several rows; this many rows are in its shared memory or on their way there.
     """
 
     lanes: int
@@ -98,22 +96,25 @@ class RowConfig:
     reread: bool
     load: str = "load_once"
     store: str = "store"
-    early_bytes: int = 0
     blocks: int = 1
-    ahead: int = 0
+    stages: int = 0
 
     @property
     def short(self) -> str:
         """What tells it apart in a kernel's name."""
         access = f"{'' if self.load == 'load_once' else '_read' + self.load.removeprefix('load')}{self.store.removeprefix('store') and '_write_stream'}"
-        early = f"_w{self.early_bytes}" if self.early_bytes else ""
-        more = f"{f'_b{self.blocks}' if self.blocks > 1 else ''}{'_ahead' if self.ahead else ''}"
-        return f"{self.lanes}x{self.rows}_s{self.slots}{access}{early}{more}{'_reread' if self.reread else ''}"
+        more = f"{f'_b{self.blocks}' if self.blocks > 1 else ''}{f'_ring{self.stages}' if self.stages else ''}"
+        return f"{self.lanes}x{self.rows}_s{self.slots}{access}{more}{'_reread' if self.reread else ''}"
+
+    @property
+    def smem(self) -> int:
+        """Bytes of shared memory for the rows under way."""
+        return self.stages * self.slots * self.lanes * self.rows * 16
 
     def grid(self, rows: int, num_sms: int) -> int:
         """Blocks to launch for that many rows."""
         blocks = -(-rows // self.rows)
-        return min(blocks, self.ahead * num_sms) if self.ahead else blocks
+        return min(blocks, self.blocks * num_sms) if self.stages else blocks
 
 
 def row_config(vectors: int, slots: int, longest: tuple[int, int]) -> RowConfig:
@@ -157,7 +158,6 @@ def _constants(
         ("REREAD", config.reread),
         ("LOAD", config.load),
         ("STORE", config.store),
-        ("WEIGHT_EARLY", config.slots * vec * dtype.itemsize <= config.early_bytes),
         ("WEIGHT_BIAS", "1.0" if gemma else "0.0"),
     )
 
@@ -182,51 +182,40 @@ def _result(quantize: str, dtype: DType, out: str | None) -> DType:
 
 
 def rmsnorm_config(vectors: int, quantize: str = "") -> RowConfig:
-    """Four vectors a thread, the weights loaded beside them; long rows through the L1 cache, with registers for 1024 threads a multiprocessor.
+    """Four vectors a thread; long rows through the L1 cache, with registers for 1024 threads a multiprocessor.
 
     Measured on an H200 (tools/gpu/time_ops.py, copy 4.26 TB/s) at 16384 x 8192: 130.8 us, 96% of the copy (two vectors a thread the same; past the
-    L1 cache: 137.0;
-    one vector: 169.8). With a scale a row: blocks that load a row ahead, 109.6 us (with two vectors a thread 123.1) and at 4096 x 4096 16.6 us (19.0).
+    L1 cache: 137.0; one vector: 169.8).
     """
-    config = replace(row_config(vectors, 4, (512, 8 if quantize else 12)), early_bytes=64)
+    config = row_config(vectors, 4, (512, 8))
     if not 128 < vectors <= 4096 or config.reread:
         return config
-    blocks = max(1, 1024 // config.lanes)
-    if quantize == "row" and config.lanes <= 512:
-        return replace(config, blocks=max(1, blocks // 2), ahead=max(1, blocks // 2))
-    return replace(config, load="load" if vectors > 512 else config.load, blocks=blocks)
+    return replace(config, load="load" if vectors > 512 else config.load, blocks=max(1, 1024 // config.lanes))
+
+
+def _ring(vectors: int, slots: int, threads: int, stages: int) -> RowConfig:
+    """Rows by way of shared memory, so many threads a multiprocessor."""
+    config = row_config(vectors, slots, (1024, 4))
+    return replace(config, blocks=max(1, threads // (config.lanes * config.rows)), stages=stages)
 
 
 def rmsnorm_candidates(vectors: int, quantize: str = "") -> list[RowConfig]:
     """Configurations worth timing for long rows, the default first (tools/gpu/time_ops.py).
 
-    What they try: fewer vectors a thread and more threads (what is in flight then comes from many warps), reads through L1 or past L2, writes past
-    L2, a bound on
-    registers so that more blocks share a multiprocessor, and blocks that load a row ahead.
+    What they try: fewer vectors a thread and more threads (what is in flight then comes from many warps), reads through L1 or past it, a bound on
+    registers so that more blocks share a multiprocessor, and blocks that work on several rows, by way of shared memory.
     """
     found = [rmsnorm_config(vectors, quantize)]
     if 128 < vectors <= 1024:
-        for slots, load, store, early, blocks, ahead in (
-            (4, "load", "store", 64, 1024, 0),
-            (4, "load_once", "store", 64, 1024, 0),
-            (2, "load", "store", 32, 1536, 0),
-            (4, "load", "store", 64, 512, 512),
-            (4, "load_once", "store", 64, 512, 512),
-            (2, "load", "store", 32, 1024, 1024),
-        ):
+        for slots, load, threads in ((4, "load", 1024), (4, "load_once", 1024), (2, "load", 1536)):
             config = row_config(vectors, slots, (1024, 4))
-            per_block = config.lanes * config.rows
-            found.append(
-                replace(
-                    config,
-                    load=load,
-                    store=store,
-                    early_bytes=early,
-                    blocks=max(1, blocks // per_block),
-                    ahead=max(1, ahead // per_block) if ahead else 0,
-                )
-            )
+            found.append(replace(config, load=load, blocks=max(1, threads // (config.lanes * config.rows))))
+        found += [_ring(vectors, slots, threads, stages) for slots, threads, stages in _RINGS]
     return list(dict.fromkeys(found))
+
+
+_RINGS = ((2, 1024, 3), (2, 1024, 4), (2, 1024, 6), (4, 512, 3), (4, 512, 4))
+"""(vectors a thread, threads a multiprocessor, stages) worth timing."""
 
 
 @functools.cache
@@ -262,38 +251,34 @@ def gen_rmsnorm(
     v = _vec(d, hidden, vec)
     config = config or rmsnorm_config(hidden // v, quantize)
     name = _name("rmsnorm_silu" if silu else "rmsnorm", d, v, config, gemma, quantize, o)
-    constants = (*_constants(d, v, config, gemma, quantize, o), ("SILU", silu), ("AHEAD", bool(config.ahead)))
-    return JitSpec(
-        name, "norm/rmsnorm.cu.jinja", rmsnorm_params(quantize), constants, block=(config.lanes, config.rows, 1)
-    )
+    constants = (*_constants(d, v, config, gemma, quantize, o), ("SILU", silu), ("STAGES", config.stages))
+    block = (config.lanes, config.rows, 1)
+    params = rmsnorm_params(quantize)
+    return JitSpec(name, "norm/rmsnorm.cu.jinja", params, constants, block=block, smem=config.smem)
 
 
 def fused_add_config(vectors: int) -> RowConfig:
-    """One vector a thread, through the L1 cache, the weights loaded early; rows that a block of 1024 cannot hold so take two or eight.
+    """One vector a thread, through the L1 cache; rows that a block of 1024 cannot hold so take two or eight.
 
     Measured on an H200 (tools/gpu/time_ops.py, copy 4.26 TB/s) at 16384 x 8192: 260.6 us, 97% of the copy; two vectors a thread: 270.2.
     """
     if 128 < vectors <= 1024:
-        return replace(row_config(vectors, 1, (1024, 4)), load="load", early_bytes=16)
-    return row_config(vectors, 2, (512, 8))
+        return replace(row_config(vectors, 1, (1024, 4)), load="load")
+    return row_config(vectors, 2, (512, 6))
 
 
 def fused_add_candidates(vectors: int) -> list[RowConfig]:
     """Configurations worth timing for long rows, the default first (tools/gpu/time_ops.py)."""
     found = [fused_add_config(vectors)]
     if vectors > 128:
-        for slots, load, store, early in (
-            (2, "load_once", "store", 0),
-            (2, "load_once", "store", 32),
-            (2, "load", "store", 0),
-            (2, "load_once", "store_stream", 0),
-            (2, "load_stream", "store_stream", 0),
-            (1, "load_once", "store", 16),
-            (1, "load", "store", 16),
-            (4, "load_once", "store", 0),
+        for slots, load, store in (
+            (2, "load_once", "store"),
+            (2, "load", "store"),
+            (2, "load_stream", "store_stream"),
+            (1, "load_once", "store"),
+            (1, "load", "store_stream"),
         ):
-            config = row_config(vectors, slots, (1024, 4))
-            found.append(replace(config, load=load, store=store, early_bytes=early))
+            found.append(replace(row_config(vectors, slots, (1024, 4)), load=load, store=store))
     return list(dict.fromkeys(found))
 
 
@@ -322,12 +307,29 @@ def gen_fused_add_rmsnorm(
     )
 
 
+def layernorm_config(vectors: int) -> RowConfig:
+    """As rmsnorm, with more registers."""
+    config = rmsnorm_config(vectors)
+    return replace(config, blocks=max(1, 768 // config.lanes)) if config.blocks > 1 else config
+
+
+def layernorm_candidates(vectors: int) -> list[RowConfig]:
+    """Configurations worth timing for long rows, the default first (tools/gpu/time_ops.py)."""
+    rings = [_ring(vectors, *r) for r in _RINGS]
+    return [layernorm_config(vectors), *(rings if 128 < vectors <= 1024 else ())]
+
+
 @functools.cache
-def gen_layernorm(dtype: str, param_dtype: str, hidden: int, vec: int | None = None) -> JitSpec:
-    """The layernorm kernel for rows of `hidden` elements; `param_dtype` is the weight's and the bias's."""
+def gen_layernorm(
+    dtype: str, param_dtype: str, hidden: int, vec: int | None = None, config: RowConfig | None = None
+) -> JitSpec:
+    """The layernorm kernel for rows of `hidden` elements; `param_dtype` is the weight's and the bias's.
+
+    `config`: one of `layernorm_candidates`, default `layernorm_config`.
+    """
     d, param = canonical_dtype(dtype), canonical_dtype(param_dtype)
     v = _vec(d, hidden, vec)
-    config = replace(rmsnorm_config(hidden // v, "tensor"), early_bytes=0)
+    config = config or layernorm_config(hidden // v)
     constants = (
         ("scalar_t", d.ctype),
         ("param_t", param.ctype),
@@ -338,9 +340,11 @@ def gen_layernorm(dtype: str, param_dtype: str, hidden: int, vec: int | None = N
         ("BLOCKS", config.blocks),
         ("LOAD", config.load),
         ("REREAD", config.reread),
+        ("STAGES", config.stages),
     )
     name = f"layernorm_{d.short}_{param.short}_v{v}_{config.short}"
-    return JitSpec(name, "norm/layernorm.cu.jinja", LAYERNORM, constants, block=(config.lanes, config.rows, 1))
+    block = (config.lanes, config.rows, 1)
+    return JitSpec(name, "norm/layernorm.cu.jinja", LAYERNORM, constants, block=block, smem=config.smem)
 
 
 # SmolLM2, a head of 128, Llama 3 8B and 70B; one of odd length, one that is read twice.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -87,10 +88,53 @@ def frequency_bytes(*key: float) -> bytes:
     return frequency_table(*key).tobytes()
 
 
-def heads_config(slots: int, num_heads: int) -> int:
-    """Heads a block works on at a time: about 128 threads, and parts of equal size."""
-    at_once = max(1, min(num_heads, 128 // slots))
-    return -(-num_heads // -(-num_heads // at_once))
+@dataclass(frozen=True)
+class RopeConfig:
+    """How a token's heads are spread over threads.
+
+    Attributes
+    ----------
+    heads
+        Threads along the heads.
+    unroll
+        Heads per thread: a block works on up to heads * unroll.
+    load, store
+        Access functions of `cuda_src/common/vec_io.cuh`.
+    """
+
+    heads: int
+    unroll: int
+    load: str = "load_once"
+    store: str = "store"
+
+    @property
+    def short(self) -> str:
+        """What tells it apart in a kernel's name."""
+        read = "" if self.load == "load_once" else "_read" + self.load.removeprefix("load")
+        return f"h{self.heads}_u{self.unroll}{read}{'_write_stream' if self.store == 'store_stream' else ''}"
+
+    def across(self, tokens: int) -> int:
+        """Heads per thread: with few tokens one, for there to be blocks enough; with many several, as the sines are computed once for all."""
+        return self.unroll if tokens >= _MANY_TOKENS else 1
+
+
+_MANY_TOKENS = 2048
+
+
+def rope_config(slots: int, num_heads: int, unroll: int = 4) -> RopeConfig:
+    """About 128 threads of `slots` a head, up to `unroll` heads each, in blocks of equal size."""
+    passes = -(-num_heads // max(1, 128 // slots))
+    blocks = -(-passes // unroll)
+    per_thread = -(-passes // blocks)
+    return RopeConfig(-(-num_heads // (blocks * per_thread)), per_thread)
+
+
+def rope_candidates(slots: int, num_heads: int) -> list[RopeConfig]:
+    """Configurations worth timing, the default first (tools/gpu/time_ops.py)."""
+    default = rope_config(slots, num_heads)
+    accesses = (("load", "store"), ("load_once", "store_stream"), ("load", "store_stream"))
+    others = (rope_config(slots, num_heads, 1), rope_config(slots, num_heads, 2))
+    return list(dict.fromkeys([default, *(replace(default, load=a, store=b) for a, b in accesses), *others]))
 
 
 @functools.cache
@@ -101,8 +145,7 @@ def gen_rope(
     interleave: bool,
     num_heads: int,
     vec: int | None = None,
-    ahead: bool | None = None,
-    load: str = "load_once",
+    config: RopeConfig | None = None,
 ) -> JitSpec:
     """The kernel for a rotary dimension.
 
@@ -116,32 +159,29 @@ def gen_rope(
         Heads of q and k together (decides the block's shape).
     vec
         Elements per access; default: what rotary_dim allows if pointers and strides are multiples of 16 bytes.
-    ahead
-        Load a thread's first head before its angles are known: by default for elements of two bytes (float32 spills on 10.0).
-    load
-        Access function of `cuda_src/common/vec_io.cuh`.
+    config
+        One of `rope_candidates`, default `rope_config`.
     """
     if mode not in MODES:
         fail("gen_rope", "mode", "is unknown", repr(mode), "one of " + ", ".join(MODES))
     d = canonical_dtype(dtype)
-    ahead = d.itemsize == 2 if ahead is None else ahead
     pairs = rotary_dim // 2
     v = vec or min(16 // d.itemsize, pairs & -pairs)
-    heads = heads_config(pairs // v, num_heads)
+    config = config or rope_config(pairs // v, num_heads)
     constants = (
         ("scalar_t", d.ctype),
         ("MODE", mode),
         ("VEC", v),
         ("PAIRS", pairs),
-        ("HEADS", heads),
+        ("HEADS", config.heads),
+        ("UNROLL", config.unroll),
         ("INTERLEAVE", interleave),
-        ("AHEAD", ahead),
-        ("LOAD", load),
+        ("LOAD", config.load),
+        ("STORE", config.store),
     )
-    access = "" if load == "load_once" else "_read" + load.removeprefix("load")
-    tags = f"{'_interleave' if interleave else ''}{'_ahead' if ahead else ''}{access}"
-    name = f"rope_{mode}_{d.short}_d{rotary_dim}_v{v}_h{heads}{tags}"
-    return JitSpec(name, "rope/rope.cu.jinja", rope_params(mode, pairs), constants, block=(pairs // v, heads, 1))
+    name = f"rope_{mode}_{d.short}_d{rotary_dim}_v{v}_{config.short}{'_interleave' if interleave else ''}"
+    block = (pairs // v, config.heads, 1)
+    return JitSpec(name, "rope/rope.cu.jinja", rope_params(mode, pairs), constants, block=block)
 
 
 @functools.cache
@@ -172,6 +212,8 @@ def rope_quantize_params(append: bool) -> ParamStruct:
         u32("num_kv_heads"),
         u32("q_nope_heads", "0: the queries' other elements stay where they are"),
         u32("parts", "blocks per token"),
+        u32("rotate_parts", "those of them that rotate"),
+        u32("heads_per_part", "of those"),
         i32("wide", "bit per index array: int64"),
         *((i32("batch"), u32("page_size")) if append else ()),
         f32("q_scale", "what queries are multiplied by"),
@@ -179,26 +221,19 @@ def rope_quantize_params(append: bool) -> ParamStruct:
     )
 
 
-def rope_quantize_chunks(heads: tuple[int, int, int], pairs: int, nope: int, value: int, vec: int) -> int:
-    """Accesses (pairs of them where it rotates) per token: `heads` are those of queries, of keys, and of queries that have elements to copy."""
+COPIES = 4
+"""Chunks of what is not rotated that a thread of rope_quantize moves."""
+
+
+def rope_quantize_parts(
+    heads: tuple[int, int, int], pairs: int, nope: int, value: int, vec: int, config: RopeConfig, tokens: int
+) -> tuple[int, int, int]:
+    """(blocks per token, those of them that rotate, heads of each): `heads` are those of queries, of keys, and of queries that have elements to copy."""
     q_heads, kv_heads, q_nope_heads = heads
-    return ((q_heads + kv_heads) * pairs + (q_nope_heads + kv_heads) * nope + kv_heads * value) // vec
-
-
-def rope_quantize_config(chunks: int) -> tuple[int, int, str]:
-    """(threads per block, chunks per thread, access function) for a token of `chunks`: two a thread, in blocks of equal size."""
-    return _rope_quantize_block(chunks, 2, "load")
-
-
-def _rope_quantize_block(chunks: int, unroll: int, load: str) -> tuple[int, int, str]:
-    blocks = -(-chunks // (256 * unroll))
-    return min(256, 32 * -(-chunks // (32 * unroll * blocks))), unroll, load
-
-
-def rope_quantize_candidates(chunks: int) -> list[tuple[int, int, str]]:
-    """Configurations worth timing, the default first (tools/gpu/time_ops.py)."""
-    tried = [_rope_quantize_block(chunks, u, load) for u in (1, 2, 4) for load in ("load", "load_once")]
-    return list(dict.fromkeys([rope_quantize_config(chunks), *tried]))
+    each = config.heads * config.across(tokens)
+    rotate = -(-(q_heads + kv_heads) // each)
+    chunks = ((q_nope_heads + kv_heads) * nope + kv_heads * value) // vec
+    return rotate + -(-chunks // (pairs // vec * config.heads * COPIES)), rotate, each
 
 
 @functools.cache
@@ -211,7 +246,8 @@ def gen_rope_quantize(
     append: bool = False,
     value: int = 0,
     vec: int | None = None,
-    config: tuple[int, int, str] = (256, 2, "load"),
+    config: RopeConfig | None = None,
+    num_heads: int = 40,
 ) -> JitSpec:
     """The kernel that rotates by a table and rounds.
 
@@ -226,20 +262,21 @@ def gen_rope_quantize(
     vec
         Elements per access; default: what the dimensions allow if pointers and strides are multiples of 16 bytes.
     config
-        As `rope_quantize_config` gives it.
+        One of `rope_candidates`; default `rope_config` for `num_heads` of queries and keys.
     """
-    block, unroll, load = config
     d, o = canonical_dtype(dtype), canonical_dtype(out)
     pairs = rotary_dim // 2
     dims = pairs | nope | value
     v = vec or min(16 // d.itemsize, dims & -dims)
+    config = config or rope_config(pairs // v, num_heads)
     constants = (
         ("scalar_t", d.ctype),
         ("out_t", o.ctype),
         ("VEC", v),
-        ("BLOCK", block),
-        ("UNROLL", unroll),
-        ("LOAD", load),
+        ("HEADS", config.heads),
+        ("UNROLL", config.unroll),
+        ("COPIES", COPIES),
+        ("LOAD", config.load),
         ("PAIRS", pairs),
         ("NOPE", nope),
         ("VALUE", value),
@@ -248,9 +285,10 @@ def gen_rope_quantize(
         ("SCALED", d is not o),
     )
     where = f"_append_v{value}" if append else ""
-    shape = f"t{block}_u{unroll}_read{load.removeprefix('load')}{'_interleave' if interleave else ''}"
+    shape = f"{config.short}{'_interleave' if interleave else ''}"
     name = f"rope_quantize_{d.short}_{o.short}_r{rotary_dim}_n{nope}{where}_v{v}_{shape}"
-    return JitSpec(name, "rope/rope_quantize.cu.jinja", rope_quantize_params(append), constants, block=(block, 1, 1))
+    template, block = "rope/rope_quantize.cu.jinja", (pairs // v, config.heads, 1)
+    return JitSpec(name, template, rope_quantize_params(append), constants, block=block)
 
 
 @functools.cache
@@ -277,14 +315,12 @@ def all_specs() -> list[JitSpec]:
         gen_rope("pos_ids", "bfloat16", 256, False, 2),
     ]
     specs += [
-        gen_rope("pos_ids", "bfloat16", 128, False, 40, ahead=a, load=load)
-        for a in (False, True)
-        for load in ("load_once", "load")
+        gen_rope(m, "bfloat16", 128, False, 40, config=c) for m in ("pos_ids", "cache") for c in rope_candidates(8, 40)
     ]
     e4m3, e5m2 = "float8_e4m3fn", "float8_e5m2"
     specs += [
-        gen_rope_quantize("bfloat16", e4m3, 64, 512),  # MLA
-        gen_rope_quantize("bfloat16", e4m3, 64, 512, append=True),
+        gen_rope_quantize("bfloat16", e4m3, 64, 512, num_heads=129),  # MLA
+        gen_rope_quantize("bfloat16", e4m3, 64, 512, append=True, num_heads=129),
         gen_rope_quantize("bfloat16", e4m3, 128, 0, append=True, value=128),  # Llama 3
         gen_rope_quantize("float16", e5m2, 64, 64, True, append=True, value=128),
         gen_rope_quantize("float16", e4m3, 6, 3),
@@ -293,7 +329,7 @@ def all_specs() -> list[JitSpec]:
         gen_rope_quantize("float32", "float32", 64, 0, append=True, value=64),
         *(
             gen_rope_quantize("bfloat16", "bfloat16", 128, 0, append=True, value=128, config=c)
-            for c in rope_quantize_candidates(448)
+            for c in rope_candidates(8, 40)
         ),
     ]
     return list(dict.fromkeys(specs))

@@ -1,6 +1,6 @@
 """Time the candidate configurations of the memory-bound operators beside FlashInfer's kernels, checked against float64.
 
-`python3 tools/gpu/time_ops.py [rms|silu|add|append|rope|quant|fused …]` (in common.sh's environment, after warm_flashinfer.sh wait): one line per
+`python3 tools/gpu/time_ops.py [rms|silu|add|append|rope|layer|quant|fused …]` (in common.sh's environment, after warm_flashinfer.sh wait): one line per
 candidate: median microseconds, TB/s, percent of this run's copy bandwidth, FlashInfer's time over ours. The first is the operator's own.
 """
 
@@ -196,8 +196,8 @@ def rope(bench: Bench) -> None:
     from pyinfer.jit.rope import gen_rope
 
     original = _rope._rope_kernel
-    for tokens in TOKENS:
-        q, k = (randn((tokens, heads, 128), "bfloat16", "cuda") for heads in (32, 8))
+    for tokens, shape in (*((t, (32, 8)) for t in TOKENS), (16384, (32, 32))):
+        q, k = (randn((tokens, heads, 128), "bfloat16", "cuda") for heads in shape)
         positions = torch.randperm(32768, device="cuda")[:tokens].to(torch.int32)
         angle = torch.arange(32768, device="cuda").double()[:, None] * 10000.0 ** (
             -torch.arange(64, device="cuda").double() / 64
@@ -224,26 +224,32 @@ def _rope_mode(
             return calls.rope(module, q, k, positions)
         return calls.rope_cached(module, q, k, positions, table)
 
+    from pyinfer.jit.rope import rope_candidates
+
+    heads, dim = q.shape[1] + k.shape[1], q.shape[2]
     variants: list[Variant] = []
-    for ahead in (True, False):
-        for load in ("load_once", "load"):
-            spec = gen(mode, "bfloat16", 128, False, 40, ahead=ahead, load=load)
-            kernel = spec.build_and_load(0)
-            store: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
+    for config in rope_candidates(dim // 16, heads):
+        kernel = gen(mode, "bfloat16", dim, False, heads, config=config).build_and_load(0)
+        store: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
 
-            def choose(kernel: Any = kernel, spec: Any = spec, store: Any = store) -> None:
-                """The candidate's own kernel and remembered calls, not another's."""
-                _rope._rope_kernel = lambda *_: (kernel, spec.block[1], pdl)  # type: ignore[assignment]
-                _rope._calls._found, _rope._calls._recent = store
+        def choose(kernel: Any = kernel, config: Any = config, store: Any = store) -> None:
+            """The candidate's own kernel and remembered calls, not another's."""
+            _rope._rope_kernel = lambda *_: (kernel, config, pdl)  # type: ignore[assignment]
+            _rope._calls._found, _rope._calls._recent = store
 
-            choose()
-            run, result = call(pyinfer)
-            close(result().view(want.shape), want, spec.name)
-            variants.append((spec.name, lambda run=run, choose=choose: (choose(), run())))
+        choose()
+        run, result = call(pyinfer)
+        close(result().view(want.shape), want, kernel.spec.name)
+        variants.append((kernel.spec.name, lambda run=run, choose=choose: (choose(), run())))
     tokens = len(q)
     name = "apply_rope_pos_ids_inplace" if mode == "pos_ids" else "apply_rope_with_cos_sin_cache_inplace"
-    moved = 4.0 * tokens * 40 * 128 + (4.0 * tokens * 128 if mode == "cache" else 0)
-    bench.table(f"{name} {tokens} tokens 32/8x128", moved, variants, lambda: call(peers.flashinfer("rope"))[0])
+    moved = 4.0 * tokens * heads * dim + (4.0 * tokens * dim if mode == "cache" else 0)
+    bench.table(
+        f"{name} {tokens} tokens {q.shape[1]}/{k.shape[1]}x{dim}",
+        moved,
+        variants,
+        lambda: call(peers.flashinfer("rope"))[0],
+    )
 
 
 def rms(bench: Bench, quantize: str = "") -> None:
@@ -253,7 +259,7 @@ def rms(bench: Bench, quantize: str = "") -> None:
     from pyinfer.core.device import num_sms, pdl_supported
     from pyinfer.jit.norm import gen_rmsnorm, rmsnorm_candidates
 
-    for rows, hidden in SHAPES[1:]:
+    for rows, hidden in ((1, 4096), *SHAPES):
         x, weight = randn((rows, hidden), "bfloat16", "cuda"), randn((hidden,), "bfloat16", "cuda")
         out = torch.empty((rows, hidden), dtype=torch.float8_e4m3fn if quantize else torch.bfloat16, device="cuda")
         scales = torch.full((rows, 1), 0.05, device="cuda")  # of which one counts, or all are written
@@ -288,6 +294,45 @@ def rms(bench: Bench, quantize: str = "") -> None:
             (3.0 if quantize else 4.0) * rows * hidden,
             variants,
             lambda x=x, w=weight: calls.rmsnorm(peers.flashinfer("norm"), x, w),
+        )
+
+
+def layer(bench: Bench) -> None:
+    """layernorm with float32 weights."""
+    import torch
+
+    from pyinfer.core.device import num_sms, pdl_supported
+    from pyinfer.jit.norm import gen_layernorm, layernorm_candidates
+
+    for rows, hidden in ((1, 4096), *SHAPES):
+        x = randn((rows, hidden), "bfloat16", "cuda") + 3.0
+        weight, bias = (randn((hidden,), "float32", "cuda") for _ in range(2))
+        out = torch.empty_like(x)
+        wide = x.double()
+        wide -= wide.mean(-1, keepdim=True)
+        want = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double() + bias.double()
+        del wide
+        variants: list[Variant] = []
+        for c in layernorm_candidates(hidden // 8):
+            kernel = gen_layernorm("bfloat16", "float32", hidden, config=c).build_and_load(0)
+            pointers = (x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr())
+            values = (*pointers, 0, hidden, 0, hidden, rows, rows, hidden, 1.0 / hidden, 1e-6)
+            grid = c.grid(rows, num_sms(0))
+
+            def run(kernel: Any = kernel, grid: int = grid, values: Any = values) -> None:
+                kernel(stream(), grid, values, pdl_supported(0))
+
+            out.fill_(float("nan"))
+            run()
+            close(out, want, kernel.spec.name)
+            name = kernel.spec.name.removeprefix("layernorm_bf16_f32_")
+            variants.append((f"{name} ({kernel.resources.registers} regs, {kernel.blocks_per_sm()}/SM)", run))
+        del want
+        bench.table(
+            f"layernorm {rows}x{hidden}",
+            4.0 * rows * hidden,
+            variants,
+            lambda x=x, w=weight: calls.layernorm(peers.flashinfer("norm"), x, w),
         )
 
 
@@ -382,12 +427,12 @@ def _fused(bench: Bench, tokens: int) -> None:
         p.append_paged_kv_cache(k, v, *where, cache, *table, last)
 
     moved, kv = 48 * 128.0 * tokens, 16 * 128.0 * tokens
-    for name, chunks, bytes_moved, run in (
-        ("rope_append", 448, 4 * moved, lambda: p.rope_append_paged_kv_cache(q, k, v, angles, pos, cache, *index, q_out=q_out)),
-        ("rope_quantize_fp8_append", 448, 3 * moved, lambda: append8(q, k, None, None, v, angles, pos, small, *index, **outs)),
-        ("the same, latent", 8772, 3 * 129 * 576.0 * tokens, lambda: append8(*parts, None, half, pos, latent, *index, **latent_outs)),
+    for name, heads, slots, bytes_moved, run in (
+        ("rope_append", 40, 8, 4 * moved, lambda: p.rope_append_paged_kv_cache(q, k, v, angles, pos, cache, *index, q_out=q_out)),
+        ("rope_quantize_fp8_append", 40, 8, 3 * moved, lambda: append8(q, k, None, None, v, angles, pos, small, *index, **outs)),
+        ("the same, latent", 129, 4, 3 * 129 * 576.0 * tokens, lambda: append8(*parts, None, half, pos, latent, *index, **latent_outs)),
     ):  # fmt: skip
-        bench.table(f"{name} {tokens} tokens", bytes_moved, _fused_variants(chunks, run), _no_peer)
+        bench.table(f"{name} {tokens} tokens", bytes_moved, _fused_variants(heads, slots, run), _no_peer)
     for name, bytes_moved, run in (
         ("  rope in place, then append", 4 * moved, apart),
         ("append_paged_kv_cache to 8 bits", 3 * kv, lambda: p.append_paged_kv_cache(k, v, *where, small, *table, last, "NHD", 0.5, 0.5)),
@@ -397,28 +442,31 @@ def _fused(bench: Bench, tokens: int) -> None:
         bench.table(f"{name} {tokens} tokens", bytes_moved, [("pyinfer", run)], _no_peer)
 
 
-def _fused_variants(chunks: int, run: Callable[[], Any]) -> list[Variant]:
+def _fused_variants(heads: int, slots: int, run: Callable[[], Any]) -> list[Variant]:
     """Every candidate in the operator's own place."""
     from pyinfer import _rope_launch
     from pyinfer.jit import rope as jit
 
     variants: list[Variant] = []
-    for config in jit.rope_quantize_candidates(chunks):
+    for config in jit.rope_candidates(slots, heads):
+        if config.store != "store":
+            continue
         store: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
 
         def timed(config: Any = config, store: Any = store) -> None:
             """The candidate's own remembered calls, not another's."""
-            jit.rope_quantize_config = lambda _: config  # type: ignore[assignment]
+            jit.rope_config = lambda *_: config  # type: ignore[assignment]
             _rope_launch.calls._found, _rope_launch.calls._recent = store
             run()
 
-        variants.append((str(config), timed))
+        variants.append((config.short, timed))
     return variants
 
 
 def main() -> None:
     """Run what was named, everything by default."""
-    operators = {"rms": rms, "silu": silu, "add": add, "append": append, "rope": rope, "quant": quant, "fused": fused}
+    operators = {"rms": rms, "silu": silu, "add": add, "append": append, "rope": rope, "layer": layer}
+    operators |= {"quant": quant, "fused": fused}
     bench = Bench()
     for name in sys.argv[1:] or operators:
         operators[name](bench)
