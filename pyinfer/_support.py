@@ -33,7 +33,7 @@ def check_backend(op: str, backend: str) -> None:
 def check_pos_encoding(
     op: str, pos_encoding_mode: str, rope_scale: float | None = None, rope_theta: float | None = None
 ) -> tuple[str, float, float]:
-    """The mode, rope_scale (1 by default) and rope_theta (10,000 by default); ValueError for what is none."""
+    """The mode, rope_scale (1 by default) and rope_theta (10,000 by default); ValueError for what is none, or would be ignored."""
     if pos_encoding_mode not in POS_ENCODING_MODES:
         wanted = "'NONE', 'ROPE_LLAMA' or 'ALIBI'"
         fail(op, "pos_encoding_mode", "is no positional encoding", repr(pos_encoding_mode), wanted)
@@ -42,6 +42,11 @@ def check_pos_encoding(
     for arg, value in (("rope_scale", scale), ("rope_theta", theta)):
         if not 0.0 < value < math.inf:
             fail(op, arg, "is no positive number", value, "a positive number, or None")
+    if pos_encoding_mode != "ROPE_LLAMA":
+        for arg, value, default in (("rope_scale", scale, 1.0), ("rope_theta", theta, 1e4)):
+            if value != default:
+                fix = "Pass pos_encoding_mode='ROPE_LLAMA', or leave it out if queries and keys are rotated already."
+                fail(op, arg, f"does nothing with pos_encoding_mode {pos_encoding_mode!r}", value, "None", fix)
     return pos_encoding_mode, scale, theta
 
 

@@ -114,6 +114,8 @@ PLAN_CASES = {
     "decode: large group": (lambda x: x.decode(num_qo_heads=258), ValueError, r"num_qo_heads makes too large a group: got 129 \(258 query heads, 2 kv heads\), wanted at most 128"),
     "decode: rope_theta": (lambda x: x.decode(pos_encoding_mode="ROPE_LLAMA", rope_theta=0), ValueError, "rope_theta is no positive number: got 0.0"),
     "decode: rope_scale": (lambda x: x.decode(pos_encoding_mode="ROPE_LLAMA", rope_scale=float("inf")), ValueError, "rope_scale is no positive number: got inf"),
+    "decode: rope_scale off": (lambda x: x.decode(rope_scale=2.0), ValueError, "rope_scale does nothing with pos_encoding_mode 'NONE': got 2.0, wanted None"),
+    "decode: rope_theta off": (lambda x: x.decode(pos_encoding_mode="ALIBI", rope_theta=5e5), ValueError, "rope_theta does nothing with pos_encoding_mode 'ALIBI': got 500000.0, wanted None. Pass pos_encoding_mode='ROPE_LLAMA', or leave it out if queries and keys are rotated already."),
     "decode: two types": (lambda x: x.decode(kv_data_type=x.other), TypeError, r"kv_data_type differs from q_data_type: got \w+, wanted \w+ \(q's\), float8_e4m3fn or float8_e5m2"),
     "decode: nonsense encoding": (lambda x: x.decode(pos_encoding_mode="rope"), ValueError, "pos_encoding_mode is no positional encoding: got 'rope'"),
     "decode: window": (lambda x: x.decode(window_left=-2), ValueError, r"window_left is no window: got -2, wanted -1 \(none\)"),

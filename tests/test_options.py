@@ -307,7 +307,8 @@ def test_single_calls(rng, backend_arrays, device, mode, kv_dtype):
     mask[2] = False
     options: dict[str, Any] = {"alibi": mode == "ALIBI", "rope": (4.0, 1e4) if mode == "ROPE_LLAMA" else None}
     arrays = [b.float64(x) for x in (q, k, v)]
-    args = dict(pos_encoding_mode=mode, rope_scale=4.0, return_lse=True, use_fp16_qk_reduction=True, o_dtype="float32")
+    place: dict[str, Any] = {"pos_encoding_mode": mode} | ({"rope_scale": 4.0} if mode == "ROPE_LLAMA" else {})
+    args = dict(place, return_lse=True, use_fp16_qk_reduction=True, o_dtype="float32")
     want = attention(*arrays, mask=mask, window_left=50, **options)
     packed = b.array(np.packbits(mask.reshape(-1), bitorder="little"))
     for given in ({"custom_mask": b.array(mask)}, {"packed_custom_mask": packed}):
@@ -318,7 +319,7 @@ def test_single_calls(rng, backend_arrays, device, mode, kv_dtype):
     want = attention(*arrays, causal=True, **options)
     assert_close(b.float64(got[0]), want[0], **tolerance(case, device))
     case.out_dtype = None
-    got = pyinfer.single_decode_with_kv_cache(q[5], k, v, "NHD", mode, k_scale=0.5, rope_scale=4.0)
+    got = pyinfer.single_decode_with_kv_cache(q[5], k, v, "NHD", k_scale=0.5, **place)
     want = attention(arrays[0][5:], *arrays[1:], sm_scale=0.5 * 48**-0.5, **options)
     assert_close(b.float64(got), want[0][0], **tolerance(case, device))
 
