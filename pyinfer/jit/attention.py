@@ -46,6 +46,7 @@ __all__ = [
     "gen_batch_prefill_module",
     "gen_single_decode_module",
     "gen_single_prefill_module",
+    "planned_decode_specs",
     "smem_limits",
 ]
 
@@ -132,7 +133,9 @@ def option_fields(options: AttentionOptions) -> tuple[Field, ...]:
 @functools.cache
 def attention_params(source: str, options: AttentionOptions = PLAIN, head_dim_qk: int = 0) -> ParamStruct:
     """The parameter struct of a kernel. Tables travel by value, behind the strides: RoPE's frequencies, and with source "even" the page ranges."""
-    tables = (u64_array("rope_frequency", head_dim_qk // 2, "turns per position, times 2^64"),) if options.rope else ()
+    tables: tuple[Field, ...] = ()
+    if options.rope:
+        tables = (u64_array("rope_frequency", head_dim_qk // 2, "turns per position, times 2^64"),)
     if source == "even":
         tables += (u64_array("table", EVEN_TABLE // 2, "int32 pairs: kv_indptr, from len_at on kv_len"),)
     of_source = EVEN_FIELDS if source == "even" else SOURCE_FIELDS[source]
@@ -246,6 +249,20 @@ def gen_attention(
     )
 
 
+def planned_decode_specs(
+    arch: int, dtype: DType | str, head_dim_qk: int, head_dim_vo: int, variant: str = "plain", kv_dtype: DType | str | None = None,
+    out_dtype: DType | str | None = None, options: AttentionOptions = PLAIN,
+) -> list[JitSpec]:  # fmt: skip
+    """Every kernel that a decode plan may be run by: of its list or cut evenly, of a full device, one block a multiprocessor, and clusters."""
+    kv = canonical_dtype(dtype if kv_dtype is None else kv_dtype)
+    base = attention_config(arch, dtype, head_dim_qk, head_dim_vo, DECODE_ROWS, kv, options)
+    wide = wide_decode_config(arch, head_dim_qk, head_dim_vo, kv.itemsize, options)
+    cluster = even_decode_config(arch, head_dim_qk, head_dim_vo, kv.itemsize, options)
+    made = [(base, "plan"), (base, "even"), (wide, "plan"), (wide, "even"), (cluster, "even")]
+    dims = head_dim_qk, head_dim_vo
+    return [gen_attention(c, dtype, *dims, s, variant, kv, out_dtype, options) for c, s in made if c is not None]
+
+
 OPTION_CASES = (
     # head_dim_qk, head_dim_vo, queries, keys and values, output, soft cap, options, aligned
     (128, 128, "bfloat16", "float8_e4m3fn", None, False, PLAIN, True),
@@ -289,14 +306,8 @@ def all_specs(archs: Collection[int] = (80, 89, 90)) -> list[JitSpec]:
                     for source in SOURCES:
                         for variant in VARIANTS:
                             found[gen_attention(config, dtype, dim, dim, source, variant)] = None
-            wide = wide_decode_config(arch, dim, dim)
-            even = even_decode_config(arch, dim, dim)
             for dtype in DTYPES:
-                if wide is not None:
-                    found[gen_attention(wide, dtype, dim, dim)] = None
-                    found[gen_attention(wide, dtype, dim, dim, "even")] = None
-                if even is not None:
-                    found[gen_attention(even, dtype, dim, dim, "even")] = None
+                found |= dict.fromkeys(planned_decode_specs(arch, dtype, dim, dim))
     # Options once, cut for the smallest shared memory: that fits all of the architectures.
     found |= dict.fromkeys(option_specs(min(archs, key=smem_limits)))
     return list(found)
@@ -332,6 +343,11 @@ def _module(
             config = attention_config(env.arch_number(arch), dtype, head_dim_qk, head_dim_vo, rows, kv, options)
             spec = gen_attention(config, dtype, head_dim_qk, head_dim_vo, source, variant, kv, out, options)
             specs[spec] = None
+        if source == "plan" and backend != "fa3":
+            found = planned_decode_specs(
+                env.arch_number(arch), dtype, head_dim_qk, head_dim_vo, variant, kv, out, options
+            )
+            specs |= dict.fromkeys(found)
     if not specs:
         fail(op, "backend", "has no kernel for this case", repr(backend), "'auto' or 'fa2'")
     phase = op.removeprefix("gen_").removesuffix("_module")

@@ -1,12 +1,11 @@
 """Decode of few requests of one token each: kernels that need no work list, as every request is cut alike, and whose page ranges travel with the launch.
 
-A plan of `schedulers.decode` may be run by them instead of by its list (`choose`). Where nothing is split the results have the same bits. Where short requests are
-split, a cluster of blocks shares each of them and merges its parts several times faster than splits that meet in global memory (docs/design/decode.md).
+A plan of `schedulers.decode` may be run by them instead of by its list (`choose`). Where nothing is split the results have the same bits. Where short requests
+are split, a cluster of blocks shares each of them and merges its parts several times faster than splits that meet in global memory (docs/design/decode.md).
 """
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyinfer.jit.attention import EVEN_TABLE
@@ -54,17 +53,10 @@ def choose(
         # A cluster's blocks start together, in one part of the device: where that is nearly full they would wait.
         if 4 * CLUSTER * batch > 3 * shape.numbers[_SLOTS] or plan.kv_len.max() > MOST_KEYS:
             return None
-        cluster = _cluster_config(arch, shape.head_dim_qk, shape.head_dim_vo, kv_itemsize, options)
+        cluster = even_decode_config(arch, shape.head_dim_qk, shape.head_dim_vo, kv_itemsize, options)
         if cluster is None:
             return None
         pieces, config = CLUSTER, cluster
     at = plan.offsets
     table = plan.buffer[at.kv_indptr : at.kv_len + batch]
     return Even(pieces, config, table.tobytes(), at.kv_len - at.kv_indptr)
-
-
-@functools.cache
-def _cluster_config(
-    arch: int, head_dim_qk: int, head_dim_vo: int, kv_itemsize: int, options: AttentionOptions
-) -> AttentionConfig | None:
-    return even_decode_config(arch, head_dim_qk, head_dim_vo, kv_itemsize, options)
