@@ -17,9 +17,8 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyinfer.jit import env
 
@@ -38,8 +37,7 @@ _OUR_FILES = (
 _warned: set[str] = set()
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One entry on disk, as `pyinfer cache ls` shows it."""
 
     path: Path

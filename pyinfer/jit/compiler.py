@@ -13,9 +13,8 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyinfer.jit import cache, env
 
@@ -40,8 +39,7 @@ class JitError(RuntimeError):
     """
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(NamedTuple):
     """What ptxas reports of a kernel (zeros for PTX, which the driver compiles later). Bytes, but for registers per thread."""
 
     registers: int = 0
@@ -51,8 +49,7 @@ class Resources:
     smem: int = 0
 
 
-@dataclass(frozen=True)
-class Artifact:
+class Artifact(NamedTuple):
     """A compiled kernel: binary (cubin, or PTX text for a compute_NN target), compiler log, resources, seconds its compile took (on the clock, and
     of one CPU). `cached` tells that the compile took place earlier, perhaps in another process.
     """
@@ -64,8 +61,8 @@ class Artifact:
     resources: Resources
     key: str
     seconds: float = 0.0
-    cached: bool = field(default=False, compare=False)
-    cpu_seconds: float = field(default=0.0, compare=False)
+    cached: bool = False
+    cpu_seconds: float = 0.0
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyinfer.core.params import ParamStruct
 from pyinfer.jit import cache, compiler, env
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
 
 
-@dataclass(frozen=True)
-class DeviceFunction:
+class DeviceFunction(NamedTuple):
     """A Python function that is linked into a kernel: what `jit.variant_link` compiles. Plain data, so that its text is its identity.
 
     Attributes
