@@ -22,7 +22,10 @@ from pyinfer.core.tensor import TensorView, current_stream, empty, host_ints, vi
 from pyinfer.torch_ops import attach
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pyinfer.schedulers.mixed import MixedPlan
+    from pyinfer.variants import AttentionVariant
 
 __all__ = ["BatchAttention", "BatchAttentionWithAttentionSinkWrapper"]
 
@@ -82,6 +85,8 @@ class BatchAttention:
         a GPU that takes the one-launch kernel. The first plan fixes shapes, dtypes, scales and, if kv_indices are on the GPU, where they lie.
     max_batch_size, max_num_tokens, max_num_pages
         For use_cuda_graph: the most requests, query tokens and pages that a batch will have.
+    variant
+        An `AttentionVariant` with a softmax: the batch prefill runs it, in one launch too. Not with use_cuda_graph.
     """
 
     _op = "BatchAttention"
@@ -95,8 +100,10 @@ class BatchAttention:
         max_batch_size: int | None = None,
         max_num_tokens: int | None = None,
         max_num_pages: int | None = None,
+        variant: AttentionVariant | None = None,
     ) -> None:
         self._kv_layout = common.check_layout(self._op, kv_layout)
+        self._variant = self._checked_variant(variant, use_cuda_graph)
         self._most: tuple[int, int, int] | None = None
         if use_cuda_graph:
             sizes = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, "max_num_pages": max_num_pages}
@@ -113,6 +120,20 @@ class BatchAttention:
         self._inner_planned = False
         self._buffer: Any = None
         self._workspace: Any = None
+
+    def _checked_variant(self, variant: Any, use_cuda_graph: bool) -> AttentionVariant | None:
+        if variant is None:
+            return None
+        from pyinfer.variants import check_variant
+
+        known = check_variant(self._op, variant)
+        if not known.use_softmax:
+            fix = "Use BatchPrefillWithPagedKVCacheWrapper."
+            fail(self._op, "variant", "has no softmax, and so no LSE to return", "use_softmax=False", "True", fix)
+        if use_cuda_graph:
+            fix = "Use BatchPrefillWithPagedKVCacheWrapper, which has a CUDA graph mode for variants."
+            fail(self._op, "variant", "does not go with use_cuda_graph", known.name, "None", fix)
+        return known
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -287,7 +308,7 @@ class BatchAttention:
         assert b is not None
         alike = b.kv_dtype is b.q_dtype and b.head_dim_qk == b.head_dim_vo
         fits = b.q_dtype in _FUSED_DTYPES and b.head_dim_qk in _FUSED_HEAD_DIMS
-        return device >= 0 and alike and fits
+        return device >= 0 and alike and fits and self._variant is None
 
     def _arrange(self, home: TensorView) -> None:
         """Plan for a device, and on a GPU upload the plan and fetch the kernel: run() then only launches."""
@@ -360,7 +381,7 @@ class BatchAttention:
         b = self._batch
         assert b is not None
         if self._inner is None or self._inner._ref.device != device:
-            self._inner = BatchPrefillWithPagedKVCacheWrapper(None, self._kv_layout)
+            self._inner = BatchPrefillWithPagedKVCacheWrapper(None, self._kv_layout, variant=self._variant)
             self._inner._op = self._op  # errors name what was called
             self._inner._ref = self._home
         pages = np.diff(b.kv_indptr)
@@ -385,6 +406,7 @@ class BatchAttention:
         k_scale: float | None = None,
         v_scale: float | None = None,
         enable_pdl: bool | None = None,
+        variant_args: Sequence[Any] | None = None,
     ) -> tuple[Any, Any]:
         """Attention of the planned batch.
 
@@ -404,6 +426,8 @@ class BatchAttention:
             k_scale multiplies sm_scale, v_scale the output.
         enable_pdl
             Programmatic dependent launch; None wherever it works.
+        variant_args
+            Values of the variant's parameters, in their order.
 
         Returns
         -------
@@ -413,6 +437,8 @@ class BatchAttention:
         op, b = self._op, self._batch
         if b is None:
             fail(op, "plan()", "was not called", "run() first", "plan() before run()")
+        if variant_args and self._variant is None:
+            fail_type(op, "variant_args", "belong to a variant", f"{len(variant_args)} values", "none")
         if profiler_buffer is not None:
             fail(op, "profiler_buffer", "is not available", type(profiler_buffer).__name__, "None")
         if logits_soft_cap and logits_soft_cap != b.soft_cap:
@@ -424,7 +450,8 @@ class BatchAttention:
             self._arrange(qv)
         ready = self._ready
         if ready is None:
-            return self._run_inner(qv, q, kv_cache, out, lse, k_scale=k_scale, v_scale=v_scale, enable_pdl=enable_pdl)
+            scales = {"k_scale": k_scale, "v_scale": v_scale}
+            return self._run_inner(qv, q, kv_cache, out, lse, *(variant_args or ()), **scales, enable_pdl=enable_pdl)
         if qv.dtype is not b.q_dtype:
             fail_type(
                 op, "q", "differs from the planned dtype", qv.dtype.name, b.q_dtype.name, "Pass q_data_type to plan()."
@@ -465,17 +492,19 @@ class BatchAttention:
         rows = int(self._batch.qo_indptr[-1])
         return max(rows, q.shape[0]) if self._most is not None else rows
 
-    def _run_inner(self, qv: TensorView, q: Any, cache: Any, out: Any, lse: Any, **options: Any) -> tuple[Any, Any]:
+    def _run_inner(
+        self, qv: TensorView, q: Any, cache: Any, out: Any, lse: Any, *args: Any, **options: Any
+    ) -> tuple[Any, Any]:
         """`run` by the batch prefill; of tensors with more rows than the plan it gets the rows in front."""
         rows = int(self._inner.plan_info.total_rows)
         if qv.shape[0] == rows or self._most is None:
-            return self._inner.run(q, cache, out=out, lse=lse, return_lse=True, **options)
+            return self._inner.run(q, cache, *args, out=out, lse=lse, return_lse=True, **options)
         if out is None:
             out = empty(qv, (*qv.shape[:2], self._inner.plan_info.head_dim_vo))
         if lse is None:
             lse = empty(qv, qv.shape[:2], FLOAT32)
         check_shape(self._op, "q", qv, (self._rows(qv), None, None))
-        self._inner.run(q[:rows], cache, out=out[:rows], lse=lse[:rows], return_lse=True, **options)
+        self._inner.run(q[:rows], cache, *args, out=out[:rows], lse=lse[:rows], return_lse=True, **options)
         return out, lse
 
     def _caches(self, q: TensorView, cache: Any) -> tuple[TensorView, TensorView]:

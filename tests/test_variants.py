@@ -155,6 +155,27 @@ def test_batch_prefill(name: str, paged: bool, backend_arrays: Backend, device: 
     assert_close(backend.float64(got), np.concatenate(want), **tolerance(device))
 
 
+@pytest.mark.parametrize("name", ["softcap_alibi", "document"])
+def test_batch_attention(name: str, backend_arrays: Backend, device: str, rng: np.random.Generator) -> None:
+    """Prefill and decode together."""
+    example, backend, qo_lens = EXAMPLES[name], backend_arrays, (3, 1, 40)
+    shape = Shape(DTYPE, 4, 2, 64, lens=(70, 9, 150), qo_lens=qo_lens)
+    cache = paged_cache(rng, backend, shape)
+    args = example.draw(rng, 4, shape.lens)
+    q, q64 = draw(rng, backend, sum(qo_lens), 4, 64)
+    wrapper = pyinfer.BatchAttention(variant=example.variant)
+    qo_indptr = np.cumsum([0, *qo_lens]).astype(np.int32)
+    wrapper.plan(
+        qo_indptr, cache.indptr, cache.indices, np.array(shape.lens, np.int32), 4, 2, 64, 64, 16, causal=True, q_data_type=DTYPE, kv_data_type=DTYPE
+    )  # fmt: skip
+    out, lse = wrapper.run(q, cache.cache, variant_args=given(backend, args))
+    twin = twin_of(example, args, device, causal=True)
+    rows = [slice(*qo_indptr[b : b + 2]) for b in range(3)]
+    want = [variant_attention(q64[r], cache.k[b], cache.v[b], request=b, **twin) for b, r in enumerate(rows)]
+    assert_close(backend.float64(out), np.concatenate([x[0] for x in want]), **tolerance(device))
+    assert_close(backend.float64(lse), np.concatenate([x[1] for x in want]), **lse_tolerance(device), name="lse")
+
+
 def test_with_the_built_in_options(backend_arrays: Backend, device: str, rng: np.random.Generator) -> None:
     """A variant on top of ALiBi, a custom mask and a soft cap: logits come with the bias and before the cap, both masks hide."""
     backend = backend_arrays

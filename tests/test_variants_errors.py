@@ -198,6 +198,23 @@ def test_wrapper_refuses() -> None:
 
 
 @pytest.mark.cpu
+def test_batch_attention_refuses() -> None:
+    with pytest.raises(
+        ValueError, match="BatchAttention: variant has no softmax, and so no LSE to return: got use_softmax=False"
+    ):
+        pyinfer.BatchAttention(variant=NO_SOFTMAX)
+    sizes = dict(max_batch_size=1, max_num_tokens=1, max_num_pages=1)
+    with pytest.raises(ValueError, match="BatchAttention: variant does not go with use_cuda_graph: got same"):
+        pyinfer.BatchAttention(
+            use_cuda_graph=True, variant=AttentionVariant("same", logits=lambda score: score), **sizes
+        )
+    plain = pyinfer.BatchAttention()
+    plain.plan([0, 1], [0, 1], [0], [1], 2, 1, 16, 16, 1, q_data_type="float32", kv_data_type="float32")
+    with pytest.raises(TypeError, match="variant_args belong to a variant: got 1 values, wanted none"):
+        plain.run(np.zeros((1, 2, 16), np.float32), np.zeros((1, 2, 1, 1, 16), np.float32), variant_args=(1.0,))
+
+
+@pytest.mark.cpu
 def test_what_numba_cannot_type_is_told() -> None:
     def sometimes(score):
         if score > 0:

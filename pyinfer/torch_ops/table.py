@@ -91,6 +91,13 @@ FUNCTIONS: dict[str, dict[str, Operator]] = {
         "fused_rmsnorm_silu": Operator(
             "input, weight, float eps, out out, none block_scale, bool? enable_pdl", r.like("input"), 1
         ),
+        "fused_qk_rmsnorm_rope": Operator(
+            "qkv, q_weight, k_weight, int ppf, int pph, int ppw, int num_frame_channels, int num_height_channels, int num_width_channels, int num_heads_q, "
+            "int num_heads_k, int num_heads_v, int head_dim, float eps, float base, bool interleave, float factor, float low, float high, "
+            "float attention_factor, bool is_qk_norm, bool output_fp8, float output_quant_scale, float v_quant_scale, out q_out, out k_out, out v_out",
+            r.split_heads,
+            3,
+        ),
         "layernorm": Operator("input, gemma, beta, float eps, out out, bool? enable_pdl", r.like("input"), 1),
     },
     "page": {
@@ -206,7 +213,7 @@ METHODS: dict[str, dict[str, Operator]] = {
     "attention": {
         "BatchAttention.run": Operator(
             "self self, q, cache kv_cache, out out, out lse, float logits_soft_cap, none profiler_buffer, number k_scale, number v_scale, "
-            "bool? enable_pdl",
+            "bool? enable_pdl, none variant_args",
             r.attention(values="kv_cache"),
             2,
         ),
