@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks import calls, machine, peers
@@ -37,7 +38,7 @@ def _attention(device: str, page: int, qo: int) -> Attention:
     small = device == "cpu"
     return Attention(
         [qo] * 2,
-        [64] * 2,
+        [max(qo, 64)] * 2,
         *((4, 2) if small else (32, 8)),
         64 if small else 128,
         page,
@@ -121,6 +122,108 @@ def _batch(call: Callable[[Any, Attention], Any], page: int, qo: int) -> Callabl
     return make
 
 
+def _wrapper(
+    name: str,
+    qo: int,
+    arrange: Callable[[Attention], tuple[dict[str, Any], tuple[Any, ...], Callable[[Any, Any], Any]]],
+) -> Any:
+    """A wrapper that `calls` has no function for, by what `arrange` gives: options of its constructor, arguments of plan(), and its run()."""
+
+    def make(device: str) -> Callable[[Any], Any]:
+        import torch
+
+        a = _attention(device, 16, qo)
+        dtype, (own, planned, run) = getattr(torch, a.dtype), arrange(a)
+
+        def call(m: Any) -> Any:
+            wrapper = getattr(m, name)(**own)
+            options = {} if name.startswith("BatchMLA") else {"q_data_type": dtype, "kv_data_type": dtype}
+            wrapper.plan(*planned, **options)
+            return run(wrapper, a)
+
+        return call
+
+    return make
+
+
+def _heads(a: Attention) -> tuple[int, int, int]:
+    return a.num_qo_heads, a.num_kv_heads, a.head_dim
+
+
+def _table(a: Attention) -> tuple[Any, ...]:
+    return a.kv_indptr, a.kv_indices, a.last_page_len
+
+
+def _batch_attention(a: Attention) -> Any:
+    import torch
+
+    planned = (
+        a.qo_indptr,
+        a.kv_indptr,
+        a.kv_indices,
+        torch.tensor(a.kv_lens, dtype=torch.int32),
+        *_heads(a),
+        a.head_dim,
+        16,
+        True,
+    )
+    return {}, planned, lambda w, a: w.run(a.q, (a.k, a.v))
+
+
+def _pod(a: Attention) -> Any:
+    prefill = (a.q[:16], a.k[:4].reshape(-1, *a.k.shape[2:]), a.v[:4].reshape(-1, *a.v.shape[2:]))
+    return {}, (*_table(a), *_heads(a), 16), lambda w, a: w.run(*prefill, a.q[:2], (a.k, a.v), causal_p=True)
+
+
+def _batch_pod(a: Attention) -> Any:
+    import torch
+
+    decode = torch.arange(3, dtype=torch.int32)
+    planned = (a.qo_indptr, *_table(a), decode, *_table(a), *_heads(a), 16)
+    return {}, planned, lambda w, a: w.run(a.q, (a.k, a.v), a.q[:2], (a.k, a.v))
+
+
+def _cascade(a: Attention) -> Any:
+    import torch
+
+    shared = [
+        torch.tensor([0, len(a.kv_lens)], dtype=torch.int32),
+        torch.tensor([0, 4], dtype=torch.int32),
+        a.kv_indices[:4],
+        a.last_page_len[:1],
+    ]
+    own = [torch.arange(len(a.kv_lens) + 1, dtype=torch.int32), *_table(a)]
+    levels = [list(x) for x in zip(shared, own, strict=True)]
+    return {"num_levels": 2}, (*levels, *_heads(a), 16), lambda w, a: w.run(a.q, (a.k, a.v))
+
+
+def _sinks(a: Attention) -> Any:
+    import torch
+
+    sinks = torch.zeros(a.num_qo_heads, device=a.device)
+    planned = (a.qo_indptr, *_table(a), *_heads(a)[:2], a.head_dim, 16)
+    return {}, planned, lambda w, a: w.run(a.q, (a.k, a.v), sinks)
+
+
+def _sparse(a: Attention) -> Any:
+    import torch
+
+    indptr, indices = torch.tensor([0, 1, 3], dtype=torch.int32), torch.tensor([0, 0, 1], dtype=torch.int32)
+    k, v = (x[:4].reshape(-1, *x.shape[2:]) for x in (a.k, a.v))
+    planned = (indptr, indices, 32, 64, 16, 32, *_heads(a))
+    return {}, planned, lambda w, a: w.run(a.q, k, v)
+
+
+def _mla(device: str) -> Callable[[Any], Any]:
+    import torch
+
+    a = _attention(device, 16, 1)
+    q, cache = (randn(shape, a.dtype, device) for shape in ((2, 16, 576), (*a.k.shape[:2], 576)))
+    lens = torch.tensor(a.kv_lens, dtype=torch.int32)
+    calls.workspace(SimpleNamespace(__name__="pyinfer"), device)
+    return lambda m: calls.mla(m, q, cache, a.qo_indptr, a.kv_indptr, a.kv_indices, lens, 0.1)()
+
+
 def _sampler(name: str, *arguments: Any) -> Callable[[str], Callable[[Any], Any]]:
     def make(device: str) -> Callable[[Any], Any]:
         x = (logits if name in ("softmax", "sampling_from_logits") else probabilities)(2, 1000, device)
@@ -147,6 +250,14 @@ OPERATORS: dict[str, tuple[Callable[[str], Callable[[Any], Any]], str]] = {
     "BatchDecodeWithPagedKVCacheWrapper": (_batch(calls.decode, 16, 1), "decode"),
     "BatchPrefillWithPagedKVCacheWrapper": (_batch(calls.prefill, 16, 16), "prefill_fa2"),
     "BatchPrefillWithRaggedKVCacheWrapper": (_batch(calls.prefill, 0, 16), "prefill_fa2"),
+    "BatchPrefillWithRaggedKVCacheWrapper of 512 tokens": (_batch(calls.prefill, 0, 512), "prefill_fa2"),
+    "BatchAttention": (_wrapper("BatchAttention", 16, _batch_attention), ""),
+    "PODWithPagedKVCacheWrapper": (_wrapper("PODWithPagedKVCacheWrapper", 16, _pod), ""),
+    "BatchPODWithPagedKVCacheWrapper": (_wrapper("BatchPODWithPagedKVCacheWrapper", 16, _batch_pod), ""),
+    "MultiLevelCascadeAttentionWrapper": (_wrapper("MultiLevelCascadeAttentionWrapper", 1, _cascade), ""),
+    "BatchAttentionWithAttentionSinkWrapper": (_wrapper("BatchAttentionWithAttentionSinkWrapper", 16, _sinks), ""),
+    "BlockSparseAttentionWrapper": (_wrapper("BlockSparseAttentionWrapper", 16, _sparse), ""),
+    "BatchMLAPagedAttentionWrapper": (_mla, ""),
     "softmax": (_sampler("softmax"), "sampling"),
     "sampling_from_probs": (_sampler("sampling_from_probs"), "sampling"),
     "sampling_from_logits": (_sampler("sampling_from_logits"), "sampling"),
