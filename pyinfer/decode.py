@@ -162,7 +162,7 @@ def _shape(op: str, device: int, key: PlanKey, batch: int, max_pages: int | None
             batch, max_pages, num_qo_heads=key.num_qo_heads, num_kv_heads=key.num_kv_heads, page_size=key.page_size, tile_q=tile_q, num_sms=num_sms,
             ctas_per_sm=ctas_per_sm, fixed_split_size=key.fixed_split_size, disable_split_kv=key.disable_split_kv,
         )  # fmt: skip
-        capacity = bound._replace(max_indices=max_pages if device < 0 else 0)
+        capacity = bound._replace(max_indices=max_pages if device < 0 else 0, max_pages=max_pages)
     return plan_shape(
         op, key.num_qo_heads, key.num_kv_heads, key.head_dim_qk, key.head_dim_vo, key.page_size, tile_q, tile_kv, num_sms, ctas_per_sm, EXTRA_SLOTS,
         False, key.window_left, key.fixed_split_size, key.disable_split_kv, capacity,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 HEADER_INTS = 16
 WORK_FIELDS = ("request", "row_begin", "row_count", "kv_begin", "kv_end", "split", "num_splits", "slot")
 SINGLE_SEMAPHORE_BYTES = 65536
+PLAN_COUNTER, SINGLE_COUNTER = 14, SINGLE_SEMAPHORE_BYTES // 4 - 2
+"""Where two counters of a persistent grid are, zero between launches: int32 words of a plan's header, and of the semaphores of a single request."""
 
 
 class PlanCapacity(NamedTuple):
@@ -30,12 +32,15 @@ class PlanCapacity(NamedTuple):
         Requests.
     max_indices
         Page indices kept in the buffer; 0 where they lie elsewhere.
+    max_pages
+        Pages that all requests together may have, if each of them has one query token in every plan; 0: nothing is promised.
     """
 
     max_work: int
     max_partials: int
     max_batch: int
     max_indices: int = 0
+    max_pages: int = 0
 
 
 class PlanOffsets(NamedTuple):
@@ -109,7 +114,7 @@ def plan_shape(
         chunk = int(fixed_split_size) * max(page_size, 1)
     else:
         chunk = -1
-    bounds = (-1, -1, -1, -1) if capacity is None else capacity
+    bounds = (-1, -1, -1, -1) if capacity is None else capacity[:4]
     numbers = np.array(
         [page_size, num_qo_heads // num_kv_heads, tile_q, tile_kv, slots, extra_slots * slots, causal, window_left, chunk, num_kv_heads, *bounds],
         np.int64,

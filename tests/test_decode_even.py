@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pyinfer
+from pyinfer.decode import CUDAGraphBatchDecodeWithPagedKVCacheWrapper
 from pyinfer.jit import attention, attention_config, attention_even, attention_launch
 from tests import attention_cases as cases
 from tests import stub_driver, stub_runtime
@@ -66,6 +67,33 @@ def test_unsplit_requests_take_a_block_each(monkeypatch, lens):
 def test_other_plans_keep_their_list(monkeypatch, lens, options):
     name, *_ = launched(monkeypatch, lens, **options)
     assert "_plan_" in name
+
+
+def captured(monkeypatch, lens: list[int], pages: int, heads: tuple[int, int, int] = (9, 3, 64)):
+    """The launch of a wrapper in CUDA graph mode, whose buffers hold `pages` pages of 16: (kernel name, grid)."""
+    torch = pytest.importorskip("torch")
+    _, submitted = stub_runtime.install(monkeypatch)
+    for cached in (attention_launch._kernel, attention_launch._planned, attention_launch.prepare_attention):
+        cached.cache_clear()
+    buffers = [torch.zeros(n, dtype=torch.int32) for n in (len(lens) + 1, pages, len(lens))]
+    wrapper = CUDAGraphBatchDecodeWithPagedKVCacheWrapper(torch.empty(64 << 20, dtype=torch.uint8), *buffers)
+    used = [-(-n // 16) for n in lens]
+    indptr = np.concatenate([[0], np.cumsum(used)]).astype(np.int32)
+    last = np.array([(n - 1) % 16 + 1 if n else 0 for n in lens], np.int32)
+    qo, kv, dim = heads
+    wrapper.plan(indptr, np.arange(sum(used), dtype=np.int32), last, qo, kv, dim, 16, q_data_type="bfloat16")
+    cache = torch.empty(max(sum(used), 1), 2, 16, kv, dim, dtype=torch.bfloat16)
+    wrapper.run(torch.empty(len(lens), qo, dim, dtype=torch.bfloat16), cache)
+    return submitted[-1][0], submitted[-1][1][0]
+
+
+def test_captured_launches_do_not_depend_on_the_lengths(monkeypatch):
+    """A graph keeps its kernel: which one follows from the buffers alone, also where the first plan is of empty requests."""
+    for lens in ([0, 0], [5, 0], [700, 900]):
+        name, grid = captured(monkeypatch, lens, 512)
+        assert "_even_plan_" in name and name.endswith("_x8") and grid == 2 * 3 * 8
+        name, _ = captured(monkeypatch, lens, attention_even.MOST_CAPTURED_KEYS // 16 + 1)
+        assert "_even_" not in name and "_plan_" in name
 
 
 def pieces_of(length: int, begin: int, pieces: int, unit: int) -> list[tuple[int, int]]:

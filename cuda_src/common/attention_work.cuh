@@ -58,26 +58,44 @@ PYINFER_DEVICE AttentionWork planned_work(const Params& p, uint32_t block = bloc
     return w;
 }
 
-// One query token a request, each request in PIECES of one size, multiples of UNIT keys: nothing is read from memory, as the page ranges came with the launch
-// (p.table: kv_indptr, then at word p.len_at kv_len). block = (request * num_kv_heads + kv_head) * PIECES + piece: a request's pieces are a cluster.
-template <int PIECES, int UNIT, typename Params>
-PYINFER_DEVICE AttentionWork even_work(const Params& p, uint32_t block) {
-    const auto table = [&](int i) { return static_cast<int32_t>(p.table[i / 2] >> (i % 2 * 32)); };
+// Where a request's keys are: its first page table entry (or ragged token), and how many tokens they are; length -1: there is no such request.
+struct KeyRange {
+    int base;
+    int length;
+};
+// Of few requests, out of the launch itself (p.table: kv_indptr, then at word p.len_at kv_len): nothing is read from memory.
+template <typename Params>
+PYINFER_DEVICE KeyRange launched_range(const Params& p, int request) {
+    const auto word = [&](int i) { return static_cast<int32_t>(p.table[i / 2] >> (i % 2 * 32)); };
+    return {word(request), word(p.len_at + request)};
+}
+// Out of the plan, as it is now.
+template <typename Params>
+PYINFER_DEVICE KeyRange planned_range(const Params& p, int request) {
+    const int batch = p.plan_header[2];
+    const KeyRange keys = {p.kv_indptr[request], p.kv_len[request]};
+    return {keys.base, request < batch ? keys.length : -1};
+}
+
+// One query token a request, each request in PIECES of one size, multiples of UNIT keys.
+// block = (request * num_kv_heads + kv_head) * PIECES + piece: a request's pieces are a cluster.
+template <int PIECES, int UNIT, typename Params, typename RangeOf>
+PYINFER_DEVICE AttentionWork even_work(const Params& p, uint32_t block, const RangeOf& range_of) {
     AttentionWork w;
     const int pair = block / PIECES;
     w.request = w.qo_begin = pair / p.num_kv_heads;
     w.kv_head = pair - w.request * p.num_kv_heads;
+    const KeyRange keys = range_of(w.request);
     w.row_begin = w.slot = w.semaphore = 0;
-    w.row_count = p.group;
-    w.kv_base = table(w.request);
-    const int kv_len = table(p.len_at + w.request);
-    w.diagonal = kv_len - 1;
+    w.row_count = keys.length < 0 ? 0 : p.group;
+    w.kv_base = keys.base;
+    w.diagonal = keys.length - 1;
     const int begin = p.window_left >= 0 ? max_of(0, w.diagonal - p.window_left) : 0;
-    const int piece = PIECES == 1 ? kv_len : ceil_div(ceil_div(kv_len - begin, PIECES), UNIT) * UNIT;
+    const int piece = PIECES == 1 ? keys.length : ceil_div(ceil_div(keys.length - begin, PIECES), UNIT) * UNIT;
     w.split = block % PIECES;
     w.num_splits = PIECES;
-    w.kv_begin = min_of(begin + w.split * piece, kv_len);
-    w.kv_end = min_of(w.kv_begin + piece, kv_len);
+    w.kv_begin = min_of(begin + w.split * piece, keys.length);
+    w.kv_end = min_of(w.kv_begin + piece, keys.length);
     return w;
 }
 

@@ -105,12 +105,19 @@ SOURCE_FIELDS = {
         i32("num_splits"),
     ),
 }
-_SOURCE_NAMES = {"plan": "Planned", "single": "Single", "even": "Even"}
 SOURCES = tuple(SOURCE_FIELDS)
 """Where work items come from: a plan's list, or arithmetic on one request's lengths."""
 EVEN_TABLE = 72
-"""Words of the table that travels with a launch of source "even" (decode only): kv_indptr and kv_len of few requests, which are cut evenly."""
-EVEN_FIELDS = (i32("len_at", "word of the table where kv_len begins"),)
+"""Words of the table that travels with a launch of source "even"."""
+_EVEN_FIELDS = {
+    "even": (i32("len_at", "word of the table where kv_len begins"),),
+    "even_plan": (
+        ptr("plan_header", "const int32_t", "word 2: number of requests"),
+        ptr("kv_indptr", "const int32_t", "[batch + 1], pages or (ragged) tokens"),
+        ptr("kv_len", "const int32_t", "[batch], tokens"),
+    ),
+}
+"""Of decode alone, for few requests of one token that are cut evenly: kv_indptr and kv_len by value, or in the plan on the device."""
 
 
 def option_fields(options: AttentionOptions) -> tuple[Field, ...]:
@@ -138,9 +145,10 @@ def attention_params(source: str, options: AttentionOptions = PLAIN, head_dim_qk
         tables = (u64_array("rope_frequency", head_dim_qk // 2, "turns per position, times 2^64"),)
     if source == "even":
         tables += (u64_array("table", EVEN_TABLE // 2, "int32 pairs: kv_indptr, from len_at on kv_len"),)
-    of_source = EVEN_FIELDS if source == "even" else SOURCE_FIELDS[source]
+    of_source = {**SOURCE_FIELDS, **_EVEN_FIELDS}[source]
     fields = (*_RUN_FIELDS, *tables, *_SCALE_FIELDS, *option_fields(options), *SHAPE_FIELDS, *of_source)
-    return ParamStruct(f"{_SOURCE_NAMES[source]}AttentionParams", *fields)
+    names = {"plan": "Planned", "single": "Single", "even": "Even", "even_plan": "EvenPlanned"}
+    return ParamStruct(f"{names[source]}AttentionParams", *fields)
 
 
 PLAN_PARAMS = attention_params("plan")
@@ -192,8 +200,8 @@ def gen_attention(
     dtype
         float16 or bfloat16: of the queries.
     source
-        "plan": work items come from an AttentionPlan; "single": from arithmetic on one request's lengths; "even" (decode): from page ranges and lengths
-        that travel with the launch.
+        "plan": work items come from an AttentionPlan; "single": from arithmetic on one request's lengths; "even" and "even_plan"
+        (decode): from page ranges and lengths that travel with the launch, or that the plan holds.
     variant
         "plain" or "softcap".
     kv_dtype
@@ -258,7 +266,7 @@ def planned_decode_specs(
     base = attention_config(arch, dtype, head_dim_qk, head_dim_vo, DECODE_ROWS, kv, options)
     wide = wide_decode_config(arch, head_dim_qk, head_dim_vo, kv.itemsize, options)
     cluster = even_decode_config(arch, head_dim_qk, head_dim_vo, kv.itemsize, options)
-    made = [(base, "plan"), (base, "even"), (wide, "plan"), (wide, "even"), (cluster, "even")]
+    made = [(base, "plan"), (base, "even"), (wide, "plan"), (wide, "even"), (cluster, "even"), (cluster, "even_plan")]
     dims = head_dim_qk, head_dim_vo
     return [gen_attention(c, dtype, *dims, s, variant, kv, out_dtype, options) for c, s in made if c is not None]
 

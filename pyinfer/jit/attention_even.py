@@ -14,49 +14,87 @@ from pyinfer.jit.attention_config import CLUSTER, DECODE_ROWS, even_decode_confi
 if TYPE_CHECKING:
     from pyinfer.jit.attention_config import AttentionConfig
     from pyinfer.jit.attention_options import AttentionOptions
-    from pyinfer.schedulers.plan import AttentionPlan
+    from pyinfer.schedulers.plan import AttentionPlan, PlanShape
 
 MOST_REQUESTS = (EVEN_TABLE - 4) // 2
 """That the table has room for."""
 MOST_KEYS = 2048
 """Of the longest request that a cluster takes: with more, as many splits as the device has room for win over a fast merge."""
+MOST_CAPTURED_KEYS = 16384
+"""The same for a captured launch, which stays what it is while its requests grow, and wins at every step before it loses at the last ones."""
 _SLOTS, _CHUNK = 4, 8  # places in PlanShape.numbers (schedulers/_kernels.py names them)
 
 
 class Even(NamedTuple):
-    """A launch without a work list: blocks for each request and kv head, the configuration, and the table with the place of kv_len in it."""
+    """A launch without a work list: blocks for each request and kv head, the configuration, and the parameters that say where the keys are.
+
+    table
+        By value: kv_indptr and kv_len; None: they are read from the plan.
+    constants
+        The place of kv_len in the table; or the addresses of header, kv_indptr and kv_len.
+    requests
+        To launch for.
+    """
 
     pieces: int
     config: AttentionConfig
-    table: bytes
-    len_at: int
+    source: str
+    table: bytes | None
+    constants: tuple[int, ...]
+    requests: int
 
 
 def choose(
-    arch: int, plan: AttentionPlan, config: AttentionConfig, kv_itemsize: int, options: AttentionOptions
+    arch: int,
+    plan: AttentionPlan,
+    plan_buffer_ptr: int,
+    config: AttentionConfig,
+    kv_itemsize: int,
+    options: AttentionOptions,
 ) -> Even | None:
     """How to run a plan that was made for `config` without its work list; None if it needs that.
 
-    It does in CUDA graphs, whose plans change under the kernel; where the caller decides about splits, so that bits do not depend on which kernel runs;
-    and where requests differ too much to be cut alike.
+    It does where the caller decides about splits, so that bits do not depend on which kernel runs; and where requests differ too much to be cut alike.
     """
     shape = plan.shape
+    if shape.tile_q != DECODE_ROWS or shape.numbers[_CHUNK] >= 0 or plan.group_size > DECODE_ROWS:
+        return None
+    if shape.capacity is not None:
+        return _captured(arch, plan, plan_buffer_ptr, kv_itemsize, options)
     batch = plan.batch_size
-    if shape.capacity is not None or not 0 < batch <= MOST_REQUESTS or shape.tile_q != DECODE_ROWS:
-        return None
-    if plan.total_rows != batch or shape.numbers[_CHUNK] >= 0 or plan.group_size > DECODE_ROWS:
-        return None
-    if plan.qo_indptr.tolist() != list(range(batch + 1)):
+    if not 0 < batch <= MOST_REQUESTS or plan.total_rows != batch or plan.qo_indptr.tolist() != list(range(batch + 1)):
         return None
     pieces = 1
     if plan.num_partials:
-        # A cluster's blocks start together, in one part of the device: where that is nearly full they would wait.
-        if 4 * CLUSTER * batch > 3 * shape.numbers[_SLOTS] or plan.kv_len.max() > MOST_KEYS:
-            return None
-        cluster = even_decode_config(arch, shape.head_dim_qk, shape.head_dim_vo, kv_itemsize, options)
-        if cluster is None:
+        cluster = _cluster(arch, shape, batch, kv_itemsize, options)
+        if cluster is None or plan.kv_len.max() > MOST_KEYS:
             return None
         pieces, config = CLUSTER, cluster
     at = plan.offsets
-    table = plan.buffer[at.kv_indptr : at.kv_len + batch]
-    return Even(pieces, config, table.tobytes(), at.kv_len - at.kv_indptr)
+    table = plan.buffer[at.kv_indptr : at.kv_len + batch].tobytes()
+    return Even(pieces, config, "even", table, (at.kv_len - at.kv_indptr,), batch)
+
+
+def _captured(
+    arch: int, plan: AttentionPlan, plan_buffer_ptr: int, kv_itemsize: int, options: AttentionOptions
+) -> Even | None:
+    """The same in CUDA graph mode, for all plans of a shape or for none: lengths are read where plan() and replan() write them."""
+    capacity = plan.shape.capacity
+    assert capacity is not None
+    if not 0 < capacity.max_pages * max(plan.page_size, 1) <= MOST_CAPTURED_KEYS:
+        return None
+    cluster = _cluster(arch, plan.shape, capacity.max_batch, kv_itemsize, options)
+    if cluster is None:
+        return None
+    at = plan.offsets
+    places = (plan_buffer_ptr, plan_buffer_ptr + 4 * at.kv_indptr, plan_buffer_ptr + 4 * at.kv_len)
+    return Even(CLUSTER, cluster, "even_plan", None, places, capacity.max_batch)
+
+
+def _cluster(
+    arch: int, shape: PlanShape, batch: int, kv_itemsize: int, options: AttentionOptions
+) -> AttentionConfig | None:
+    """The configuration of clusters, unless they would fill the device: a cluster's blocks start together, in one part of it, and would wait for that."""
+    if 4 * CLUSTER * batch > 3 * shape.numbers[_SLOTS]:
+        return None
+    return even_decode_config(arch, shape.head_dim_qk, shape.head_dim_vo, kv_itemsize, options)

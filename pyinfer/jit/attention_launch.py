@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyinfer.core.dtypes import DType
+from pyinfer.core.dtypes import FLOAT8_E4M3, DType
 from pyinfer.core.errors import fail
 from pyinfer.jit import attention_even, attention_sm90
 from pyinfer.jit.attention import AttentionConfig, attention_config, gen_attention
@@ -144,6 +144,8 @@ def chosen_config(
     ValueError
         If the options ask for the sm90 family and it has no kernel for the case.
     """
+    if dtype is FLOAT8_E4M3:
+        return _fp8().chosen(device, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options, page_size)
     case = (device, dtype, head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
     config = hopper_config(*case)
     if config is not None:
@@ -153,6 +155,14 @@ def chosen_config(
             "attention", "backend", "has no kernel for this case", "'fa3'", attention_sm90.CASES, "Pass backend='auto'."
         )
     return device_config(*case)
+
+
+@functools.cache
+def _fp8() -> Any:
+    """The launch of float8_e4m3fn queries, a module that stands on this one."""
+    from pyinfer.jit import attention_fp8_launch
+
+    return attention_fp8_launch
 
 
 def _shape_options(options: AttentionOptions) -> AttentionOptions:
@@ -209,10 +219,13 @@ def prepare_attention(
         Whether splits are merged (`AttentionExtras.merge`).
     """
     kv, out = kv_dtype or dtype, out_dtype or dtype
+    if dtype is FLOAT8_E4M3:
+        return _fp8().prepare(device, plan, plan_buffer_ptr, soft_cap, config, out, options, False)
     if config is None:
         config = _config_of(device, plan.shape, dtype, kv, out, options)
         if merge and isinstance(config, AttentionConfig):
-            even = attention_even.choose(_arch_number(device), plan, config, kv.itemsize, _shape_options(options))
+            case = (_arch_number(device), plan, plan_buffer_ptr, config, kv.itemsize, _shape_options(options))
+            even = attention_even.choose(*case)
             if even is not None:
                 return _prepare_even(device, plan, even, dtype, soft_cap, kv, out, options, aligned)
     kernel, most_blocks, head, tail, rope = _planned(
@@ -235,16 +248,14 @@ def _prepare_even(
     """A plan without its work list."""
     shape, variant = plan.shape, "softcap" if soft_cap else "plain"
     dims = shape.head_dim_qk, shape.head_dim_vo
+    head = shape_values(shape.num_qo_heads, shape.num_kv_heads, shape.causal, shape.window_left, shape.page_size)
     return PreparedAttention(
-        _kernel(device, even.config, dtype, *dims, "even", variant, kv_dtype, out_dtype, options, aligned),
-        plan.batch_size * shape.num_kv_heads * even.pieces,
-        (
-            *shape_values(shape.num_qo_heads, shape.num_kv_heads, shape.causal, shape.window_left, shape.page_size),
-            even.len_at,
-        ),
+        _kernel(device, even.config, dtype, *dims, even.source, variant, kv_dtype, out_dtype, options, aligned),
+        even.requests * shape.num_kv_heads * even.pieces,
+        head + even.constants,
         0,
         0,
-        (*_rope_table(options, dims[0]), even.table),
+        _rope_table(options, dims[0]) + ((even.table,) if even.table is not None else ()),
     )
 
 
@@ -341,13 +352,18 @@ def launch_attention(
         What else the kernel does, and the tensors for it.
 
     k and v have q's dtype, or both one of float8; out is float16, bfloat16 or float32. Addresses or strides that are no multiples of 16 bytes take a
-    slower kernel.
+    slower kernel. q in float8_e4m3fn takes a kernel of its own (`attention_fp8_launch`).
 
     Raises
     ------
     ValueError
         If an option lacks its tensor, or a tensor its option.
     """
+    if q.dtype is FLOAT8_E4M3:
+        return _fp8().launch_plan(
+            device, stream, plan_buffer_ptr, plan, q, k, v, kv_indices_ptr, kv_layout, out, lse, workspace_ptr, sm_scale=sm_scale,
+            logits_soft_cap=logits_soft_cap, v_scale=v_scale, pdl=pdl, config=config, options=options, extras=extras, bind=bind,
+        )  # fmt: skip
     kv_strides = _paged_strides if plan.page_size else _ragged_strides
     values, aligned = _run_values(
         q, k, v, kv_strides(k, kv_layout), kv_strides(v, kv_layout), out, lse, sm_scale, logits_soft_cap, v_scale
@@ -422,6 +438,13 @@ def launch_single(
 
     The others as in `launch_attention`.
     """
+    if q.dtype is FLOAT8_E4M3:
+        _fp8().launch_one(
+            device, stream, q, k, v, kv_layout, out, lse, workspace_ptr, causal=causal, window_left=window_left, sm_scale=sm_scale,
+            logits_soft_cap=logits_soft_cap, v_scale=v_scale, kv_chunk=kv_chunk, num_splits=num_splits, pdl=pdl, config=config, options=options,
+            extras=extras,
+        )  # fmt: skip
+        return
     qo_len, num_qo_heads, dim_qk = q.shape
     num_kv_heads, kv_len = (k.shape[0], k.shape[1]) if kv_layout == "HND" else (k.shape[1], k.shape[0])
     dim_vo = v.shape[-1]
