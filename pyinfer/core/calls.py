@@ -50,6 +50,8 @@ MISS = object()
 
 MOST_KEYS = 2048
 """Keys an operator remembers; beyond, it forgets all and begins anew."""
+MOST_MADE = 64
+"""What recognises calls and outlives `Calls.clear`, an operator keeps so many of."""
 MOST_PER_KEY = 8
 """Calls under one key: layouts of equal shape and scalars. The oldest goes."""
 
@@ -97,9 +99,10 @@ class Call:
 class Calls:
     """The remembered calls of one operator (or of several that never share scalars and tensors)."""
 
-    __slots__ = ("_found", "_recent")
+    __slots__ = ("_found", "_made", "_recent")
 
     def __init__(self) -> None:
+        self._made: dict[Any, _Made] = {}
         self._found: dict[Any, tuple[tuple[Callable[..., bool], Call], ...]] = {}
         self._recent: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {}
 
@@ -204,9 +207,19 @@ class Calls:
         returns
             Which tensors are the result, those allocated counted on behind those given: one, or a tuple of several. None: what was allocated.
         """
-        made = self._recognised(scalars, tensors, like, outputs)
-        if made is not None:
-            self._keep(scalars, tensors, made, bound, len(outputs), recipe, wants, returns)
+        key = scalars, outputs, len(tensors)
+        try:
+            made = self._made.get(key)  # of before `clear`: a new plan's calls have the tensors of the last plan's
+        except TypeError:
+            return  # a scalar that is not hashable
+        if made is None or not made[0](*tensors):
+            made = self._recognised(scalars, tensors, like, outputs)
+            if made is None:
+                return
+            if len(self._made) >= MOST_MADE:
+                self._made.clear()
+            self._made[key] = made
+        self._keep(scalars, tensors, made, bound, len(outputs), recipe, wants, returns)
 
     def _recognised(
         self, scalars: Any, tensors: tuple[Any, ...], like: TensorView, outputs: tuple[tuple[Any, DType], ...]
@@ -238,7 +251,7 @@ class Calls:
         self._recent[scalars] = check, run
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget every call."""
         self._found.clear()
         self._recent.clear()
 
