@@ -46,6 +46,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "fused_add_rmsnorm",
         "fused_add_rmsnorm_dynamic_quant",
         "fused_add_rmsnorm_quant",
+        "fused_qk_rmsnorm_rope",
         "fused_rmsnorm_silu",
         "gemma_fused_add_rmsnorm",
         "gemma_rmsnorm",
@@ -168,6 +169,7 @@ if TYPE_CHECKING:
     from pyinfer.norm import fused_add_rmsnorm as fused_add_rmsnorm
     from pyinfer.norm import fused_add_rmsnorm_dynamic_quant as fused_add_rmsnorm_dynamic_quant
     from pyinfer.norm import fused_add_rmsnorm_quant as fused_add_rmsnorm_quant
+    from pyinfer.norm import fused_qk_rmsnorm_rope as fused_qk_rmsnorm_rope
     from pyinfer.norm import fused_rmsnorm_silu as fused_rmsnorm_silu
     from pyinfer.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
     from pyinfer.norm import gemma_rmsnorm as gemma_rmsnorm

@@ -64,6 +64,21 @@ def _layernorm(t: _Maker, *, dtype: Any = "bfloat16", hidden: int = 4096) -> dic
     return {"input": t(dtype, ROWS, hidden), "gemma": t("float32", hidden), "beta": t("float32", hidden)}
 
 
+def _qk_norm_rope(
+    t: _Maker, *, dtype: Any = "bfloat16", head_dim: int = 128, num_heads_q: int = 24, num_heads_k: int = 24, num_heads_v: int = 24
+) -> dict[str, Any]:  # fmt: skip
+    sixth = head_dim // 6 * 2
+    tensors = {
+        "qkv": t(dtype, ROWS, (num_heads_q + num_heads_k + num_heads_v) * head_dim, arg="qkv"),
+        "q_weight": t(dtype, num_heads_q * head_dim, arg="q_weight"),
+        "k_weight": t(dtype, num_heads_k * head_dim, arg="k_weight"),
+    }
+    grid = dict(ppf=ROWS, pph=1, ppw=1, head_dim=head_dim)
+    heads = dict(num_heads_q=num_heads_q, num_heads_k=num_heads_k, num_heads_v=num_heads_v)
+    channels = dict(num_frame_channels=head_dim - 2 * sixth, num_height_channels=sixth, num_width_channels=sixth)
+    return {**tensors, **grid, **heads, **channels}
+
+
 def _quantised(make: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """`make`, with an output of 8 bits (`quantize_dtype`) and a scale."""
 
@@ -237,6 +252,7 @@ _PLAIN: dict[str, Callable[..., dict[str, Any]]] = {
     "fused_add_rmsnorm_dynamic_quant": _add_norm,
     "rmsnorm_quant": _quantised(_norm),
     "fused_add_rmsnorm_quant": _quantised(_add_norm),
+    "fused_qk_rmsnorm_rope": _qk_norm_rope,
     "layernorm": _layernorm,
     **dict.fromkeys(
         (f"{act}_and_mul{kind}" for act in ("silu", "gelu", "gelu_tanh") for kind in ("", "_dynamic_quant")), _act

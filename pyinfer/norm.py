@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from pyinfer._qk_norm_rope import fused_qk_rmsnorm_rope
 from pyinfer.core.calls import MISS, Calls
 from pyinfer.core.dtypes import BFLOAT16, FLOAT8_E4M3, FLOAT16, FLOAT32
 from pyinfer.core.errors import check_dtype, check_ndim, check_same_device, check_same_dtype, check_shape, fail
@@ -20,6 +21,7 @@ __all__ = [
     "fused_add_rmsnorm",
     "fused_add_rmsnorm_dynamic_quant",
     "fused_add_rmsnorm_quant",
+    "fused_qk_rmsnorm_rope",
     "fused_rmsnorm_silu",
     "gemma_fused_add_rmsnorm",
     "gemma_rmsnorm",

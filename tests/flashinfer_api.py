@@ -130,7 +130,8 @@ SIGNATURES: dict[str, dict[str, str]] = {
         "gemma_rmsnorm": "input weight eps out enable_pdl",
         "fused_add_rmsnorm": "input residual weight eps enable_pdl",
         "gemma_fused_add_rmsnorm": "input residual weight eps enable_pdl",
-        **dict.fromkeys(("layernorm", "rmsnorm_quant", "fused_add_rmsnorm_quant", "fused_rmsnorm_silu", "fused_qk_rmsnorm_rope"), ""),
+        **dict.fromkeys(("layernorm", "rmsnorm_quant", "fused_add_rmsnorm_quant", "fused_rmsnorm_silu"), ""),
+        "fused_qk_rmsnorm_rope": "| qkv q_weight k_weight ppf pph ppw num_frame_channels num_height_channels num_width_channels num_heads_q num_heads_k num_heads_v head_dim eps base interleave factor low high attention_factor is_qk_norm output_fp8 output_quant_scale v_quant_scale q_out k_out v_out",
     },
     "activation": {
         **dict.fromkeys(("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"), "input out enable_pdl"),

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 
 import pyinfer
-from pyinfer import _norm_quant, _page, _page_moves, _rope, _rope_launch, _rope_quant, activation, cascade, norm, page
+from pyinfer import (
+    _norm_quant,
+    _page,
+    _page_moves,
+    _qk_norm_rope,
+    _rope,
+    _rope_launch,
+    _rope_quant,
+    activation,
+    cascade,
+    norm,
+    page,
+)
 from pyinfer.core import calls
 from tests import stub_driver
 
@@ -25,11 +37,23 @@ def forget():
     stores += [_page.append_calls, page._position_calls, page._length_calls]
     caches = [norm._rmsnorm_kernel, norm._fused_add_rmsnorm_kernel, activation._act_and_mul_kernel, _rope._rope_kernel]
     caches += [page._kernel, _page._append_kernel]
-    stores += [norm._layer_calls, _norm_quant._static_calls, _norm_quant._dynamic_calls, _rope_launch.calls]
+    stores += [
+        norm._layer_calls,
+        _norm_quant._static_calls,
+        _norm_quant._dynamic_calls,
+        _rope_launch.calls,
+        _qk_norm_rope._calls,
+    ]
     stores += [activation._quant_calls, activation._dynamic_calls]
     stores += [cascade._two_calls, cascade._in_place_calls, cascade._many_calls]
     caches += [cascade._merge_state_kernel, cascade._merge_states_kernel]
-    caches += [norm._layernorm_kernel, _norm_quant._kernel, _rope_launch._kernel, activation._rows_kernel]
+    caches += [
+        norm._layernorm_kernel,
+        _norm_quant._kernel,
+        _qk_norm_rope._kernel,
+        _rope_launch._kernel,
+        activation._rows_kernel,
+    ]
 
     def clear():
         for x in stores:
@@ -73,6 +97,10 @@ def operators():
     table, angles, both_nhd = torch.randn(100, 64), torch.randn(100, 32), bf16(3, 2, 4, 2, 64)
     fp8 = lambda *shape: torch.zeros(*shape).to(torch.float8_e4m3fn)  # noqa: E731
     clone = lambda t: t.clone()  # noqa: E731
+    grid = dict(
+        ppf=3, pph=1, ppw=2, num_frame_channels=4, num_height_channels=2, num_width_channels=10, num_heads_q=4, num_heads_k=4, num_heads_v=4,
+        head_dim=16,
+    )  # fmt: skip
 
     def make(f, *tensors):
         def fresh():
@@ -112,6 +140,11 @@ def operators():
             x, x[:, :32], where, pos, bf16(3, 4, 64), bf16(3, 4, 32), pages, indptr, last,
         ),
         "layernorm": make(pyinfer.layernorm, x, torch.randn(64), torch.randn(64)),
+        "qk norm rope": make(lambda *a: pyinfer.fused_qk_rmsnorm_rope(*a, **grid), bf16(6, 192), bf16(64), bf16(64)),
+        "qk norm rope out": make(
+            lambda x, a, b, q, k, v: pyinfer.fused_qk_rmsnorm_rope(x, a, b, **grid, q_out=q, k_out=k, v_out=v),
+            bf16(6, 192), bf16(64), bf16(64), *(bf16(6, 4, 16) for _ in range(3)),
+        ),
         "rmsnorm quant": make(lambda o, x, w: pyinfer.rmsnorm_quant(o, x, w, 0.5), fp8(6, 64), x, w),
         "rmsnorm quant by a tensor": make(pyinfer.rmsnorm_quant, fp8(6, 64), x, w, torch.ones(1)),
         "fused add quant": make(lambda o, x, r, w: pyinfer.fused_add_rmsnorm_quant(o, x, r, w, 2.0), fp8(6, 64), x, r, w),
@@ -174,7 +207,18 @@ def test_second_call_launches_what_the_full_path_would(launches, monkeypatch, na
     assert not launches
     call = fresh()
     with monkeypatch.context() as patch:
-        for module in (norm, activation, _rope, page, _norm_quant, _rope_quant, _page, _page_moves, cascade):
+        for module in (
+            norm,
+            activation,
+            _rope,
+            page,
+            _norm_quant,
+            _qk_norm_rope,
+            _rope_quant,
+            _page,
+            _page_moves,
+            cascade,
+        ):
             patch.setattr(module, "view", lambda *_: pytest.fail("the full path was taken"))
         got = call()
     second = launches.pop()
@@ -186,6 +230,8 @@ def test_second_call_launches_what_the_full_path_would(launches, monkeypatch, na
     spec = next(s for s in _specs() if s.name == full[0])
     a, b = (stub_driver.fields(spec.params, launch[2]) for launch in (second, full))
     allocated = {"out", "q_out", "k_out", "batch_indices", "positions", "seq_lens"} if want is not None else set()
+    if name == "qk norm rope":
+        allocated |= {"v_out"}
     if name.startswith("merge") and want is not None:
         allocated = {"v_out", "s_out"}
     if "dynamic" in name:

@@ -93,6 +93,10 @@ def samples(rng):
     probs = torch.softmax(floats(rng, 6, 40), -1)
     logits = floats(rng, 6, 40)
     draw = dict(seed=torch.arange(6), offset=11)
+    grid = dict(
+        ppf=3, pph=1, ppw=2, num_frame_channels=4, num_height_channels=2, num_width_channels=2, num_heads_q=4, num_heads_k=2, num_heads_v=2,
+        head_dim=8,
+    )  # fmt: skip
     indices, kv_indptr, last = page_table()
     append = (k, floats(rng, 5, 2, 16), torch.tensor([0, 0, 1, 1, 1]), torch.tensor([4, 1, 2, 0, 1]))
     rope = (q, k, indptr, offsets)
@@ -127,6 +131,10 @@ def samples(rng):
         "rmsnorm_dynamic_quant": [((x, w), {}), ((x, w, 1e-5), dict(out=fp8(5, 32)))],
         "fused_add_rmsnorm_dynamic_quant": [((x, floats(rng, 5, 32), w), dict(quantize_dtype=torch.float8_e5m2))],
         "fused_rmsnorm_silu": [((x, w), {})],
+        "fused_qk_rmsnorm_rope": [
+            ((floats(rng, 6, 64), floats(rng, 32), floats(rng, 16)), grid),
+            ((floats(rng, 6, 64), floats(rng, 32), floats(rng, 16)), grid | dict(output_fp8=True, q_out=fp8(6, 4, 8))),
+        ],
         "layernorm": [((x, w, w), {}), ((x, w, w), dict(out=torch.empty(5, 32)))],
         "gather_paged_kv_cache": [
             ((at[2], at[3], floats(rng, 3, 2, 4, 2, 16), indices, kv_indptr), {}),

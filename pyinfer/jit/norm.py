@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pyinfer.core.dtypes import DType, canonical_dtype
 from pyinfer.core.errors import fail
 from pyinfer.core.params import Field, ParamStruct, f32, i32, i64, ptr, u32
+from pyinfer.jit import qk_norm_rope
 from pyinfer.jit.spec import JitModule, JitSpec
 
 QUANTIZE = ("", "tensor", "row")
@@ -396,4 +397,4 @@ def all_specs() -> list[JitSpec]:
         gen_layernorm("float16", "float32", 111),
         gen_layernorm("bfloat16", "float32", 65536),
     ]
-    return list(dict.fromkeys(specs))
+    return list(dict.fromkeys([*specs, *qk_norm_rope.all_specs()]))

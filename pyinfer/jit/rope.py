@@ -76,7 +76,11 @@ def frequency_table(
         f = (1.0 - smooth) * (f / rope_scale) + smooth * f
     else:
         f = f / rope_scale
-    turns = (f / (2.0 * math.pi)) % 1.0  # whole turns per position do not show
+    return _as_turns(f)
+
+
+def _as_turns(radians: np.ndarray) -> np.ndarray:
+    turns = (radians / (2.0 * math.pi)) % 1.0  # whole turns per position do not show
     table = np.array([int(t * 2.0**64) & (2**64 - 1) for t in turns], dtype=np.uint64)
     table.setflags(write=False)
     return table
@@ -86,6 +90,27 @@ def frequency_table(
 def frequency_bytes(*key: float) -> bytes:
     """`frequency_table(*key)` as the kernel parameter."""
     return frequency_table(*key).tobytes()
+
+
+@functools.lru_cache(maxsize=256)
+def grid_frequency_table(
+    channels: tuple[int, int, int], base: float, factor: float, low: float, high: float
+) -> np.ndarray:
+    """As `frequency_table`, of pairs shared out to the three coordinates of a grid: `channels` elements of a head turn with each, in order.
+
+    Pair j of a coordinate's n / 2 turns by f = base^(-2 j / n). With a `factor` other than 1 YaRN's ramp applies (Peng et al., arXiv 2309.00071): from
+    pair `low` to pair `high` the turn goes over from f to f / factor. (As in FlashInfer, coordinates' pairs are counted separately.)
+    """
+    parts = []
+    for n in channels:
+        j = np.arange(n // 2, dtype=np.float64)
+        f = np.float64(base) ** (-2.0 * j / max(n, 1))
+        if factor != 1.0:
+            beyond = high + 0.001 if abs(low - high) <= 1e-6 else high
+            ramp = np.clip((j - low) / (beyond - low), 0.0, 1.0)
+            f = f / factor * ramp + f * (1.0 - ramp)
+        parts.append(f)
+    return _as_turns(np.concatenate(parts))
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,15 @@ def quantized(gate: bool = False) -> Rule:
     return rule
 
 
+def split_heads(a: dict[str, Any]) -> list[Any]:
+    """`fused_qk_rmsnorm_rope`: queries, keys and values by heads."""
+    import torch
+
+    x, dtype = a["qkv"], torch.float8_e4m3fn if a["output_fp8"] else a["qkv"].dtype
+    heads = (a["num_heads_q"], a["num_heads_k"], a["num_heads_v"])
+    return [x.new_empty((*x.shape[:-1], n, a["head_dim"]), dtype=dtype) for n in heads]
+
+
 def rotated(*names: str) -> Rule:
     """8-bit floats like the arguments named; of an absent part no elements."""
     outs = [f"{name}_out" for name in names]
