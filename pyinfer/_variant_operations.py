@@ -14,8 +14,8 @@ from typing import Any
 
 FLOAT_FUNCTIONS = ("_exp2", "_log2", "_sqrt", "_tanh2", "_erf", "_sin", "_cos", "_floor", "_ceil")
 """float32 -> float32. _tanh2(y) is tanh(y / (2 log2 e)), so that the factor joins others (as in _exp2 and _log2, which stand for exp and log)."""
-FLOAT_PAIR_FUNCTIONS = ("_divide", "_power")
-"""(float32, float32) -> float32."""
+FLOAT_PAIR_FUNCTIONS = ("_divide", "_power", "_tanh2_times")
+"""(float32, float32) -> float32. _tanh2_times(y, a) is a * _tanh2(y), where a is the same for all scores."""
 
 _FLAGS = ("contract",)
 

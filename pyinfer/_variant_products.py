@@ -7,7 +7,7 @@ import copy
 import functools
 from collections.abc import Collection, Mapping
 
-from pyinfer._variant_operations import FLOAT_FUNCTIONS
+from pyinfer._variant_operations import FLOAT_FUNCTIONS, FLOAT_PAIR_FUNCTIONS
 
 
 def call(name: str, *args: ast.expr) -> ast.expr:
@@ -42,7 +42,7 @@ class Products(ast.NodeTransformer):
             return False
         if node.func.id in ("_add", "_sub", "_mul", "_min", "_max", "_neg", "_abs", "_floordiv", "_mod"):
             return any(self.is_float(a) for a in node.args)
-        return node.func.id in ("_f32", "_divide", "_tanh2", "_power", *FLOAT_FUNCTIONS)
+        return node.func.id in ("_f32", *FLOAT_FUNCTIONS, *FLOAT_PAIR_FUNCTIONS)
 
     def is_uniform(self, node: ast.expr) -> bool:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -67,9 +67,9 @@ class Products(ast.NodeTransformer):
         return None
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        own = isinstance(node.func, ast.Name) and node.func.id in ("_mul", "_divide") and self.is_float(node)
+        is_product = isinstance(node.func, ast.Name) and node.func.id in ("_mul", "_divide") and self.is_float(node)
         found: list[tuple[ast.expr, bool]] = []
-        if own:
+        if is_product:
             self.factors(node, False, found)
         same = [self.is_uniform(f) for f, _ in found]
         if sum(same) < 2 or all(same):
@@ -86,5 +86,10 @@ class Products(ast.NodeTransformer):
             if under:
                 divisor = functools.reduce(lambda x, y: call("_mul", x, y), under)
                 product = call("_divide", call("_f32", product), call("_f32", divisor))
-            groups.append(call("_f32", product))
-        return call("_mul", *groups)
+            groups.append(product)
+        own, shared = groups
+        if isinstance(own, ast.Call) and isinstance(own.func, ast.Name) and own.func.id == "_tanh2":
+            return call(
+                "_tanh2_times", own.args[0], call("_f32", shared)
+            )  # its last multiplication takes the factor in
+        return call("_mul", call("_f32", own), call("_f32", shared))

@@ -313,7 +313,7 @@ def test_a_soft_cap_in_python_costs_what_the_built_in_one_costs() -> None:
         spec = attention.gen_attention(config, "bfloat16", 128, 128, variant=variant, options=chosen)
         text = spec.build("compute_80").code.decode()
         counts.append(len(re.findall(r"^\s+(?:mul|fma|add|sub|ex2|rcp|div|min|max)\.[\w.]*f32", text, re.MULTILINE)))
-    assert counts[1] <= counts[0] + 16, counts  # of more than a thousand; a multiplication a score would be 32 or 64
+    assert counts[1] <= counts[0], counts  # of more than a thousand; a multiplication a score would be 32 or 64
 
 
 @pytest.mark.compile

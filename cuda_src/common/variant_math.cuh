@@ -11,6 +11,9 @@ extern "C" __device__ float pyinfer_divide(float a, float b) {
 extern "C" __device__ float pyinfer_tanh2(float x) {
     return fmaf(-2.0f, rcp_approx(1.0f + exp2_approx(x)), 1.0f);
 }
+extern "C" __device__ float pyinfer_tanh2_times(float x, float a) {
+    return fmaf(-2.0f * a, rcp_approx(1.0f + exp2_approx(x)), a);
+}
 extern "C" __device__ float pyinfer_exp2(float x) {
     return exp2_approx(x);
 }

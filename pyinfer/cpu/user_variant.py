@@ -46,6 +46,11 @@ def _tanh2(x):
 
 
 @kernel
+def _tanh2_times(x, a):
+    return a * _tanh2(x)
+
+
+@kernel
 def _log2(x):
     return np.float32(np.log2(x))
 
