@@ -1,5 +1,7 @@
 """Operators that only move bytes: norms, gated activations, rope, append, their forms with 8-bit results, the fused ones, page
 moves. bf16. TB/s count what must be read plus what must be written.
+
+The limit is a copy of 1 GiB; `copy` lines are copies of as many bytes as an operator moves: what a launch, its beginning and its end leave of it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from benchmarks.inputs import Attention, randn
 DEVICES = ("cuda", "cpu")
 ROWS = ((1, 4096), (128, 4096), (4096, 4096), (16384, 8192))
 TOKENS = (1, 128, 4096, 16384)
+HEADS = (*((n, 32, 8) for n in TOKENS), (16384, 32, 32))
+"""Tokens, heads of queries and of keys: Llama 3 8B's, and Llama 2 7B's, whose queries and keys, and keys and values, are 16384 x 8192 elements."""
 
 
 def run(ctx: Context) -> None:
@@ -21,6 +25,8 @@ def run(ctx: Context) -> None:
     tiny = ctx.device == "cpu"
     dtype = "float32" if tiny else "bfloat16"
     size = 4 if tiny else 2
+    for moved in (1e5,) if tiny else (4 * 4096 * 4096, *(4 * 16384 * columns for columns in (2048, 5120, 8192))):
+        _copy(ctx, moved)
     for rows, columns in ((3, 64), (8, 128)) if tiny else ROWS:
         spec = f"{rows}×{columns} {dtype}"
         n = rows * columns * size
@@ -36,10 +42,25 @@ def run(ctx: Context) -> None:
                 lambda m, x=x: calls.silu_and_mul(m, x),
                 lambda style, x=x: _elementwise(style).silu_and_mul(x),
             )
+    for tokens, q_heads, kv_heads in ((3, 4, 2), (8, 4, 4)) if tiny else HEADS:
+        dim = 32 if tiny else 128
+        _rope(ctx, tokens, dtype, size, (q_heads, kv_heads, dim))
+        _append(ctx, tokens, dtype, size, (kv_heads, dim))
     for tokens in (3, 8) if tiny else TOKENS:
-        _rope(ctx, tokens, dtype, size, (4, 2, 32) if tiny else (32, 8, 128))
-        _append(ctx, tokens, dtype, size, (2, 32) if tiny else (8, 128))
         _fused(ctx, tokens, "float16" if tiny else dtype, (4, 2, 32) if tiny else (32, 8, 128))
+
+
+def _copy(ctx: Context, moved: float) -> None:
+    """A copy of half as many bytes."""
+    import torch
+
+    case = Case("copy", f"{moved / 1e6:.0f} MB read and written", bytes=moved)
+    if not ctx.selected(case):
+        return
+    source = torch.randint(0, 255, (int(moved) // 2,), dtype=torch.uint8, device=ctx.device)
+    target = torch.empty_like(source)
+    (samples,) = ctx.timer.measure([lambda: target.copy_(source)])
+    ctx.keep(case, [{"name": "torch copy_", "status": "ok", **ctx.figures(case, samples)}])
 
 
 def _elementwise(style: str) -> Any:
