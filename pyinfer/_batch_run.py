@@ -337,7 +337,11 @@ class BatchRun:
             )  # fmt: skip
             bound(current_stream(q), q.ptr, k.ptr, v.ptr, out_view.ptr, 0 if lse_view is None else lse_view.ptr)
             if (return_lse or not given_lse) and not (q.ptr | k.ptr | v.ptr | out_view.ptr) & 15:
-                self._remember(call, q, k, v, bound, given_out, return_lse, given_lse)
+                pair = call[0][1]
+                inputs = ((0, 0), (1, 0), (2, 0) if pair else (1, v.ptr - k.ptr))
+                self._remember(
+                    call, q, inputs, 2 + pair, shape, self._out_dtype, bound, given_out, return_lse, given_lse
+                )
         else:
             from pyinfer.cpu.attention import run_plan
 
@@ -356,37 +360,39 @@ class BatchRun:
         self,
         call: RunCall,
         q: TensorView,
-        k: TensorView,
-        v: TensorView,
+        inputs: tuple[Source, ...],
+        given: int,
+        shape: tuple[int, int, int],
+        dtype: DType,
         bound: BoundLaunch,
         given_out: bool,
         return_lse: bool,
         given_lse: bool,
     ) -> None:
-        """Let later calls like this one, which was launched by `bound`, go straight to the launch."""
+        """Let later calls like this one, which was launched by `bound`, go straight to the launch.
+
+        Parameters
+        ----------
+        inputs, given
+            Where the launch's inputs come from, and how many of the call's tensors come before the output.
+        shape, dtype
+            Of the output.
+        """
         scalars, tensors = call
-        pair = scalars[1]
-        keys: list[Source] = [(1, 0), (2, 0)] if pair else [(1, 0), (1, v.ptr - k.ptr)]
-        following = (
-            2 + pair
-        )  # of the tensors: the given output and LSE, then a variant's and sinks, then those allocated
-        plan = self._plan
-        assert plan is not None
-        shape = (q.shape[0], plan.num_qo_heads, plan.head_dim_vo)
         outputs: list[tuple[Any, DType]] = []
         places = []
-        for wanted, given, size, dtype in (
-            (True, given_out, shape, self._out_dtype),
+        for wanted, is_given, size, kind in (
+            (True, given_out, shape, dtype),
             (return_lse, given_lse, shape[:2], FLOAT32),
         ):
-            if wanted and given:
-                places.append(following)
-                following += 1
+            if wanted and is_given:
+                places.append(given)
+                given += 1
             elif wanted:
                 places.append(len(tensors) + len(outputs))
-                outputs.append((size, dtype))
-        recipe = ((0, 0), *keys, *[(place, 0) for place in places], *[None] * (not return_lse))
-        self._calls.remember(scalars, tensors, q, bound, tuple(outputs), recipe, 4, tuple(places))
+                outputs.append((size, kind))
+        recipe = (*inputs, *[(place, 0) for place in places], *[None] * (not return_lse))
+        self._calls.remember(scalars, tensors, q, bound, tuple(outputs), recipe, len(inputs) + 1, tuple(places))
 
     def _run(
         self,

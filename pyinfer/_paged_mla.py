@@ -8,6 +8,7 @@ import numpy as np
 
 from pyinfer import _attention as common
 from pyinfer._batch_attention import BatchAttention
+from pyinfer.core.calls import MISS
 from pyinfer.core.dtypes import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT16, FLOAT32, DType, canonical_dtype
 from pyinfer.core.errors import (
     check_last_dim_contiguous,
@@ -252,6 +253,12 @@ class PagedMla(BatchAttention):
         self, q_nope: Any, q_pe: Any, ckv: Any, kpe: Any, out: Any, lse: Any, return_lse: bool, base_e: bool, sm_scale: float, enable_pdl: bool | None,
         cache_scales: tuple[float, float] = (1.0, 1.0),
     ) -> Any:  # fmt: skip
+        options = (return_lse, base_e, sm_scale, enable_pdl, cache_scales)
+        tensors = (q_nope, q_pe, ckv, kpe, *[x for x in (out, lse) if x is not None])
+        call = (options, out is None, lse is None), tensors
+        done = self._calls.run(*call)
+        if done is not MISS:
+            return done
         op, plan = self._op, self._plan
         if plan is None:
             fail(op, "plan()", "was not called", "run() first", "plan() before run()")
@@ -273,6 +280,7 @@ class PagedMla(BatchAttention):
         if c.shape[0] <= plan.max_page:
             there = f"0..{c.shape[0] - 1} ({self._ckv_arg} has {c.shape[0]} pages)"
             fail(op, "kv_indices", "names a page outside the cache", plan.max_page, there)
+        given_out, given_lse = out is not None, lse is not None
         if out is None:
             out = empty(q, (wanted, heads, latent))
             out_view = view(out)
@@ -297,10 +305,17 @@ class PagedMla(BatchAttention):
                 if not covers(self._config, cache):
                     plan = self._leave_sm90(arg, cache)
             pdl = self._pdl_default if enable_pdl is None else common.use_pdl(q.device, enable_pdl)
-            launch_mla(
+            bound = launch_mla(
                 q.device, current_stream(q), self._plan_ptr, plan, q, pe, c, k, self._indices_ptr, out_view, lse_view, self._workspace_ptr,
-                pdl=pdl, config=self._config, **numbers,
+                pdl=pdl, config=self._config, bind=True, **numbers,
             )  # fmt: skip
+            assert bound is not None
+            bound(current_stream(q), q.ptr, pe.ptr, c.ptr, k.ptr, out_view.ptr, 0 if lse_view is None else lse_view.ptr)
+            if return_lse or not given_lse:
+                inputs = ((0, 0), (1, 0), (2, 0), (3, 0))
+                self._remember(
+                    call, q, inputs, 4, (wanted, heads, latent), q.dtype, bound, given_out, return_lse, given_lse
+                )
         else:
             from pyinfer.cpu.mla import run_mla
 

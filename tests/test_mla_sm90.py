@@ -344,7 +344,7 @@ def hopper(monkeypatch):
     _, submitted = stub_runtime.install(monkeypatch)
     monkeypatch.setattr(tensormap, "encode", fake_map)
     monkeypatch.setattr(device, "arch_number_of", lambda index: 90)
-    caches = (mla_sm90.prepare_mla_sm90, mla_sm90._kernel, mla.prepare_mla, mla._kernel)
+    caches = (mla_sm90.prepare_mla_sm90, mla_sm90._kernel, mla.prepare_mla, mla._kernel, tensormap.table)
     for cache in caches:
         cache.cache_clear()
     yield submitted

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pyinfer
-from pyinfer import _batch_run
+from pyinfer import _batch_run, _paged_mla
 from pyinfer.jit import attention_launch
 from tests import stub_runtime
 from tests.arrays import assert_same_bits
@@ -213,6 +213,51 @@ def test_ragged_keys(runs):
     assert not runs.served(lambda: wrapper.run(q, both, both))[1]  # one tensor twice
     with pytest.raises(ValueError, match="k is shorter than the plan"):
         wrapper.run(q, k[:8], v[:8])
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("lse", ["none", "own", "given"])
+def test_mla(runs, monkeypatch, arch, lse):
+    from pyinfer.core import device, tensormap
+    from pyinfer.jit import mla, mla_sm90
+
+    def named(address, *layout):
+        """A tensor map that says whose it is."""
+        return struct.pack("Q", address).ljust(128)
+
+    caches = (mla_sm90.prepare_mla_sm90, mla_sm90._kernel, mla.prepare_mla, mla._kernel, tensormap.table)
+    for x in caches:
+        x.cache_clear()
+    monkeypatch.setattr(tensormap, "encode", named)
+    monkeypatch.setattr(device, "arch_number_of", lambda index: arch)
+    views = []
+    original = _paged_mla.PagedMla._tensor
+    monkeypatch.setattr(
+        _paged_mla.PagedMla, "_tensor", lambda self, *args: views.append(args[0]) or original(self, *args)
+    )
+    wrapper = pyinfer.BatchMLAPagedAttentionWrapper(zeros(1 << 20, dtype=torch.uint8))
+    wrapper.plan([0, 1, 2], [0, 1, 3], [0, 1, 2], [5, 20], 16, 512, 64, PAGE, True, 0.1, "float16", "float16")
+    for step in range(4):
+        q, kv = zeros(2, 16, 576), zeros(PAGES, PAGE, 576)
+        parts = (q[..., :512], q[..., 512:], kv[..., :512], kv[..., 512:])
+        out = zeros(2, 16, 512) if step % 2 else None
+        own = zeros(2, 16, dtype=torch.float32) if lse == "given" else None
+        views.clear()
+        got = wrapper.run(*parts, out=out, lse=own, return_lse=lse != "none")
+        assert bool(views) == (step < 2)
+        first, second = got if lse != "none" else (got, None)
+        assert (out is None or first is out) and (own is None or second is own)
+        assert first.shape == (2, 16, 512) and (second is None or second.dtype is torch.float32)
+        name, _, data, *_ = runs.launches[-1]
+        at = [x.data_ptr() for x in (*parts, first)] + [0 if second is None else second.data_ptr()]
+        if arch == 80:
+            assert "mla_sm80" in name and struct.unpack_from("6P", data) == tuple(at)
+        else:
+            assert "mla_sm90" in name and struct.unpack_from("4P", data) == (at[0], at[1], at[4], at[5])
+            assert data[64:320] == named(at[2]) + named(at[3])
+    for x in caches:
+        x.cache_clear()
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ from pyinfer.jit.spec import JitModule, JitSpec
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pyinfer.core.launch import Kernel
+    from pyinfer.core.launch import BoundLaunch, Kernel
     from pyinfer.core.tensor import TensorView
     from pyinfer.schedulers.plan import AttentionPlan
 
@@ -328,8 +328,9 @@ def launch_mla(
     config: MlaConfig | MlaSm90Config | None = None,
     ckv_scale: float = 1.0,
     kpe_scale: float = 1.0,
-) -> None:
-    """Run a plan on checked tensors.
+    bind: bool = False,
+) -> BoundLaunch | None:
+    """Run a plan on checked tensors; or, with `bind`, return its launch bound but for the addresses of q_nope, q_pe, ckv, kpe, out and lse.
 
     Parameters
     ----------
@@ -373,14 +374,14 @@ def launch_mla(
     lse_ptr = lse.ptr if lse is not None else 0
     scales = (logit_scale, cap, LN_2 if lse_base_e else 1.0)
     if isinstance(ready, PreparedMlaSm90):
-        launch_mla_sm90(ready, stream, q_nope, q_pe, ckv, kpe, kv_indices_ptr, out, lse_ptr, workspace_ptr, scales, pdl)
-        return
+        return launch_mla_sm90(
+            ready, stream, q_nope, q_pe, ckv, kpe, kv_indices_ptr, out, lse_ptr, workspace_ptr, scales, pdl, bind
+        )
     pointers = (q_nope.ptr, q_pe.ptr, ckv.ptr, kpe.ptr, out.ptr, lse_ptr, kv_indices_ptr)
     partials = (workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
     strides = ours[:4] + cached + ours[4:]
-    ready.kernel(
-        stream,
-        ready.grid,
-        pointers + partials + strides + scales + (kpe_scale / ckv_scale, ckv_scale) + ready.constants,
-        pdl,
-    )
+    values = pointers + partials + strides + scales + (kpe_scale / ckv_scale, ckv_scale) + ready.constants
+    if bind:
+        return ready.kernel.bind(ready.grid, values, 6, pdl)
+    ready.kernel(stream, ready.grid, values, pdl)
+    return None

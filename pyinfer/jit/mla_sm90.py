@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyinfer.core import tensormap
 from pyinfer.core.dtypes import DType, canonical_dtype
@@ -14,7 +15,7 @@ from pyinfer.jit.attention import SHAPE_FIELDS, SOURCE_FIELDS
 from pyinfer.jit.spec import JitSpec
 
 if TYPE_CHECKING:
-    from pyinfer.core.launch import Kernel
+    from pyinfer.core.launch import BoundLaunch, Kernel
     from pyinfer.core.tensor import TensorView
     from pyinfer.schedulers.plan import AttentionPlan
 
@@ -22,6 +23,7 @@ TILE_KV = 64
 ROWS = 64  # packed rows of a block
 BLOCK = TILE_KV * 128  # bytes of 64 columns of a tile
 STAGES = 3
+_LEADING = struct.Struct(f"@8P{tensormap.BYTES}s{tensormap.BYTES}s")  # the pointers and the two maps behind them
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,9 @@ def encodable(x: TensorView) -> bool:
     )
 
 
-def cache_map(x: TensorView, rows: int) -> bytes:
-    """The tensor map of a cache, in boxes of 64 columns x `rows` keys."""
-    return tensormap.encode(x.ptr, x.dtype, *tma_view(x), (64, rows, 1))
+def cache_maps(x: TensorView, rows: int) -> tensormap.Maps:
+    """The tensor maps of a cache of this layout, by address, in boxes of 64 columns x `rows` keys."""
+    return tensormap.table(x.dtype, *tma_view(x), (64, rows, 1))
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------------------
@@ -209,10 +211,22 @@ def launch_mla_sm90(
     workspace_ptr: int,
     scales: tuple[float, float, float],
     pdl: bool,
-) -> None:
+    bind: bool = False,
+) -> BoundLaunch | None:
     """Run a prepared plan on checked tensors; `scales`: the parameters from logit_scale to lse_scale. The rest as `mla.launch_mla`."""
     pointers = (q_nope.ptr, q_pe.ptr, out.ptr, lse_ptr, kv_indices_ptr)
     partials = (workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
-    maps = (cache_map(ckv, ready.box_rows), cache_map(kpe, ready.box_rows))
+    of_ckv, of_kpe = cache_maps(ckv, ready.box_rows), cache_maps(kpe, ready.box_rows)
+    maps = (of_ckv[ckv.ptr], of_kpe[kpe.ptr])
     strides = (*q_nope.strides[:2], *q_pe.strides[:2], *out.strides[:2])
-    ready.kernel(stream, ready.grid, pointers + partials + maps + strides + scales + ready.constants, pdl)
+    values = pointers + partials + maps + strides + scales + ready.constants
+    if not bind:
+        ready.kernel(stream, ready.grid, values, pdl)
+        return None
+    bound, fixed, pack_into = ready.kernel.bind(ready.grid, values, 4, pdl), values[4:8], _LEADING.pack_into
+
+    def pack(buffer: Any, at: int, q: int, pe: int, c: int, k: int, o: int, lse: int) -> None:
+        pack_into(buffer, at, q, pe, o, lse, *fixed, of_ckv[c], of_kpe[k])
+
+    bound.pack_with(pack)
+    return bound
