@@ -29,6 +29,8 @@ class SharedLevel(BatchPrefillWithPagedKVCacheWrapper):
         super()._upload(plan, has_kernel)
         if plan.tile_q > _DECODE_ROWS:
             self._extras = self._extras._replace(merge=False)
+        assert self._ref is not None
+        _kernel(self._ref.device, self._dtype, plan.head_dim_vo, True)  # compiled here, so that run() only launches
 
     def merge(self, states: States, out: TensorView, lse: TensorView | None, v_scale: float, pdl: bool) -> None:
         """Merge this level's splits with what all levels left in `states`, on the GPU; lse None: not wanted."""
