@@ -13,7 +13,7 @@
 
 constexpr int BINS = BLOCK;  // one a thread
 constexpr int BIN_BITS = 9;
-constexpr int FIRST_SHIFT = 21;  // eight bins an octave; all below 64 octaves under the largest value share the last
+constexpr int FIRST_SHIFT = 20;  // eight bins an octave; all below 64 octaves under the largest value share the last
 static_assert(BINS == 1 << BIN_BITS, "a bin for every thread");
 
 struct ClusterShared {
@@ -93,13 +93,14 @@ struct ClusterRow {
 
     // This thread's share of the mass of keys >= lowest.
     PYINFER_DEVICE uint64_t own_mass(uint32_t lowest, int s) const {
-        uint64_t own = 0;
-        walk([&](uint32_t key) {
-            if (key >= lowest) {
-                own += mass_of(bits_of_key(key), s).units();
-            }
-        });
-        return own;
+        MassSum own(s);
+#pragma unroll 1
+        for (int i = 0; i < words; i++) {
+            const uint4 k = keys[i * 32 + lane_id()];
+            own.add(k.x >= lowest ? k.x : 0u), own.add(k.y >= lowest ? k.y : 0u), own.add(k.z >= lowest ? k.z : 0u), own.add(k.w >= lowest ? k.w : 0u);
+            own.close();
+        }
+        return own.units;
     }
 
     // The row's elements in a bin: this thread's, BINS - 1 - threadIdx.x, so that a scan over the threads sums higher bins.
@@ -118,7 +119,7 @@ struct ClusterRow {
                 const uint32_t digit = (max_of(key, base) - base) >> shift;
                 atomicAdd(&count[digit], 1u);
                 if (with_mass) {
-                    const uint32_t digits = mass_of(bits_of_key(key), s).digits;
+                    const uint32_t digits = mass_of(key, s).digits;
                     atomicAdd(&mass_low[digit], digits & 0xfffu);
                     atomicAdd(&mass_high[digit], digits >> 12);
                 }
@@ -140,7 +141,7 @@ struct ClusterRow {
         bins_turn ^= 1;
         const uint64_t digits = (static_cast<uint64_t>(highs) << 12) + lows;
         // 63: an empty bin above the row's largest value
-        return Bin{counts, digits << min_of(mass_shift(bits_of_key(base + (own << shift)), s), 63)};
+        return Bin{counts, digits << min_of(mass_shift(base + (own << shift), s), 63)};
     }
 
     // x[i] becomes the sum over the threads before this one, all[i] that over the block. All threads of the block call it, and pass a barrier before the
@@ -178,8 +179,8 @@ struct ClusterRow {
             const uint32_t bin = BINS - 1 - threadIdx.x;
             const uint32_t lower = bin == 0 ? lowest : max_of(base + (bin << FIRST_SHIFT), lowest);
             const uint32_t upper = base + (bin << FIRST_SHIFT) + ((1u << FIRST_SHIFT) - 1u);
-            const uint64_t least = count ? count * mass_of(bits_of_key(lower), s).units() : 0;
-            const uint64_t most = count ? count * mass_of(bits_of_key(upper), s).units() : 0;
+            const uint64_t least = count ? count * mass_of(lower, s).units() : 0;
+            const uint64_t most = count ? count * mass_of(upper, s).units() : 0;
             uint64_t above[3] = {count, least, most}, all[3];
             scan(above, all);
             const bool last = above[0] + count == all[0];

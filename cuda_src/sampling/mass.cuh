@@ -9,15 +9,8 @@ constexpr uint64_t UNLIMITED = 0x7fffffffffffffffull;
 constexpr int SCALE_BITS = 44;
 constexpr uint32_t INF_BITS = 0x7f800000u;
 
-// Keys order values: for p >= 0 its bits moved up by one, so that a key's top 11 bits hold the exponent and three bits of the mantissa.
-PYINFER_DEVICE uint32_t key_of_bits(uint32_t bits) {
-    return bits << 1;
-}
-PYINFER_DEVICE uint32_t bits_of_key(uint32_t key) {
-    return key >> 1;
-}
-
-constexpr uint32_t LOWEST_KEY = 2u;  // of the smallest positive float
+// A key orders values: the bits of a probability.
+constexpr uint32_t LOWEST_KEY = 1u;  // of the smallest positive float
 
 // Keeps value x iff count(> x) < k and mass(> x) < limit.
 struct Filter {
@@ -52,6 +45,28 @@ PYINFER_DEVICE Mass mass_of(uint32_t bits, int s) {
     const int down = min_of(max_of(-shift, 0), 24);  // at 24, any positive mantissa becomes one unit
     return Mass{(mantissa + ((1u << down) - 1u)) >> down, max_of(shift, 0)};
 }
+
+// A thread's sum of masses. Where double precision is fast, an element costs one FMA: from 2^8 to 2^9 a double's last bit is 2^-44, so that adding the
+// value and rounding up adds its mass. close() empties the double into the integer, at least once every 64 elements (each weighs less than 2^45 units).
+struct MassSum {
+    uint64_t units = 0;
+    int s;
+#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+    static constexpr uint64_t EMPTY = 0x4070000000000000ull;  // the bits of 2^8
+    double open, scale;
+
+    PYINFER_DEVICE explicit MassSum(int s) : s(s), open(256.0), scale(__longlong_as_double(static_cast<int64_t>(s - SCALE_BITS + 1023) << 52)) {}
+    PYINFER_DEVICE void add(uint32_t bits) { open = __fma_ru(static_cast<double>(__uint_as_float(bits)), scale, open); }
+    PYINFER_DEVICE void close() {
+        units += static_cast<uint64_t>(__double_as_longlong(open)) - EMPTY;
+        open = 256.0;
+    }
+#else
+    PYINFER_DEVICE explicit MassSum(int s) : s(s) {}
+    PYINFER_DEVICE void add(uint32_t bits) { units += mass_of(bits, s).units(); }
+    PYINFER_DEVICE void close() {}
+#endif
+};
 
 PYINFER_DEVICE float power_of_two(int n) {  // -126 <= n <= 127
     return __int_as_float((n + 127) << 23);

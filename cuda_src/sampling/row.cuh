@@ -38,16 +38,24 @@ struct Row {
     }
 
     // f(x, id) for every element of vectors [from, to) that `lanes` threads share, this one being the `lane`th; id is outside [0, vocab) for a fill.
-    // DEPTH vectors are loaded at a time; the code of f is there DEPTH * VEC times, so a long f takes a small DEPTH.
-    template <int DEPTH = IN_FLIGHT, typename F>
-    PYINFER_DEVICE void walk(int from, int to, int lane, int lanes, T fill, F&& f) const {
+    // DEPTH vectors are loaded at a time; the code of f is there DEPTH * VEC times, so a long f takes a small DEPTH. after() follows each DEPTH vectors.
+    template <int DEPTH = IN_FLIGHT, typename F, typename After>
+    PYINFER_DEVICE void walk(int from, int to, int lane, int lanes, T fill, F&& f, After&& after) const {
+        const int first_whole = begin > 0 ? 1 : 0, whole_end = min_of(to, end / VEC);
         // lane & ~31: all lanes of a warp run the same number of rounds
         for (int j0 = from + (lane & ~31); j0 < to; j0 += lanes * DEPTH) {
             Vec v[DEPTH];
+            if (j0 >= first_whole && j0 + lanes * (DEPTH - 1) + 32 <= whole_end) {
 #pragma unroll
-            for (int u = 0; u < DEPTH; u++) {
-                const int j = j0 + u * lanes + lane_id();
-                v[u] = load(j < to ? j : num_vecs, fill);
+                for (int u = 0; u < DEPTH; u++) {
+                    v[u] = Vec::load(base + (j0 + u * lanes + lane_id()) * VEC);
+                }
+            } else {
+#pragma unroll
+                for (int u = 0; u < DEPTH; u++) {
+                    const int j = j0 + u * lanes + lane_id();
+                    v[u] = load(j < to ? j : num_vecs, fill);
+                }
             }
 #pragma unroll
             for (int u = 0; u < DEPTH; u++) {
@@ -60,20 +68,27 @@ struct Row {
                     f(v[u][e], (j < to ? j : num_vecs) * VEC + e - begin);
                 }
             }
+            after();
         }
     }
+    template <int DEPTH = IN_FLIGHT, typename F>
+    PYINFER_DEVICE void walk(int from, int to, int lane, int lanes, T fill, F&& f) const {
+        walk<DEPTH>(from, to, lane, lanes, fill, f, [] {});
+    }
+
+    // Each warp owns one run of vectors, so that ids ascend over the warps.
+    PYINFER_DEVICE int run() const { return ceil_div(num_vecs, WARPS); }
+    PYINFER_DEVICE int run_begin(int warp) const { return min_of(warp * run(), num_vecs); }
 };
 
 // ---- what an element means: key(x) orders probabilities, 0 for a token that can't be drawn ------------------------------------------
 template <typename T>
 struct Probs {
-    static constexpr bool SHORT_KEYS = sizeof(T) == 2;  // the low ten bits of every key are zero
     static constexpr int DEPTH = Row<T>::IN_FLIGHT;  // of walks that ask for keys
 
     PYINFER_DEVICE static T fill() { return T{}; }
-    // Also for elements not yet known to be valid: NaN, infinity and negative values give keys from key_of_bits(INF_BITS) on. -0 becomes +0.
-    PYINFER_DEVICE static uint32_t raw_bits(T x) { return __float_as_uint(__fadd_rn(to_float(x), 0.f)); }
-    PYINFER_DEVICE uint32_t key(T x) const { return key_of_bits(raw_bits(x)); }
+    // Also for elements not yet known to be valid: NaN, infinity and negative values give keys from INF_BITS on. -0 becomes +0.
+    PYINFER_DEVICE static uint32_t key(T x) { return __float_as_uint(__fadd_rn(to_float(x), 0.f)); }
 };
 
 // Keys of float logits: ascending with the value, 0 for NaN (below -infinity's).
@@ -89,7 +104,6 @@ constexpr uint32_t MINUS_INF_KEY = 0x007fffffu;
 
 template <typename T>
 struct Logits {
-    static constexpr bool SHORT_KEYS = false;
     static constexpr int DEPTH = 8 / Row<T>::VEC;  // eight exp in a row fill the pipelines, and 16 or more take longer to compile than to run
 
     float top;  // the largest logit
@@ -104,7 +118,7 @@ struct Logits {
         return v == top ? 1.f : w;
     }
     PYINFER_DEVICE float prob(T x) const { return __fmul_rn(weight(x), inverse_sum); }
-    PYINFER_DEVICE uint32_t key(T x) const { return key_of_bits(__float_as_uint(prob(x))); }
+    PYINFER_DEVICE uint32_t key(T x) const { return __float_as_uint(prob(x)); }
 };
 
 struct LogitsState {
@@ -130,10 +144,10 @@ PYINFER_DEVICE LogitsState prepare_logits(const Row<T>& row, float inverse_tempe
     if (!state.valid) {
         return state;
     }
-    uint64_t sum = 0;
-    row.template walk<Logits<T>::DEPTH>(0, row.num_vecs, threadIdx.x, BLOCK, Logits<T>::fill(),
-                                        [&](T x, int) { sum += mass_of(__float_as_uint(logits.weight(x)), SCALE_BITS).units(); });
-    sum = block_sum(sum, scratch);
+    MassSum weights(SCALE_BITS);
+    row.template walk<Logits<T>::DEPTH>(
+        0, row.num_vecs, threadIdx.x, BLOCK, Logits<T>::fill(), [&](T x, int) { weights.add(__float_as_uint(logits.weight(x))); }, [&] { weights.close(); });
+    const uint64_t sum = block_sum(weights.units, scratch);
     logits.inverse_sum = __frcp_rn(mass_to_float(sum, SCALE_BITS));
     return state;
 }

@@ -9,11 +9,18 @@ from pyinfer.core.params import Field, ParamStruct, f32, i32, i64, ptr, u64
 from pyinfer.jit.spec import JitModule, JitSpec
 
 BLOCK = (1024, 1, 1)
+SAMPLE_BLOCK = (512, 1, 1)  # two on a multiprocessor of 9.0 and 10.0: one streams while the other searches
+OWN_SLOTS, ASIDE_SLOTS = (
+    20,
+    12,
+)  # a thread's room for candidates (sampling/keep.cuh): 71 KB a block, 95 with the histograms
 CLUSTER_BLOCK = (512, 1, 1)  # two on a multiprocessor: one loads while the other computes
 CLUSTER_SIZES = (2, 4, 8)
 KEYS_PER_WARP = 1280  # 80 KB a block: two blocks of 9.0 and 10.0, one of 12.0
 MANY_KEYS_PER_WARP = 2304  # 144 KB a block: 262,144 tokens in a cluster of 8
 DTYPES = ("float32", "bfloat16", "float16")
+_ROOM = (("own_slots", OWN_SLOTS), ("aside_slots", ASIDE_SLOTS))
+_ROOM_BYTES = SAMPLE_BLOCK[0] * (4 * (OWN_SLOTS + ASIDE_SLOTS) + ASIDE_SLOTS)
 SOURCES = ("probs", "logits")
 FILTERS = ("all", "min_p", "joint", "first")
 """What a sampler keeps: everything; p >= min_p * max; top_k and top_p on the given values; top_p on what top_k keeps, renormalised."""
@@ -98,7 +105,15 @@ def gen_sample(dtype: str, source: str = "probs", filter: str = "all") -> JitSpe
         )
     t = canonical_dtype(dtype)
     constants = (("scalar_t", t.ctype), ("source", source), ("filter", filter))
-    return JitSpec(f"sample_{source}_{filter}_{t.short}", "sampling/sample.cu.jinja", SAMPLE, constants, BLOCK)
+    room = _ROOM if filter in ("joint", "first") else ()
+    return JitSpec(
+        f"sample_{source}_{filter}_{t.short}",
+        "sampling/sample.cu.jinja",
+        SAMPLE,
+        (*constants, *room),
+        SAMPLE_BLOCK,
+        smem=_ROOM_BYTES if room else 0,
+    )
 
 
 def cluster_keys_per_warp(vocab: int, itemsize: int, cluster: int) -> int:
@@ -123,7 +138,7 @@ def gen_sample_cluster(dtype: str, source: str, cluster: int, many_keys: bool = 
         ("scalar_t", t.ctype),
         ("source", source),
         ("cluster", cluster),
-        ("blocks_per_sm", 1 if many_keys else 2),
+        ("blocks_per_sm", 1),
     )
     return JitSpec(
         f"sample_cluster{cluster}_{source}_{'many_' if many_keys else ''}{t.short}",
@@ -148,7 +163,8 @@ def gen_softmax(dtype: str) -> JitSpec:
 def gen_renorm(dtype: str) -> JitSpec:
     """top_k_renorm_probs and top_p_renorm_probs."""
     t = canonical_dtype(dtype)
-    return JitSpec(f"renorm_{t.short}", "sampling/renorm.cu.jinja", RENORM, (("scalar_t", t.ctype),), BLOCK)
+    constants = (("scalar_t", t.ctype), *_ROOM)
+    return JitSpec(f"renorm_{t.short}", "sampling/renorm.cu.jinja", RENORM, constants, SAMPLE_BLOCK, smem=_ROOM_BYTES)
 
 
 @functools.cache
