@@ -17,7 +17,7 @@ constexpr int FIRST_SHIFT = 20;  // eight bins an octave; all below 64 octaves u
 static_assert(BINS == 1 << BIN_BITS, "a bin for every thread");
 
 struct ClusterShared {
-    uint64_t of_warp[2][WARPS];  // read by the cluster
+    uint64_t of_warp[2][WARPS], loaded_mass[WARPS];  // read by the cluster
     uint32_t count[2][BINS], mass_low[2][BINS], mass_high[2][BINS];  // read by the cluster; sums of the low and high 12 bits of Mass::digits
     uint64_t scan[3][WARPS];
     uint32_t digit, sure_digit;  // results of a scan over the bins
