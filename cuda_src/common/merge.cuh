@@ -103,9 +103,11 @@ PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w, const S
 
 // out = sum_s 2^(lse_s - lse) O_s, lse = log2 sum_s 2^lse_s, always summed in split order, so that the bits do not depend on who came last.
 // Divided by the sum of the weights: of an lse of 1e6 and more rounding leaves too little for them to add up to 1 (with a sink it may be less, not more).
-// `total`: TILE_Q floats of shared memory. THREADS threads from threadIdx.x 0 on take part. EARLY: splits fetched ahead, 5 registers each.
+// `total`: TILE_Q floats of shared memory. THREADS threads from threadIdx.x 0 on take part
+// (`thread`: fresh_thread() where registers are short). EARLY: splits fetched ahead, 5 registers each.
 template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, bool ALIGNED = true, int EARLY = 8, typename Params, typename Variant, typename Sync = BlockSync>
-PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const Variant& variant, float* total, const Sync& sync = {}) {
+PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const Variant& variant, float* total, const Sync& sync = {},
+                                 int thread = threadIdx.x) {
     constexpr int GROUP = max_of(1, min_of(32, THREADS / TILE_Q));  // neighbouring lanes that share a row's splits
     static_assert(THREADS % TILE_Q == 0 || TILE_Q % THREADS == 0, "rows divide among the threads");
     const int64_t row_0 = partial_row<TILE_Q>(p, w, 0);
@@ -122,17 +124,17 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
     };
     float early_lse[EARLY] = {};
     float4 early[EARLY] = {};
-    if (static_cast<int>(threadIdx.x) < tasks) {
+    if (thread < tasks) {
 #pragma unroll
         for (int s = 0; s < EARLY; ++s) {
             if (s < w.num_splits) {
-                early_lse[s] = lse_of(threadIdx.x, s);
-                early[s] = columns_of(threadIdx.x, s);
+                early_lse[s] = lse_of(thread, s);
+                early[s] = columns_of(thread, s);
             }
         }
     }
 
-    for (int task = threadIdx.x; task < TILE_Q * GROUP; task += THREADS) {
+    for (int task = thread; task < TILE_Q * GROUP; task += THREADS) {
         const int row = task / GROUP;
         const bool in_tile = row < w.row_count;
         const float* lse = p.partial_lse + row_0 + (in_tile ? row : 0);
@@ -179,7 +181,7 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
     }
     sync();
 
-    for (int task = threadIdx.x; task < tasks; task += THREADS) {
+    for (int task = thread; task < tasks; task += THREADS) {
         const int row = task / (HEAD_DIM / COLUMNS);
         const int column = task % (HEAD_DIM / COLUMNS) * COLUMNS;
         const float reference = total[row] == -infinity() ? 0.0f : total[row];
@@ -197,7 +199,7 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
             sum[3] = fmaf(weight, o.w, sum[3]);
         };
         int first = 0;
-        if (task == static_cast<int>(threadIdx.x)) {
+        if (task == thread) {
 #pragma unroll
             for (int s = 0; s < EARLY; ++s) {
                 if (s < w.num_splits) {
@@ -206,7 +208,7 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
             }
             first = EARLY;
         }
-#pragma unroll EARLY
+#pragma unroll 8
         for (int s = first; s < w.num_splits; ++s) {
             add(lse_of(task, s), columns_of(task, s));
         }

@@ -31,6 +31,12 @@ PYINFER_DEVICE int fresh_lane() {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
     return lane;
 }
+// The same of the thread's index in its block.
+PYINFER_DEVICE int fresh_thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
 
 // One warp copies ROWS rows of ROW_BYTES bytes into a swizzled tile, 512 bytes an instruction. Lane r (< ROWS) knows where row r
 // is (`lane_row_offset`, bytes from `base`); rows from `valid_rows` on become zeros, so that what lies behind them, NaN perhaps,

@@ -6,11 +6,11 @@ import ctypes
 import functools
 from typing import Any
 
-from pyinfer.core.dtypes import BFLOAT16, FLOAT16, DType
+from pyinfer.core.dtypes import BFLOAT16, FLOAT8_E4M3, FLOAT16, DType
 
 BYTES = 128
 _ALIGNMENT = 64  # of the buffer that the driver fills
-_TYPES = {FLOAT16: 6, BFLOAT16: 9}  # CUtensorMapDataType
+_TYPES = {FLOAT8_E4M3: 0, FLOAT16: 6, BFLOAT16: 9}  # CUtensorMapDataType; bytes are bytes
 _INTERLEAVE_NONE, _SWIZZLE_128B, _PROMOTE_L2_256B, _FILL_ZEROS = 0, 3, 3, 0
 _MAX_STRIDE = 1 << 40
 _MAX_EXTENT = 1 << 32
@@ -55,7 +55,7 @@ def encode(address: int, dtype: DType, shape: tuple[int, ...], strides: tuple[in
     address
         Of element 0, a multiple of 16.
     dtype
-        float16 or bfloat16.
+        float16, bfloat16 or float8_e4m3fn.
     shape, strides
         Innermost axis first; strides in elements, of the outer axes only.
     box

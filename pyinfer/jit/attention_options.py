@@ -90,6 +90,8 @@ class AttentionExtras(NamedTuple):
         Values of `UserVariant.fields`, pointers as ints.
     merge
         False: the splits of a tile stay in the workspace, for a kernel of the caller's to merge. Plans for prefill kernels alone.
+    q_scales_ptr, k_scales_ptr, v_scales_ptr
+        float32 [num_qo_heads], [num_kv_heads], [num_kv_heads]: what a stored 1 of a head is worth. Queries in 8 bits only.
     """
 
     mask_ptr: int = 0
@@ -100,6 +102,9 @@ class AttentionExtras(NamedTuple):
     token_pos_len: int = 0
     user: tuple[int | float, ...] = ()
     merge: bool = True
+    q_scales_ptr: int = 0
+    k_scales_ptr: int = 0
+    v_scales_ptr: int = 0
 
 
 PLAIN = AttentionOptions()
