@@ -131,7 +131,7 @@ def decode_config(
         ring += num_warps * DECODE_ROWS * row_bytes(head_dim_qk, 2)
     if rope:
         ring += _rope_bytes(head_dim_qk, tile_kv, kv_itemsize)
-    merge = 4 * (num_warps * DECODE_ROWS * (-(-head_dim_vo // 16) * 16 + 8 + 2) + DECODE_ROWS)
+    merge = 4 * num_warps * DECODE_ROWS * (-(-head_dim_vo // 16) * 16 + 8 + 2)
     smem = -(-max(ring, merge) // 128) * 128
     if cluster > 1:  # 4 columns, reference and sum for each of a block's share of the tasks, from every block
         tasks = -(-DECODE_ROWS * (head_dim_vo // 4) // cluster)
