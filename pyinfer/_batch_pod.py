@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pyinfer import _attention as common
+from pyinfer.core.calls import MISS, Calls, Source
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import fail
 from pyinfer.core.tensor import TensorView, current_stream, empty, view
 from pyinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
 if TYPE_CHECKING:
+    from pyinfer._batch_run import RunCall
     from pyinfer.schedulers.plan import AttentionPlan
 
 _DTYPES = (FLOAT16, BFLOAT16)
@@ -84,6 +86,7 @@ class BatchPODWithPagedKVCacheWrapper:
         self._masked = False
         self._fits = False  # one launch does the planned case
         self._ready: _Ready | None = None
+        self._calls = Calls()  # run() with the plan there is
         self._buffer: Any = None
         self._memory: Any = None
 
@@ -154,6 +157,7 @@ class BatchPODWithPagedKVCacheWrapper:
             num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim, page_size=page_size, pos_encoding_mode=pos_encoding_mode,
             window_left=window_left, q_data_type=q_data_type, kv_data_type=kv_data_type, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
         )  # fmt: skip
+        self._calls.clear()
         self._tables = self._ready = None  # until both are planned: half of a new plan is none
         self._masked = False
         p, d = self._prefill, self._decode
@@ -221,9 +225,19 @@ class BatchPODWithPagedKVCacheWrapper:
         if self._tables is None:
             fail(op, "plan()", "was not called", "run() first", "plan() before run()")
         causal, masked = bool(causal_p), custom_mask_p is not None or packed_custom_mask_p is not None
+        pairs = type(paged_kv_cache_p) is tuple, type(paged_kv_cache_d) is tuple
+        caches = [c if pair else (c,) for c, pair in zip((paged_kv_cache_p, paged_kv_cache_d), pairs, strict=True)]
+        options = (*pairs, causal, q_scale, k_scale, v_scale, return_lse, enable_pdl)
+        call = options, (q_p, *caches[0], q_d, *caches[1])
+        if not masked:
+            done = self._calls.run(*call)
+            if done is not MISS:
+                return (done[:2], done[2:]) if return_lse else done
         scales = dict(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
         if self._fits and not masked:
-            done = self._together(q_p, paged_kv_cache_p, q_d, paged_kv_cache_d, causal, scales, return_lse, enable_pdl)
+            done = self._together(
+                q_p, paged_kv_cache_p, q_d, paged_kv_cache_d, causal, scales, return_lse, enable_pdl, call
+            )
             if done is not None:
                 self._causal = causal
                 return done
@@ -239,7 +253,8 @@ class BatchPODWithPagedKVCacheWrapper:
 
     # ---- one launch
     def _together(
-        self, q_p: Any, cache_p: Any, q_d: Any, cache_d: Any, causal: bool, scales: dict[str, Any], return_lse: bool, enable_pdl: bool | None
+        self, q_p: Any, cache_p: Any, q_d: Any, cache_d: Any, causal: bool, scales: dict[str, Any], return_lse: bool, enable_pdl: bool | None,
+        call: RunCall,
     ) -> Any:  # fmt: skip
         """Both in one launch; None for the CPU and for tensors that the kernel does not take."""
         p, d = self._prefill, self._decode
@@ -255,6 +270,7 @@ class BatchPODWithPagedKVCacheWrapper:
         ready = self._ready
         if ready is None or ready.causal != causal:
             ready = self._ready = self._arrange(qp, causal)
+            self._calls.clear()
         outs = [empty(q, tuple(q.shape)) for q in (qp, qd)]
         lses = [empty(q, tuple(q.shape[:2]), FLOAT32) if return_lse else None for q in (qp, qd)]
         parts = []
@@ -273,7 +289,29 @@ class BatchPODWithPagedKVCacheWrapper:
             )  # fmt: skip
         prefill, decode = parts
         pdl = common.use_pdl(qp.device, enable_pdl)
-        launch_pod(ready.kernel, ready.pod, current_stream(qp), prefill, decode, ready.rate, pdl)
+        stream = current_stream(qp)
+        bound = launch_pod(ready.kernel, ready.pod, stream, prefill, decode, ready.rate, pdl, bind=True)
+        assert bound is not None
+        pointers: list[int] = []
+        recipe: list[Source] = []
+        given = 0
+        pairs, tensors = call[0][:2], call[1]
+        for i, (q, k, v, pair) in enumerate(((qp, kp, vp, pairs[0]), (qd, kd, vd, pairs[1]))):
+            lse = lses[i]
+            pointers += [q.ptr, k.ptr, v.ptr, view(outs[i]).ptr, 0 if lse is None else view(lse).ptr]
+            recipe += [
+                (given, 0),
+                (given + 1, 0),
+                (given + 2, 0) if pair else (given + 1, v.ptr - k.ptr),
+                (len(tensors) + i, 0),
+            ]
+            recipe += [(len(tensors) + 2 + i, 0) if return_lse else None]
+            given += 2 + pair
+        bound(stream, *pointers)
+        outputs = [(tuple(q.shape), q.dtype) for q in (qp, qd)]
+        if return_lse:
+            outputs += [(tuple(q.shape[:2]), FLOAT32) for q in (qp, qd)]
+        self._calls.remember(*call, qp, bound, tuple(outputs), tuple(recipe), len(recipe), None)
         return ((outs[0], outs[1]), (lses[0], lses[1])) if return_lse else (outs[0], outs[1])
 
     def _arrange(self, home: TensorView, causal: bool) -> _Ready:

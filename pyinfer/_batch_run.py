@@ -66,6 +66,48 @@ def _torch_types() -> tuple[type, ...]:
     return () if torch is None else (torch.Tensor, torch.nn.Parameter)
 
 
+def remember_run(
+    calls: Calls,
+    call: RunCall,
+    q: TensorView,
+    inputs: tuple[Source, ...],
+    given: int,
+    shape: tuple[int, int, int],
+    dtype: DType,
+    bound: BoundLaunch,
+    given_out: bool,
+    return_lse: bool,
+    given_lse: bool,
+    times: int = 1,
+) -> None:
+    """Let later calls like this one, which was launched by `bound`, go straight to the launch.
+
+    Parameters
+    ----------
+    inputs, given
+        Where the launch's inputs come from, and how many of the call's tensors come before the output.
+    shape, dtype
+        Of the output.
+    times
+        How often the launch takes inputs, output and LSE.
+    """
+    scalars, tensors = call
+    outputs: list[tuple[Any, DType]] = []
+    places = []
+    for wanted, is_given, size, kind in (
+        (True, given_out, shape, dtype),
+        (return_lse, given_lse, shape[:2], FLOAT32),
+    ):
+        if wanted and is_given:
+            places.append(given)
+            given += 1
+        elif wanted:
+            places.append(len(tensors) + len(outputs))
+            outputs.append((size, kind))
+    recipe = (*inputs, *[(place, 0) for place in places], *[None] * (not return_lse))
+    calls.remember(scalars, tensors, q, bound, tuple(outputs), recipe * times, len(inputs) + 1, tuple(places))
+
+
 class BatchRun:
     """The part of the wrappers behind plan(): everything here reads what `_batch_attention.BatchAttention` planned."""
 
@@ -339,8 +381,9 @@ class BatchRun:
             if (return_lse or not given_lse) and not (q.ptr | k.ptr | v.ptr | out_view.ptr) & 15:
                 pair = call[0][1]
                 inputs = ((0, 0), (1, 0), (2, 0) if pair else (1, v.ptr - k.ptr))
-                self._remember(
-                    call, q, inputs, 2 + pair, shape, self._out_dtype, bound, given_out, return_lse, given_lse
+                kind = self._out_dtype
+                remember_run(
+                    self._calls, call, q, inputs, 2 + pair, shape, kind, bound, given_out, return_lse, given_lse
                 )
         else:
             from pyinfer.cpu.attention import run_plan
@@ -355,44 +398,6 @@ class BatchRun:
             )  # fmt: skip
             del kept  # what `user` points at has lived until here
         return (out, lse) if return_lse else out
-
-    def _remember(
-        self,
-        call: RunCall,
-        q: TensorView,
-        inputs: tuple[Source, ...],
-        given: int,
-        shape: tuple[int, int, int],
-        dtype: DType,
-        bound: BoundLaunch,
-        given_out: bool,
-        return_lse: bool,
-        given_lse: bool,
-    ) -> None:
-        """Let later calls like this one, which was launched by `bound`, go straight to the launch.
-
-        Parameters
-        ----------
-        inputs, given
-            Where the launch's inputs come from, and how many of the call's tensors come before the output.
-        shape, dtype
-            Of the output.
-        """
-        scalars, tensors = call
-        outputs: list[tuple[Any, DType]] = []
-        places = []
-        for wanted, is_given, size, kind in (
-            (True, given_out, shape, dtype),
-            (return_lse, given_lse, shape[:2], FLOAT32),
-        ):
-            if wanted and is_given:
-                places.append(given)
-                given += 1
-            elif wanted:
-                places.append(len(tensors) + len(outputs))
-                outputs.append((size, kind))
-        recipe = (*inputs, *[(place, 0) for place in places], *[None] * (not return_lse))
-        self._calls.remember(scalars, tensors, q, bound, tuple(outputs), recipe, len(inputs) + 1, tuple(places))
 
     def _run(
         self,

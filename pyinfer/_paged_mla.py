@@ -8,6 +8,7 @@ import numpy as np
 
 from pyinfer import _attention as common
 from pyinfer._batch_attention import BatchAttention
+from pyinfer._batch_run import remember_run
 from pyinfer.core.calls import MISS
 from pyinfer.core.dtypes import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT16, FLOAT32, DType, canonical_dtype
 from pyinfer.core.errors import (
@@ -313,9 +314,8 @@ class PagedMla(BatchAttention):
             bound(current_stream(q), q.ptr, pe.ptr, c.ptr, k.ptr, out_view.ptr, 0 if lse_view is None else lse_view.ptr)
             if return_lse or not given_lse:
                 inputs = ((0, 0), (1, 0), (2, 0), (3, 0))
-                self._remember(
-                    call, q, inputs, 4, (wanted, heads, latent), q.dtype, bound, given_out, return_lse, given_lse
-                )
+                shape = (wanted, heads, latent)
+                remember_run(self._calls, call, q, inputs, 4, shape, q.dtype, bound, given_out, return_lse, given_lse)
         else:
             from pyinfer.cpu.mla import run_mla
 

@@ -158,15 +158,19 @@ def test_errors(rng, backend_arrays, device):
 
 @pytest.mark.gpu
 def test_one_launch(rng, backend_arrays, monkeypatch):
-    from pyinfer.core.launch import Kernel
+    from pyinfer.core.launch import BoundLaunch, Kernel
 
     x = Batches(rng, backend_arrays, "cuda")
     wrapper = x.planned()
     x.run(wrapper, causal_p=True)
     names: list[str] = []
-    original = Kernel.__call__
+    direct, bound = Kernel.__call__, BoundLaunch.__call__
     monkeypatch.setattr(
-        Kernel, "__call__", lambda self, *args, **kw: (names.append(self.spec.name), original(self, *args, **kw))[1]
+        Kernel, "__call__", lambda self, *args, **kw: (names.append(self.spec.name), direct(self, *args, **kw))[1]
     )
+    monkeypatch.setattr(
+        BoundLaunch, "__call__", lambda self, *args: (names.append(self.kernel.spec.name), bound(self, *args))[1]
+    )
+    wrapper._calls.clear()  # a remembered call goes to the driver by itself
     x.run(wrapper, causal_p=True)
     assert len(names) == 1 and "pod" in names[0]

@@ -10,7 +10,7 @@ import pytest
 import pyinfer
 from pyinfer import _batch_run, _paged_mla
 from pyinfer.jit import attention_launch
-from tests import stub_runtime
+from tests import stub_driver, stub_runtime
 from tests.arrays import assert_same_bits
 
 torch = pytest.importorskip("torch")
@@ -258,6 +258,75 @@ def test_mla(runs, monkeypatch, arch, lse):
             assert data[64:320] == named(at[2]) + named(at[3])
     for x in caches:
         x.cache_clear()
+
+
+@pytest.fixture
+def fused(runs, monkeypatch):
+    """`runs`, and the kernel of both kinds of block looked up anew."""
+    from pyinfer.core import device
+    from pyinfer.jit import pod
+
+    monkeypatch.setattr(device, "arch_number_of", lambda index: 80)
+    pod.device_pod.cache_clear()
+    yield runs
+    pod.device_pod.cache_clear()
+
+
+def fused_pointers(runs, dim=DIM):
+    """The ten addresses of the last launch."""
+    from pyinfer.core.dtypes import FLOAT16
+    from pyinfer.jit import pod
+
+    spec = pod.device_pod(0, FLOAT16, dim, "plan", "plain")[1]
+    found = stub_driver.fields(spec.spec.params, runs.launches[-1][2])
+    return [found[f"{part}_{name}"] for part in ("prefill", "decode") for name in ("q", "k", "v", "out", "lse")]
+
+
+def addresses(*tensors):
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("combined", [True, False])
+def test_batch_attention(fused, monkeypatch, combined):
+    seen = []
+    original = pyinfer.BatchAttention._caches
+    monkeypatch.setattr(pyinfer.BatchAttention, "_caches", lambda self, *args: seen.append(1) or original(self, *args))
+    wrapper = pyinfer.BatchAttention()
+    table = ([0, 1, 41], [0, 2, 5], [0, 1, 2, 3, 4], [20, 40], *HEADS, DIM, DIM, PAGE, True)
+    for step in range(6):
+        if step in (0, 4):
+            wrapper.plan(*table, q_data_type="float16", kv_data_type="float16")
+        q, kv = zeros(41, 8, DIM), cache(combined)
+        given = [zeros(41, 8, DIM), zeros(41, 8, dtype=torch.float32)] if step in (2, 3) else [None, None]
+        seen.clear()
+        got = wrapper.run(q, kv, *given)
+        assert bool(seen) == (step in (0, 2, 4))
+        assert all(want is None or x is want for x, want in zip(got, given, strict=True))
+        k, v = (kv[:, 0], kv[:, 1]) if combined else kv
+        assert fused_pointers(fused) == 2 * addresses(q, k, v, *got)
+        assert got[0].shape == q.shape and got[1].dtype is torch.float32
+    with pytest.raises(ValueError, match="profiler_buffer is not available"):
+        wrapper.run(q, kv, *given, profiler_buffer=1)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("combined", [True, False])
+@pytest.mark.parametrize("return_lse", [True, False])
+def test_batch_pod(fused, combined, return_lse):
+    wrapper = pyinfer.BatchPODWithPagedKVCacheWrapper(zeros(1 << 20, dtype=torch.uint8))
+    for step in range(6):
+        if step in (0, 4):
+            wrapper.plan([0, 20, 41, 60], *TABLE, [0, 1, 2, 3], *TABLE, *HEADS, DIM, PAGE)
+        (q_p, kv_p), (q_d, kv_d) = (zeros(60, 8, DIM), cache(combined)), (zeros(3, 8, DIM), cache(combined))
+        before = fused.checked
+        outs = wrapper.run(q_p, kv_p, q_d, kv_d, causal_p=step > 1, return_lse=return_lse)
+        assert (fused.checked == before) == (step in (1, 3, 5))
+        outs, lses = outs if return_lse else (outs, (None, None))
+        assert outs[0].shape == q_p.shape and outs[1].shape == q_d.shape
+        both = [(q, *((kv[:, 0], kv[:, 1]) if combined else kv)) for q, kv in ((q_p, kv_p), (q_d, kv_d))]
+        wanted = [addresses(*x, out, lse) for x, out, lse in zip(both, outs, lses, strict=True)]
+        assert fused_pointers(fused) == wanted[0] + wanted[1]
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ from pyinfer.schedulers.plan import SINGLE_SEMAPHORE_BYTES, AttentionPlan, parti
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pyinfer.core.launch import Kernel
+    from pyinfer.core.launch import BoundLaunch, Kernel
     from pyinfer.core.tensor import TensorView
 
 _STATIC_SMEM = 256  # bytes at most
@@ -175,6 +175,7 @@ def all_specs(archs: Iterable[int] = (80, 89, 90)) -> list[JitSpec]:
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------------------
+_FIVE = struct.Struct("@5P")
 _UNSEEN = 1 << 30  # a window no key lies outside of; larger ones could overflow an index
 
 
@@ -296,9 +297,16 @@ def device_pod(
 
 
 def launch_pod(
-    kernel: Kernel, pod: PodSpec, stream: int, prefill: Part, decode: Part, prefill_rate: int, pdl: bool = False
-) -> None:
-    """Run both kinds of block in one launch.
+    kernel: Kernel,
+    pod: PodSpec,
+    stream: int,
+    prefill: Part,
+    decode: Part,
+    prefill_rate: int,
+    pdl: bool = False,
+    bind: bool = False,
+) -> BoundLaunch | None:
+    """Run both kinds of block in one launch; or, with `bind`, return it bound but for q, k, v, out and lse of prefill, then those of decode.
 
     Parameters
     ----------
@@ -310,5 +318,22 @@ def launch_pod(
         From `schedulers.mixed.rate`.
     """
     blocks = prefill.blocks + decode.blocks
-    if blocks:
-        kernel(stream, blocks, pack_parts(pod, prefill, decode, prefill_rate), pdl)
+    values = pack_parts(pod, prefill, decode, prefill_rate)
+    if not bind:
+        kernel(stream, blocks, values, pdl)
+        return None
+    bound, second, pack_into = kernel.bind(blocks, values, 5, pdl), decode_offset(pod), _FIVE.pack_into
+
+    def pack(buffer: Any, at: int, *pointers: int) -> None:
+        pack_into(buffer, at, *pointers[:5])
+        pack_into(buffer, second, *pointers[5:])
+
+    bound.pack_with(pack)
+    return bound
+
+
+@functools.cache
+def decode_offset(pod: PodSpec) -> int:
+    """Where the decode part's fields begin in the parameter struct, with q, k, v, out and lse as those of the prefill part do."""
+    fields = (*pod.prefill.params.fields, *_tail("prefill", pod.prefill.params))
+    return struct.calcsize("@" + "".join([f.code for f in fields]))
