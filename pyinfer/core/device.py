@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class DeviceInfo(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
     """Properties that schedulers and configs use.
 
     Attributes
