@@ -36,7 +36,6 @@ SHOWN: dict[str, tuple[str, ...]] = {
         "apply_rope_* 4096 *",
         "append_* 4096 *",
     ),
-    "sampling": ("* b1 *", "* b64 *"),
     "host_cost": (
         "host plan decode*",
         "host plan prefill*",
@@ -218,6 +217,24 @@ def _by_operator(document: dict[str, Any], suite: str) -> str:
     ) + source(document, suite)
 
 
+def sampling(document: dict[str, Any]) -> str:
+    """Operators and kinds of rows downwards, batches across: µs, and ours over FlashInfer and torch."""
+    cases = cases_of(document, "sampling")
+    batches = sorted({case["info"]["batch"] for case in cases})
+    rows: dict[str, dict[int, str]] = {}
+    for case in cases:
+        ours = _ours(case)
+        assert ours is not None
+        theirs = [_best(case, peer) for peer in ("flashinfer", "torch")]
+        ratios = [f"{best['us'] / ours['us']:.2f}×" if best else "–" for best in theirs]
+        name = f"`{case['op']}` {case['info']['options']}".strip()
+        rows.setdefault(name, {})[case["info"]["batch"]] = f"{_us(ours['us'])} ({', '.join(ratios)})"
+    return _table(
+        ["µs (speed over FlashInfer, over torch)", *[f"batch {b}" for b in batches]],
+        [[name, *[cells.get(b, "–") for b in batches]] for name, cells in rows.items()],
+    ) + source(document, "sampling")
+
+
 def cold_start(document: dict[str, Any]) -> str:
     """First calls: empty cache, disk cache, FlashInfer's build."""
     found: dict[str, dict[str, str]] = {}
@@ -310,7 +327,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "decode": ("decode", "cuda", decode),
     "prefill": ("prefill", "cuda", prefill),
     "memory_bound": ("memory_bound", "cuda", lambda d: _by_operator(d, "memory_bound")),
-    "sampling": ("sampling", "cuda", lambda d: _by_operator(d, "sampling")),
+    "sampling": ("sampling", "cuda", sampling),
     "cold_start": ("cold_start", "cuda", cold_start),
     "host_cost": ("host_cost", "cuda", host_cost),
     "llm": ("llm", "cuda", llm),
