@@ -115,6 +115,20 @@ def test_split_kv(rng, backend_arrays, device, plan, monkeypatch):
         )
 
 
+@pytest.mark.parametrize(("heads", "dim"), [((16, 1), 128), ((3, 1), 64)])
+def test_more_splits_than_are_merged_at_once(rng, backend_arrays, device, heads, dim):
+    """Splits of one page each, beside a request without keys and one of a single split."""
+    shape = Shape(cases.dtypes(device)[0], *heads, dim, lens=(2500, 0, 9, 40), qo_lens=(1,) * 4)
+    paged = cases.paged_cache(rng, backend_arrays, shape, magnitude=3.0)
+    q, q64 = draw_q(rng, backend_arrays, shape, 4)
+    wrapper = make_wrapper(shape, paged, fixed_split_size=1)
+    assert wrapper.plan_info.num_partials >= 157
+    out, lse = wrapper.run(q, paged.cache, return_lse=True)
+    want, want_lse = reference(q64, paged, shape)
+    assert_close(backend_arrays.float64(out), want, **cases.tolerance(shape.dtype, device))
+    assert_close(backend_arrays.float64(lse), want_lse, **cases.lse_tolerance(device))
+
+
 @pytest.mark.parametrize("plan", [{"fixed_split_size": 3}, {"disable_split_kv": True}], ids=str)
 def test_batched_equals_one_by_one(rng, backend_arrays, device, plan):
     shape = Shape(cases.dtypes(device)[0], 6, 2, 64, lens=(300, 1, 33, 0, 128, 47), qo_lens=(1,) * 6)
