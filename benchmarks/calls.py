@@ -208,7 +208,7 @@ def append(
     return lambda: write(cache), result
 
 
-def mla(
+def plan_mla(
     module: Any,
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -218,15 +218,23 @@ def mla(
     kv_len: torch.Tensor,
     sm_scale: float,
     **options: Any,
-) -> Run:
-    """Multi-head latent attention, causal: q [tokens, heads, 576], cache [pages, page_size, 576]."""
-    import torch
-
+) -> tuple[Any, Run]:
+    """A wrapper of multi-head latent attention and its plan() as a call."""
     wrapper = module.mla.BatchMLAPagedAttentionWrapper(workspace(module, q.device.type), **options)
     tables = (qo_indptr, kv_indptr, kv_indices, kv_len)
     if module.__name__ == "flashinfer":  # takes them from the GPU, where its plan() copies them back from
         tables = tuple(x.to(q.device) for x in tables)
-    wrapper.plan(*tables, q.shape[1], 512, 64, cache.shape[1], True, sm_scale, q.dtype, cache.dtype)
+    return wrapper, lambda: wrapper.plan(
+        *tables, q.shape[1], 512, 64, cache.shape[1], True, sm_scale, q.dtype, cache.dtype
+    )
+
+
+def mla(module: Any, q: torch.Tensor, cache: torch.Tensor, *tables: Any, **options: Any) -> Run:
+    """Multi-head latent attention, causal: q [tokens, heads, 576], cache [pages, page_size, 576]; the rest as `plan_mla`."""
+    import torch
+
+    wrapper, plan = plan_mla(module, q, cache, *tables, **options)
+    plan()
     out = torch.empty((*q.shape[:2], 512), dtype=q.dtype, device=q.device)
     parts = (q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:])
     if module.__name__ == "flashinfer":

@@ -52,6 +52,7 @@ def run(ctx: Context) -> None:
         prefill = {f"flashinfer {b}": (f"prefill_{b}", {"backend": b}) for b in ("fa2", "fa3")}
         _plans(ctx, spec, a, make, prefill)
         _runs(ctx, f"run {spec}", lambda m, o, a=a: calls.prefill(m, a, **o), prefill)
+    _mla(ctx, 2 if tiny else 64, 64 if tiny else 1024, dtype)
     for n in (4, 16) if tiny else (256, 4096):
         for where in ("host", "device"):
             table: Any = _page_table(n, 256 if tiny else 65536, ctx.device, where)
@@ -62,6 +63,20 @@ def run(ctx: Context) -> None:
             peer = {"flashinfer fa2": ("prefill_fa2", {"backend": "fa2"})}
             _plans(ctx, f"many prefill {spec}", table, calls.plan_paged_prefill, peer)
     _operators(ctx, dtype, dim, heads)
+
+
+def _mla(ctx: Context, batch: int, length: int, dtype: str) -> None:
+    """Decode with 16 latent heads, a page of 64 tokens."""
+    import torch
+
+    pages = length // 64
+    rows = torch.arange(batch + 1, dtype=torch.int32)
+    q, cache = randn((batch, 16, 576), dtype, ctx.device), randn((batch * pages, 64, 576), dtype, ctx.device)
+    indices = torch.randperm(batch * pages, dtype=torch.int32).to(ctx.device)
+    arguments = (q, cache, rows, rows * pages, indices, torch.full((batch,), length, dtype=torch.int32), 0.07)
+    peer = {"flashinfer fa3": ("mla_fa3", {"backend": "fa3"})}
+    _plans(ctx, f"mla b{batch} L{length}", arguments, lambda m, a, **o: calls.plan_mla(m, *a, **o), peer)
+    _runs(ctx, f"run mla b{batch} L{length}", lambda m, o: calls.mla(m, *arguments, **o), peer)
 
 
 def _page_table(batch: int, pages: int, device: str, where: str) -> SimpleNamespace:
@@ -123,7 +138,7 @@ def _variants(
 
 
 def _plans(
-    ctx: Context, spec: str, a: Attention, make: Callable[..., Any], peer_options: dict[str, tuple[str, dict[str, Any]]]
+    ctx: Context, spec: str, a: Any, make: Callable[..., Any], peer_options: dict[str, tuple[str, dict[str, Any]]]
 ) -> None:
     made = _variants(lambda module, options: make(module, a, **options)[1], peer_options)
     for busy in (False, True) if ctx.device == "cuda" else (False,):
