@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from pyinfer.core.launch import Kernel
     from pyinfer.decode import BatchDecodeWithPagedKVCacheWrapper
+    from pyinfer.jit.attention_options import AttentionOptions
     from pyinfer.jit.spec import JitSpec
-    from pyinfer.schedulers.plan import AttentionPlan
+    from pyinfer.schedulers.plan import AttentionPlan, PlanShape
 
 
 def replan(wrapper: BatchDecodeWithPagedKVCacheWrapper, kv_len: Any) -> None:
@@ -37,15 +38,26 @@ def replan(wrapper: BatchDecodeWithPagedKVCacheWrapper, kv_len: Any) -> None:
     from pyinfer.jit.replan import replan_spec, replan_values
 
     at = 0 if lengths is None else lengths.ptr
-    values = replan_values(plan, wrapper._plan_ptr, indptr.ptr, last.ptr, at, indices.shape[0])
+    device = wrapper._planned_device
+    listed = _listed(device, plan.shape, wrapper._kv_dtype.itemsize, wrapper._options)
+    values = replan_values(plan, wrapper._plan_ptr, indptr.ptr, last.ptr, at, indices.shape[0], listed)
     assert wrapper._ref is not None
-    kernel = _kernel(wrapper._planned_device, replan_spec(op, plan))
+    kernel = _kernel(device, replan_spec(op, plan))
     kernel(current_stream(wrapper._ref), 1, values, wrapper._pdl_default)
 
 
 @functools.cache
 def _kernel(device: int, spec: JitSpec) -> Kernel:
     return spec.build_and_load(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _listed(device: int, shape: PlanShape, kv_itemsize: int, options: AttentionOptions) -> bool:
+    """Whether run() reads a work list, or lengths alone."""
+    from pyinfer.core.device import arch_number_of
+    from pyinfer.jit import attention_even
+
+    return attention_even.captured_config(arch_number_of(device), shape, kv_itemsize, options) is None
 
 
 def _lengths(op: str, kv_len: Any, batch: int, device: int) -> TensorView:

@@ -110,8 +110,9 @@ def device_plan(wrapper) -> np.ndarray:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(32, 8), (9, 3), (16, 1), (64, 2), (100, 1)], ids=str)
-def test_the_devices_plan_is_the_hosts(rng, backend_arrays, heads):
+def test_the_devices_plan_is_the_hosts(rng, backend_arrays, heads, monkeypatch):
     """Header, work list, page table and lengths, int by int, over batches of 1 to 150 requests of up to 100,000 tokens."""
+    monkeypatch.setattr(replan_module, "_listed", lambda *_: True)  # also where run() reads the lengths alone
     for i in range(40):
         batch, options = int(rng.integers(1, (4, 40, 150)[i % 3])), OPTIONS[i // 4 % 3]
         most = int(rng.integers(1, (30, 3000, 100_000)[i % 3] if batch < 40 else 3000))
@@ -172,8 +173,9 @@ def test_a_captured_loop_grows_without_the_host(rng, backend_arrays):
 
 
 @pytest.mark.gpu
-def test_nonsense_stays_inside_the_buffers(rng, backend_arrays):
+def test_nonsense_stays_inside_the_buffers(rng, backend_arrays, monkeypatch):
     """Lengths and page ranges that cannot be: the plan is that of lengths cut down to the buffers, never beyond the capacity."""
+    monkeypatch.setattr(replan_module, "_listed", lambda *_: True)
     b = backend_arrays
     t = Tables(rng, b, 4, 8, 16)
     t.wrapper.plan(*t.compact(np.full(4, 100)), 8, 2, 64, 16)
@@ -311,9 +313,15 @@ def stub(monkeypatch):
 
 
 @pytest.mark.cpu
-def test_what_is_launched(stub, rng, backend_arrays):
-    """The scheduling kernel gets the caller's buffers and the sections of the plan, on the caller's stream, one block, with the plan's numbers."""
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_is_launched(stub, rng, backend_arrays, monkeypatch, listed):
+    """The scheduling kernel gets the caller's buffers and the sections of the plan, on the caller's stream, one block, with the plan's numbers.
+
+    Three short requests are run by clusters, which read lengths and no list.
+    """
     b = backend_arrays
+    if listed:
+        monkeypatch.setattr(replan_module, "_listed", lambda *_: True)
     t = Tables(rng, b, 3, 10, 16)
     t.wrapper.plan(*t.compact(np.array([5, 60, 160])), 8, 2, 128, 16, q_data_type="bfloat16", window_left=40)
     for kv_len in (None, t.kv_len):
@@ -329,7 +337,7 @@ def test_what_is_launched(stub, rng, backend_arrays):
         assert [values[x] for x in ("kv_indptr", "last_page_len")] == [t.buffers[0].data_ptr(), t.buffers[2].data_ptr()]
         assert [values[x] for x in ("at_work", "at_kv_indptr", "at_kv_len")] == [at.work, at.kv_indptr, at.kv_len]
         counts = [values[x] for x in ("max_work", "batch", "max_pages", "page_size", "rows", "tile_q", "window_left")]
-        assert counts == [plan.capacity.max_work, 3, 30, 16, 4, 16, 40]
+        assert counts == [plan.capacity.max_work if listed else 0, 3, 30, 16, 4, 16, 40]
         # two blocks on each of 132 multiprocessors, shared by two heads
         assert [values[x] for x in ("unit", "slots", "extra_items", "chunk")] == [64, 132, 264, -1]
 

@@ -6,6 +6,7 @@ are split, a cluster of blocks shares each of them and merges its parts several 
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyinfer.jit.attention import EVEN_TABLE
@@ -57,10 +58,15 @@ def choose(
     It does where the caller decides about splits, so that bits do not depend on which kernel runs; and where requests differ too much to be cut alike.
     """
     shape = plan.shape
-    if shape.tile_q != DECODE_ROWS or shape.numbers[_CHUNK] >= 0 or plan.group_size > DECODE_ROWS:
-        return None
     if shape.capacity is not None:
-        return _captured(arch, plan, plan_buffer_ptr, kv_itemsize, options)
+        cluster = captured_config(arch, shape, kv_itemsize, options)
+        if cluster is None:
+            return None
+        at, places = plan.offsets, plan_buffer_ptr
+        constants = (places, places + 4 * at.kv_indptr, places + 4 * at.kv_len)
+        return Even(CLUSTER, cluster, "even_plan", None, constants, shape.capacity.max_batch)
+    if not _may_cut(shape):
+        return None
     batch = plan.batch_size
     if not 0 < batch <= MOST_REQUESTS or plan.total_rows != batch or plan.qo_indptr.tolist() != list(range(batch + 1)):
         return None
@@ -75,20 +81,19 @@ def choose(
     return Even(pieces, config, "even", table, (at.kv_len - at.kv_indptr,), batch)
 
 
-def _captured(
-    arch: int, plan: AttentionPlan, plan_buffer_ptr: int, kv_itemsize: int, options: AttentionOptions
-) -> Even | None:
-    """The same in CUDA graph mode, for all plans of a shape or for none: lengths are read where plan() and replan() write them."""
-    capacity = plan.shape.capacity
-    assert capacity is not None
-    if not 0 < capacity.max_pages * max(plan.page_size, 1) <= MOST_CAPTURED_KEYS:
+@functools.lru_cache(maxsize=64)
+def captured_config(arch: int, shape: PlanShape, kv_itemsize: int, options: AttentionOptions) -> AttentionConfig | None:
+    """In CUDA graph mode, for all plans of a shape or for none: the clusters that read lengths where plan() and replan() write them, and no list."""
+    capacity = shape.capacity
+    if capacity is None or not 0 < capacity.max_pages * max(shape.page_size, 1) <= MOST_CAPTURED_KEYS:
         return None
-    cluster = _cluster(arch, plan.shape, capacity.max_batch, kv_itemsize, options)
-    if cluster is None:
-        return None
-    at = plan.offsets
-    places = (plan_buffer_ptr, plan_buffer_ptr + 4 * at.kv_indptr, plan_buffer_ptr + 4 * at.kv_len)
-    return Even(CLUSTER, cluster, "even_plan", None, places, capacity.max_batch)
+    return _cluster(arch, shape, capacity.max_batch, kv_itemsize, options) if _may_cut(shape) else None
+
+
+def _may_cut(shape: PlanShape) -> bool:
+    """Whether the rows are one tile, and where it is split is ours to say."""
+    group = shape.num_qo_heads // shape.num_kv_heads
+    return bool(group <= shape.tile_q == DECODE_ROWS and shape.numbers[_CHUNK] < 0)
 
 
 def _cluster(

@@ -21,7 +21,7 @@ REPLAN = ParamStruct(
     i32("at_work", "sections of the plan, in int32"),
     i32("at_kv_indptr"),
     i32("at_kv_len"),
-    i32("max_work", "items that the work section holds"),
+    i32("max_work", "items that the work section holds; 0: no list is wanted"),
     i32("batch"),
     i32("max_pages", "entries of the page index buffer"),
     i32("page_size"),
@@ -67,15 +67,21 @@ def replan_spec(op: str, plan: AttentionPlan) -> JitSpec:
 
 
 def replan_values(
-    plan: AttentionPlan, plan_ptr: int, kv_indptr: int, last_page_len: int, kv_len: int, max_pages: int
+    plan: AttentionPlan,
+    plan_ptr: int,
+    kv_indptr: int,
+    last_page_len: int,
+    kv_len: int,
+    max_pages: int,
+    listed: bool = True,
 ) -> tuple[int, ...]:
-    """The parameters: addresses of the device (kv_len 0: none), and the size of the page index buffer."""
+    """The parameters: addresses of the device (kv_len 0: none), the size of the page index buffer, and whether the work list is to be written."""
     at, capacity = plan.offsets, plan.capacity
     assert capacity is not None
     from pyinfer.jit.attention_launch import divisor
 
     page_size, group, tile_q, tile_kv, slots, extra, _, window_left, chunk = plan.shape.numbers[:9].tolist()
-    sections = (at.work, at.kv_indptr, at.kv_len, capacity.max_work, capacity.max_batch, max_pages)
+    sections = (at.work, at.kv_indptr, at.kv_len, capacity.max_work if listed else 0, capacity.max_batch, max_pages)
     cuts = (page_size, group, tile_q, tile_kv, *divisor(tile_kv), slots, extra, window_left, chunk)
     return (plan_ptr, kv_indptr, last_page_len, kv_len, *sections, *cuts)
 
