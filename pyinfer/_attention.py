@@ -37,6 +37,7 @@ from pyinfer.jit.attention_options import NO_EXTRAS, PLAIN, AttentionExtras, Att
 if TYPE_CHECKING:
     import numpy as np
 
+    from pyinfer._fp8_queries import HeadScales
     from pyinfer.variants import AttentionVariant
 
 _log = logging.getLogger("pyinfer")
@@ -213,9 +214,9 @@ def paged_views(op: str, cache: Any, kv_layout: str, page_size: int) -> tuple[Te
 
 
 def dense_views(
-    op: str, q: TensorView, k: Any, v: Any, kv_layout: str, rope: bool = False
+    op: str, q: TensorView, k: Any, v: Any, kv_layout: str, rope: bool = False, fp8_queries: bool = False
 ) -> tuple[TensorView, TensorView]:
-    """Views of one request's k and v, checked against q: dtype, device, shapes, head counts, a kernel for them."""
+    """Views of one request's k and v, checked against q: dtype, device, shapes, head counts, a kernel for them. fp8_queries: as in `check_kernel`."""
     hnd = kv_layout == "HND"
     layout = "[num_kv_heads, kv_len, head_dim]" if hnd else "[kv_len, num_kv_heads, head_dim]"
     kv, vv = view(k, op, "k"), view(v, op, "v")
@@ -244,12 +245,14 @@ def dense_views(
         check_last_dim_contiguous(op, arg, x)
     if kv.dtype is not vv.dtype:
         fail_type(op, "v", "differs in dtype from k", vv.dtype.name, kv.dtype.name, "Convert one of them.")
+    if q.dtype in KV_DTYPES_FP8 and kv.dtype is not q.dtype:
+        fail_type(op, "k", "differs in dtype from q", kv.dtype.name, q.dtype.name, "Convert one of them.")
     if kv.shape[2] != q.shape[-1]:
         fail(op, "k", "differs from q in head_dim", f"{kv.shape[2]} (shape {tuple(kv.shape)})", f"{q.shape[-1]} (q's)")
     if tuple(vv.shape[:2]) != tuple(kv.shape[:2]):
         fail(op, "v", "differs from k in its first axes", tuple(vv.shape), f"({kv.shape[0]}, {kv.shape[1]}, any)")
     check_head_counts(op, q.shape[-2], kv.shape[0 if hnd else 1], "q")
-    check_kernel(op, q.device, q.dtype, q.shape[-1], vv.shape[2], "q", rope)
+    check_kernel(op, q.device, q.dtype, q.shape[-1], vv.shape[2], "q", rope, fp8_queries)
     return kv, vv
 
 
@@ -408,10 +411,12 @@ def run_single(
     mask: Any = None,
     variant: AttentionVariant | None = None,
     variant_args: Sequence[Any] | None = None,
+    heads: HeadScales | None = None,
 ) -> None:
     """Attention of one request, on checked views: q, out [rows, heads, dim], k, v as kv_layout says.
 
-    `mask` is an `_attention_options.Mask`; `causal` is then False. `variant_args` are the values of the variant's parameters.
+    `mask` is an `_attention_options.Mask`; `causal` is then False. `variant_args` are the values of the variant's parameters, `heads` the scales of
+    float8_e4m3fn queries (None: another dtype).
     """
     hnd = kv_layout == "HND"
     rows, num_qo_heads, dk = q.shape
@@ -445,14 +450,22 @@ def run_single(
         )  # fmt: skip
         bits, offsets = (None, None) if mask is None else (mask.host, mask.byte_indptr)
         user, kept = (None, None) if variant is None else variant.cpu_values(op, values)
+        written = out
+        if heads is not None:
+            from pyinfer._fp8_queries import cpu_finish, cpu_output, cpu_queries
+
+            q, written = cpu_queries(q, heads, num_kv_heads), cpu_output(out, heads)
         cpu.run_plan(
-            plan, q, k, v, kv_layout, out, lse, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale,
+            plan, q, k, v, kv_layout, written, lse, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, v_scale=v_scale,
             extras=cpu.CpuExtras(options.alibi, options.rope, bits, offsets, user=user),
         )  # fmt: skip
         del kept  # what `user` points at has lived until here
+        if heads is not None:
+            cpu_finish(written, out, heads, rows)
         return
     from pyinfer.core.device import num_sms
     from pyinfer.core.workspace import shared_workspace
+    from pyinfer.schedulers.plan import SINGLE_SEMAPHORE_BYTES
     from pyinfer.schedulers.prefill import single_schedule
 
     config = tile_config(q.device, q.dtype, dk, dv, min(rows * group, MANY_ROWS), k.dtype, options)
@@ -460,14 +473,17 @@ def run_single(
     if values:
         assert variant is not None
         extras = extras._replace(user=variant.cuda_values(values))
+    if heads is not None:
+        extras = heads.addresses(extras)
     schedule = single_schedule(
         rows, kv_len, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_vo=dv, tile_q=config.tile_q, tile_kv=config.tile_kv,
         num_sms=num_sms(q.device), ctas_per_sm=config.ctas_per_sm, causal=causal, window_left=window_left,
     )  # fmt: skip
     workspace, stream = 0, current_stream(q)
-    if schedule.workspace_bytes:
+    workspace_bytes = schedule.workspace_bytes or (SINGLE_SEMAPHORE_BYTES if config.kind == "prefill_sm90" else 0)
+    if workspace_bytes:
         workspace = shared_workspace(q.device, q.framework, "single attention", stream).reserve(
-            schedule.workspace_bytes, zero=True
+            workspace_bytes, zero=True
         )
     launchers()[1](
         q.device, stream, q, k, v, kv_layout, out, lse, workspace, causal=causal, window_left=window_left, sm_scale=sm_scale,

@@ -66,6 +66,7 @@ class BatchAttention(BatchRun):
     _indices_arg = "paged_kv_indices_buffer"  # the name of the caller's buffer of page indices
     _page_arg = "paged_kv_indices"  # and of plan()'s argument
     _backends: tuple[str, ...] = ("auto", "fa2")  # prefill has a choice
+    _fp8_queries = False  # whether there is a kernel for float8_e4m3fn ones
 
     def __init__(
         self,
@@ -254,7 +255,7 @@ class BatchAttention(BatchRun):
         device = CPU if ref is None else ref.device
         self._check_kernel(device, dtype, *self._dims)
         if options.rope is not None:
-            common.check_kernel(self._op, device, dtype, *self._dims, rope=True)
+            common.check_kernel(self._op, device, dtype, *self._dims, rope=True, fp8_queries=self._fp8_queries)
         self._graph_proposal = None
         qo_indptr, kv_indptr, host_indices, last_page_len = metadata
         plan = self._schedule(qo_indptr, kv_indptr, host_indices, last_page_len, key, device, window_left, causal)
@@ -405,7 +406,9 @@ class BatchAttention(BatchRun):
             self._sm_scale = 1.0 if sm_scale is None else self._sm_scale
         if window != plan.window_left or causal != plan.causal or options != self._options:
             dims = plan.head_dim_qk, plan.head_dim_vo
-            common.check_kernel(self._op, self._planned_device, self._dtype, *dims, rope=rope is not None)
+            common.check_kernel(
+                self._op, self._planned_device, self._dtype, *dims, rope=rope is not None, fp8_queries=self._fp8_queries
+            )
             self._options = options
             if isinstance(self._plan_key, PlanKey):
                 self._plan_key = self._plan_key._replace(pos_encoding_mode=mode, rope_scale=scale, rope_theta=theta)
@@ -413,7 +416,7 @@ class BatchAttention(BatchRun):
 
     def _check_kernel(self, device: int, dtype: DType, head_dim_qk: int, head_dim_vo: int) -> None:
         """TypeError or ValueError if the device has no kernel for the type or the head dimensions."""
-        common.check_kernel(self._op, device, dtype, head_dim_qk, head_dim_vo)
+        common.check_kernel(self._op, device, dtype, head_dim_qk, head_dim_vo, fp8_queries=self._fp8_queries)
 
     def _move_plan(self, q: TensorView) -> None:
         """The first q after a plan from host metadata shows the device."""

@@ -11,7 +11,7 @@ import numpy as np
 from pyinfer import _attention as common
 from pyinfer._attention_options import PlanKey, items_of, mask_view
 from pyinfer._batch_attention import BatchAttention
-from pyinfer._support import BACKENDS, out_dtype, plan_dtypes
+from pyinfer._support import BACKENDS, plan_dtypes, prefill_out_dtype
 from pyinfer.core.errors import fail
 from pyinfer.schedulers.plan import AttentionPlan, PlanShape, plan_batch, plan_shape
 from pyinfer.schedulers.prefill import EXTRA_SLOTS, prefill_capacity
@@ -39,7 +39,7 @@ def prefill_key(
 ) -> PlanKey:
     """The checked options of plan(). dtypes: q, kv, o; page_size None: ragged keys; family: of kernels, if `backend` names one."""
     q_dtype, kv_dtype = plan_dtypes(op, *dtypes[:2])
-    o_dtype = out_dtype(op, q_dtype, dtypes[2])
+    o_dtype = prefill_out_dtype(op, q_dtype, dtypes[2])
     window, cap = common.check_window(op, window_left), common.check_soft_cap(op, logits_soft_cap)
     scale = common.softmax_scale(op, sm_scale, head_dim_qk)
     encoding = common.check_pos_encoding(op, pos_encoding_mode, rope_scale, rope_theta)
@@ -92,6 +92,7 @@ class BatchPrefill(BatchAttention):
 
     _indices_arg = "paged_kv_indices_buf"
     _backends = BACKENDS
+    _fp8_queries = True
 
     def _plan_batch(
         self,
@@ -178,7 +179,7 @@ class BatchPrefill(BatchAttention):
         from pyinfer._max_workspace import prefill_bytes
 
         op = f"{cls._op}.max_workspace"
-        key = prefill_key(op, (*dtypes, None), *heads, False, -1, None, None, "NONE", None, None, *splits)
+        key = prefill_key(op, (*dtypes, "float16"), *heads, False, -1, None, None, "NONE", None, None, *splits)
         return prefill_bytes(op, *bounds, key, device)
 
     def begin_forward(self, *args: Any, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pyinfer import _attention as common
 from pyinfer._attention_options import Items, Mask, joined_items, joined_mask, mask_bits_offset, sinks_view
 from pyinfer.core.calls import Calls, Source
-from pyinfer.core.dtypes import FLOAT32, DType
+from pyinfer.core.dtypes import FLOAT8_E4M3, FLOAT32, DType
 from pyinfer.core.errors import (
     check_last_dim_contiguous,
     check_ndim,
@@ -23,6 +23,7 @@ from pyinfer.jit.attention_options import NO_EXTRAS, AttentionExtras, AttentionO
 if TYPE_CHECKING:
     import numpy as np
 
+    from pyinfer._fp8_queries import HeadScales
     from pyinfer.core.launch import BoundLaunch
     from pyinfer.schedulers.plan import AttentionPlan
     from pyinfer.variants import AttentionVariant
@@ -216,7 +217,11 @@ class BatchRun:
         plan = self._plan
         if plan is None:
             fail(self._op, "plan()", "was not called", "run() first", "plan() before run()")
-        if args and self._variant is None:
+        fp8 = self._dtype is FLOAT8_E4M3 and self._variant is None
+        if fp8 and len(args) not in (0, 3):
+            wanted = "scale_q, scale_k and scale_v, or none"
+            fail_type(self._op, "*args", "are not the scales of the heads", f"{len(args)} extra arguments", wanted)
+        if args and self._variant is None and not fp8:
             wanted = "none (they belong to a variant)"
             fail_type(self._op, "*args", "are not supported", f"{len(args)} extra arguments", wanted)
         v = common.q_view(self._op, q)
@@ -329,11 +334,16 @@ class BatchRun:
         soft_cap: float,
         v_scale: float,
         enable_pdl: bool | None,
-        call: RunCall,
+        call: RunCall | None,
         sinks: Any = None,
         args: tuple[Any, ...] = (),
+        heads: HeadScales | None = None,
     ) -> Any:
-        """Allocate what is not given, and launch. `call`: what `run_call` made of the arguments; `args`: the variant's values."""
+        """Allocate what is not given, and launch.
+
+        `call`: what `run_call` made of the arguments, None for one that must not be repeated as it is; `args`: the variant's values; `heads`: the scales of
+        float8_e4m3fn queries.
+        """
         plan = self._plan
         assert plan is not None
         variant, values = self._variant, []
@@ -372,13 +382,15 @@ class BatchRun:
             if values:
                 assert variant is not None
                 extras = extras._replace(user=variant.cuda_values(values))
+            if heads is not None:
+                extras = heads.addresses(extras)
             pdl = self._pdl_default if enable_pdl is None else common.use_pdl(q.device, enable_pdl)
             bound = common.launchers()[0](
                 q.device, current_stream(q), self._plan_ptr, plan, q, k, v, self._indices_ptr, self._kv_layout, out_view, lse_view, self._workspace_ptr,
                 sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl, options=selected, extras=extras, bind=True,
             )  # fmt: skip
             bound(current_stream(q), q.ptr, k.ptr, v.ptr, out_view.ptr, 0 if lse_view is None else lse_view.ptr)
-            if (return_lse or not given_lse) and not (q.ptr | k.ptr | v.ptr | out_view.ptr) & 15:
+            if call is not None and (return_lse or not given_lse) and not (q.ptr | k.ptr | v.ptr | out_view.ptr) & 15:
                 pair = call[0][1]
                 inputs = ((0, 0), (1, 0), (2, 0) if pair else (1, v.ptr - k.ptr))
                 kind = self._out_dtype
@@ -392,11 +404,18 @@ class BatchRun:
             if variant is not None:
                 user, kept = variant.cpu_values(self._op, values)
                 host_extras = host_extras._replace(user=user)
+            written = out_view
+            if heads is not None:
+                from pyinfer._fp8_queries import cpu_finish, cpu_output, cpu_queries
+
+                q, written = cpu_queries(q, heads, plan.num_kv_heads), cpu_output(out_view, heads)
             run_plan(
-                plan, q, k, v, self._kv_layout, out_view, lse_view, sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale,
+                plan, q, k, v, self._kv_layout, written, lse_view, sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale,
                 workspace=self._cpu_workspace(plan.workspace_bytes), extras=host_extras,
             )  # fmt: skip
             del kept  # what `user` points at has lived until here
+            if heads is not None:
+                cpu_finish(written, out_view, heads, plan.total_rows)
         return (out, lse) if return_lse else out
 
     def _run(
@@ -413,7 +432,7 @@ class BatchRun:
     ) -> Any:
         """`_execute` with the scales taken out of the call's options: (q_scale, k_scale, v_scale, return_lse, enable_pdl, ...).
 
-        sm_scale is the plan's unless given. `args`: the values of the variant's parameters.
+        sm_scale is the plan's unless given. `args`: the values of the variant's parameters, or the scales of float8_e4m3fn queries.
         """
         (q_scale, k_scale, v_scale, return_lse, enable_pdl, *_), *_ = call[0]
         if sm_scale is None:
@@ -424,7 +443,18 @@ class BatchRun:
             sm_scale *= common.scale(self._op, "k_scale", k_scale)
         factor = common.scale(self._op, "v_scale", v_scale)
         cap = self._soft_cap
-        return self._execute(q, k, v, out, lse, return_lse, sm_scale, cap, factor, enable_pdl, call, sinks, args)
+        heads, repeated = None, True
+        if self._dtype is FLOAT8_E4M3:
+            from pyinfer._fp8_queries import NO_HEADS, fixed, split_scales
+
+            heads = NO_HEADS
+            if args and self._variant is None:
+                assert self._plan is not None
+                of_scores, of_output, heads = split_scales(self._op, args, q, self._plan.num_kv_heads)  # type: ignore[arg-type]  # three: `_check_run`
+                sm_scale, factor, repeated, args = sm_scale * of_scores, factor * of_output, fixed(args, heads), ()
+        return self._execute(
+            q, k, v, out, lse, return_lse, sm_scale, cap, factor, enable_pdl, call if repeated else None, sinks, args, heads
+        )  # fmt: skip
 
     # ---- the CPU backend's view of the options
     def _cpu_workspace(self, need: int) -> Any:

@@ -52,7 +52,7 @@ def prefill_bytes(op: str, batch: int, tokens: int, kv: int, key: Any, device: A
         op, max_batch_size=batch, max_num_tokens=tokens, **{"max_num_pages" if key.page_size else "max_kv_tokens": kv}
     )
     index = _device_index(device)
-    common.check_kernel(op, index, key.q_data_type, key.head_dim_qk, key.head_dim_vo)
+    common.check_kernel(op, index, key.q_data_type, key.head_dim_qk, key.head_dim_vo, fp8_queries=True)
     group = key.num_qo_heads // key.num_kv_heads
     if key.disable_split_kv or key.fixed_split_size is not None:  # as _schedule: one tile, whatever the batch
         sizes = [(1 << 24, 1 << 30)] if index < 0 else [(common.MANY_ROWS, 0)]

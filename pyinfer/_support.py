@@ -89,6 +89,15 @@ def plan_dtypes(op: str, q_data_type: Any, kv_data_type: Any, data_type: Any = N
     if q_dtype is not kv_dtype and kv_dtype not in KV_DTYPES_FP8:
         wanted = f"{q_dtype.name} (q's), float8_e4m3fn or float8_e5m2"
         fail_type(op, "kv_data_type", "differs from q_data_type", kv_dtype.name, wanted, "Convert one of them.")
+    if q_dtype in KV_DTYPES_FP8 and kv_dtype is not q_dtype:
+        fail_type(
+            op,
+            "kv_data_type",
+            "differs from q_data_type",
+            kv_dtype.name,
+            f"{q_dtype.name} (q's)",
+            "Convert one of them.",
+        )
     return q_dtype, kv_dtype
 
 
@@ -102,6 +111,19 @@ def out_dtype(op: str, q_dtype: DType, o_data_type: Any, arg: str = "o_data_type
     return dtype
 
 
+def prefill_out_dtype(op: str, q_dtype: DType, o_data_type: Any, arg: str = "o_data_type") -> DType:
+    """The same of an operator that takes float8_e4m3fn queries, whose output needs a type of its own."""
+    if q_dtype is not FLOAT8_E4M3:
+        return out_dtype(op, q_dtype, o_data_type, arg)
+    wanted = "float16 or bfloat16 (queries are float8_e4m3fn)"
+    if o_data_type is None:
+        fail_type(op, arg, "is missing", "None", wanted)
+    dtype = canonical_dtype(o_data_type, op, arg)
+    if dtype not in CUDA_DTYPES:
+        fail_type(op, arg, "is no output dtype of queries in 8 bits", dtype.name, wanted)
+    return dtype
+
+
 def check_kernel(
     op: str,
     device: int,
@@ -110,10 +132,16 @@ def check_kernel(
     head_dim_vo: int,
     dtype_arg: str = "q_data_type",
     rope: bool = False,
+    fp8_queries: bool = False,
 ) -> None:
-    """TypeError or ValueError if a device has no kernel for q's type or the head dimensions."""
+    """TypeError or ValueError if a device has no kernel for q's type or the head dimensions. fp8_queries: the operator has one for float8_e4m3fn."""
     where = "CUDA" if device >= 0 else "CPU"
     allowed = CUDA_DTYPES if device >= 0 else CPU_DTYPES
+    if fp8_queries and dtype is FLOAT8_E4M3:
+        if device >= 0:
+            _check_fp8_kernel(op, device, head_dim_qk, head_dim_vo)
+            return
+        allowed = (*allowed, dtype)
     if dtype not in allowed:
         names = " or ".join(d.name for d in allowed)
         fail_type(op, dtype_arg, f"has no {where} kernel", dtype.name, names, f"Convert to {names.split(' or ')[0]}.")
@@ -125,6 +153,15 @@ def check_kernel(
             fail(op, "head_dim", f"has no {where} kernel", f"{head_dim_qk} (qk), {head_dim_vo} (vo)", wanted, fix)
     if rope and head_dim_qk % 2:
         fail(op, "head_dim", "cannot be rotated in pairs", f"{head_dim_qk} (qk)", "an even head_dim_qk")
+
+
+def _check_fp8_kernel(op: str, device: int, head_dim_qk: int, head_dim_vo: int) -> None:
+    """ValueError if a CUDA device has no kernel for float8_e4m3fn queries."""
+    from pyinfer.core.device import arch_number_of
+    from pyinfer.jit.attention_fp8 import check_case, check_device
+
+    check_case(op, head_dim_qk, head_dim_vo)
+    check_device(op, arch_number_of(device))
 
 
 @dataclass(frozen=True)

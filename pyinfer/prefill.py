@@ -13,9 +13,9 @@ from pyinfer._attention import host_metadata
 from pyinfer._attention_options import bind_mask, mask_view, options_of
 from pyinfer._batch_prefill import BatchPrefill, prefill_key
 from pyinfer._batch_run import run_call
-from pyinfer._support import KERNEL_FAMILIES, out_dtype
+from pyinfer._support import KERNEL_FAMILIES, prefill_out_dtype
 from pyinfer.core.calls import MISS
-from pyinfer.core.dtypes import FLOAT32
+from pyinfer.core.dtypes import FLOAT8_E4M3, FLOAT32
 from pyinfer.core.errors import device_name, fail
 from pyinfer.core.tensor import empty, view
 from pyinfer.torch_ops import attach
@@ -63,17 +63,18 @@ def single_prefill_with_kv_cache(
     Parameters
     ----------
     q
-        [qo_len, num_qo_heads, head_dim_qk]; float16 or bfloat16, on the CPU float32 as well.
+        [qo_len, num_qo_heads, head_dim_qk]; float16 or bfloat16, on the CPU float32 as well. float8_e4m3fn: on Hopper and the CPU, k and v too.
     k
         [kv_len, num_kv_heads, head_dim_qk] (NHD) or [num_kv_heads, kv_len, head_dim_qk] (HND), of q's dtype, float8_e4m3fn or float8_e5m2, on q's device.
     v
         As k, with head_dim_vo. Any strides but a last one of 1.
     scale_q, scale_k, scale_v
-        Numbers or tensors of one element (one on the GPU is read, which waits for it): scale_q and scale_k multiply sm_scale, scale_v the output.
+        Numbers or tensors of one element (one on the GPU is read, which waits for it): scale_q and scale_k multiply sm_scale, scale_v the output. With
+        queries in float8_e4m3fn also float32 tensors of one scale a head, [num_qo_heads], [num_kv_heads] and [num_kv_heads], on q's device.
     k_scale, v_scale
         Other names of scale_k and scale_v.
     o_dtype
-        Of the output: float16, bfloat16 or float32; q's dtype by default.
+        Of the output: float16, bfloat16 or float32; q's dtype by default. With queries in float8_e4m3fn float16 or bfloat16, which must be given.
     custom_mask
         bool [qo_len, kv_len], True where key j is seen, on q's device. It replaces `causal` and is combined with the window.
     packed_custom_mask
@@ -121,7 +122,7 @@ def single_prefill_with_kv_cache(
     common.check_options(op, backend=backend)
     encoding = common.check_pos_encoding(op, pos_encoding_mode, rope_scale, rope_theta)
     qv = common.q_view(op, q)
-    kv, vv = common.dense_views(op, qv, k, v, kv_layout, pos_encoding_mode == "ROPE_LLAMA")
+    kv, vv = common.dense_views(op, qv, k, v, kv_layout, pos_encoding_mode == "ROPE_LLAMA", fp8_queries=True)
     mask = mask_view(op, custom_mask, packed_custom_mask)
     bound = None
     if mask is not None:
@@ -130,18 +131,24 @@ def single_prefill_with_kv_cache(
             fail(op, arg, "is on another device", device_name(mask.device), f"{device_name(qv.device)} (where q is)")
         lengths = np.array([qv.shape[0]]), np.array([kv.shape[1 if kv_layout == "HND" else 0]])
         bound = bind_mask(op, mask, packed_custom_mask is not None, *lengths)
-    scale = (
-        common.softmax_scale(op, sm_scale, qv.shape[2])
-        * common.scale(op, "scale_q", scale_q)
-        * common.scale(op, "scale_k", scale_k)
-    )
-    out = empty(qv, (qv.shape[0], qv.shape[1], vv.shape[2]), out_dtype(op, qv.dtype, o_dtype, "o_dtype"))
+    out_type = prefill_out_dtype(op, qv.dtype, o_dtype, "o_dtype")
+    heads = None
+    if qv.dtype is FLOAT8_E4M3:
+        from pyinfer._fp8_queries import split_scales
+
+        num_kv_heads = kv.shape[0 if kv_layout == "HND" else 1]
+        of_scores, of_output, heads = split_scales(op, (scale_q, scale_k, scale_v), qv, num_kv_heads)
+    else:
+        of_scores = common.scale(op, "scale_q", scale_q) * common.scale(op, "scale_k", scale_k)
+        of_output = common.scale(op, "scale_v", scale_v)
+    scale = common.softmax_scale(op, sm_scale, qv.shape[2]) * of_scores
+    out = empty(qv, (qv.shape[0], qv.shape[1], vv.shape[2]), out_type)
     lse = empty(qv, (qv.shape[0], qv.shape[1]), FLOAT32) if return_lse else None
     common.run_single(
         op, qv, kv, vv, kv_layout, view(out), None if lse is None else view(lse), causal=bool(causal) and bound is None,
         window_left=common.check_window(op, window_left), sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap),
-        v_scale=common.scale(op, "scale_v", scale_v), options=options_of(*encoding, bound is not None, family=KERNEL_FAMILIES[backend]), mask=bound,
-        variant=variant, variant_args=variant_args,
+        v_scale=of_output, options=options_of(*encoding, bound is not None, family=KERNEL_FAMILIES[backend]), mask=bound,
+        variant=variant, variant_args=variant_args, heads=heads,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -248,7 +255,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         causal, pos_encoding_mode, use_fp16_qk_reduction, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta
             As in `single_prefill_with_kv_cache`.
         q_data_type, kv_data_type, o_data_type
-            Of q, of the keys and values (q's by default; float8_e4m3fn and float8_e5m2 as well) and of the output (q's by default).
+            Of q, of the keys and values (q's by default; float8_e4m3fn and float8_e5m2 as well) and of the output (q's by default). q in float8_e4m3fn, on
+            Hopper and the CPU: keys and values too, pages are multiples of 8 tokens, and o_data_type must be float16 or bfloat16.
         non_blocking
             Accepted; copies never block.
         prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len

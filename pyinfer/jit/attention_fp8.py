@@ -292,9 +292,15 @@ def check_pages(op: str, page_size: int) -> None:
         fail(op, "page_size", "is no multiple of 8", page_size, wanted, INSTEAD)
 
 
+def sources(q: TensorView, k: TensorView, v: TensorView) -> tuple[TensorView, TensorView]:
+    """The tensors that the maps of keys and values are of."""
+    return (q, q) if 0 in k.shape else (k, v)
+
+
 def check_tensors(op: str, k: TensorView, v: TensorView, kv_layout: str, aligned: bool) -> None:
     """ValueError for tensors that TMA cannot read."""
-    if not aligned or not all(tensormap.encodable(x.ptr, *tma_view(x, kv_layout), 1) for x in (k, v)):
+    empty = 0 in k.shape
+    if not aligned or not all(empty or tensormap.encodable(x.ptr, *tma_view(x, kv_layout), 1) for x in (k, v)):
         got = f"strides {tuple(k.strides)} (k), {tuple(v.strides)} (v)"
         wanted = "addresses and strides in multiples of 16 bytes for float8_e4m3fn queries"
         fail(op, "q, k, v or out", "is not aligned", got, wanted, "Pass x.contiguous().")
@@ -318,7 +324,10 @@ def maps_of(
 ) -> tuple[Map, Map, Map, Map]:  # fmt: skip
     """What to encode for k, v, q and out; `flags` from `attention_sm90.boxed`."""
     kv_box = (COLUMNS, box_rows(config, page_size), 1, 1)
-    k_map, v_map = ((x.dtype, *tma_view(x, kv_layout), kv_box) for x in (k, v))
+    if 0 in k.shape:  # items without keys bring a tile nevertheless, whatever it holds: of the queries (`sources`)
+        k_map = v_map = (q.dtype, *row_view(q), kv_box)
+    else:
+        k_map, v_map = ((x.dtype, *tma_view(x, kv_layout), kv_box) for x in (k, v))
     q_map = (q.dtype, *row_view(q), (COLUMNS, group, 64 // group, 1)) if flags & 1 else ()
     o_map = (out.dtype, *row_view(out), (OUT_COLUMNS, group, 64 // group, 1)) if flags & 2 else ()
     return k_map, v_map, q_map, o_map

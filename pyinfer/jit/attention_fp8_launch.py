@@ -100,7 +100,8 @@ def _values(
     group = q.shape[1] // k.shape[-2 if kv_layout == "NHD" else -3]
     flags = attention_sm90.boxed(q, out, group)
     maps = fp8.maps_of(config, q, k, v, out, kv_layout, page_size, group, flags)
-    encoded = attention_sm90.encode(maps, q.ptr, k.ptr, v.ptr, out.ptr)
+    of_k, of_v = fp8.sources(q, k, v)
+    encoded = attention_sm90.encode(maps, q.ptr, of_k.ptr, of_v.ptr, out.ptr)
     return (*run[:5], *partials[:3], *encoded, partials[3], *run[5:]), maps, flags
 
 
@@ -134,9 +135,18 @@ def launch_plan(
     together = fp8.heads_at_once(config, plan.num_kv_heads, tokens)
     values = (*values, *ready.constants, flags, together, *scales)
     if bind:
-        return attention_sm90.bind(ready.kernel, ready.grid, values, maps, pdl)
+        bound = attention_sm90.bind(ready.kernel, ready.grid, values, maps, pdl)
+        if 0 in k.shape:
+            _read_queries(bound)
+        return bound
     ready.kernel(stream, ready.grid, values, pdl)
     return None
+
+
+def _read_queries(bound: BoundLaunch) -> None:
+    """Let a bound launch without keys, whose maps are of the queries, take q's address for k's and v's."""
+    pack = bound._pack_pointers
+    bound.pack_with(lambda buffer, at, q, k, v, out, lse: pack(buffer, at, q, q, q, out, lse))
 
 
 def launch_one(
