@@ -234,11 +234,8 @@ def _draw_seed(op: str, like: TensorView, outputs: int, generator: Any) -> tuple
         import torch
 
         if generator.device.type == "cuda":
-            state = generator.get_state()  # 16 bytes on the host: seed, offset
-            words = state.view(torch.int64)
-            seed, offset = int(words[0]), int(words[1])
-            words[1] = offset + -(-outputs // 4) * 4  # torch wants multiples of 4
-            generator.set_state(state)
+            seed, offset = generator.initial_seed(), generator.get_offset()
+            generator.set_offset(offset + -(-outputs // 4) * 4)  # torch wants multiples of 4
             return _Argument(seed & _U64), _Argument(offset & _U64)
         return _Argument(
             int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator)) & _U64
