@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from pyinfer.core.calls import Calls
+from pyinfer.core.calls import MISS, Calls
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import check_dtype, check_ndim, check_same_device, check_same_dtype, check_shape, fail
 from pyinfer.core.tensor import view
@@ -46,14 +46,8 @@ def tinygemm_bf16(input: Any, weight: Any, out: Any, bias: Any = None, use_pdl: 
     op = "tinygemm_bf16"
     use_pdl = bool(use_pdl)
     tensors = (input, weight, out) if bias is None else (input, weight, out, bias)
-    call = _calls.find(use_pdl, tensors)
-    if call is not None:
-        ptr = call.ptr
-        x_ptr, w_ptr, out_ptr = ptr(input), ptr(weight), ptr(out)
-        bias_ptr = 0 if bias is None else ptr(bias)
-        if not (x_ptr | w_ptr | out_ptr | bias_ptr) & 15:
-            call.launch(call.stream(call.device), x_ptr, w_ptr, out_ptr, bias_ptr)
-            return
+    if _calls.run(use_pdl, tensors) is not MISS:
+        return
     x, w, o = view(input, op, "input"), view(weight, op, "weight"), view(out, op, "out")
     for arg, v in (("input", x), ("weight", w), ("out", o)):
         check_ndim(op, arg, v, 2)

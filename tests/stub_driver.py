@@ -70,5 +70,5 @@ def install(monkeypatch: Any, record: bool = True) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(device, "num_sms", lambda index: 132)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
     allocate = torch._C._dynamo.guards._empty_strided_cpu
-    monkeypatch.setattr(calls, "_torch_direct_allocation", lambda index: (allocate, int))
+    monkeypatch.setattr(calls, "_torch_direct_allocation", lambda index: allocate)
     return submitted

@@ -77,7 +77,6 @@ def launches(request, monkeypatch):
 
 
 def full_path_only(monkeypatch):
-    monkeypatch.setattr(calls.Calls, "find", lambda self, scalars, tensors: None)
     monkeypatch.setattr(calls.Calls, "run", lambda self, scalars, tensors: calls.MISS)
 
 
@@ -359,8 +358,14 @@ def test_what_makes_a_call_another_one(launches):
 
 
 @pytest.mark.cpu
-def test_unaligned_addresses_are_never_reused(launches):
-    """A tensor 2 bytes off gets the narrow kernel, before and after an aligned one; so does an allocation that is off."""
+def test_unaligned_addresses_are_never_reused(launches, monkeypatch):
+    """A tensor 2 bytes off gets the narrow kernel, before and after an aligned one; an allocation that is off is thrown away."""
+    allocate, odd = calls._torch_direct_allocation(0), []
+
+    def allocate_off(*layout):
+        return torch.empty(4 * 128 + 8, dtype=BF16)[1:513].view(4, 128) if odd else allocate(*layout)
+
+    monkeypatch.setattr(calls, "_torch_direct_allocation", lambda index: allocate_off)
     base, w = torch.randn(4 * 128 + 8).to(BF16), torch.randn(128).to(BF16)
     aligned, off = base[:512].view(4, 128), base[1:513].view(4, 128)
     names = []
@@ -369,8 +374,7 @@ def test_unaligned_addresses_are_never_reused(launches):
         names.append(launches.pop()[0])
     assert names[0] == names[2] == names[4] != names[1] == names[3]
     assert len(norm._norm_calls) == 1
-    (entry,) = norm._norm_calls._found.values()
-    entry[0][1].new = lambda: torch.empty(4 * 128 + 8, dtype=BF16)[1:513].view(4, 128)
+    odd.append(True)
     pyinfer.rmsnorm(aligned, w)
     assert launches.pop()[0] == names[1], "a fresh, aligned output from the full path"
 
@@ -445,7 +449,7 @@ def test_odd_tensors_take_the_full_path(launches):
             assert pyinfer.rmsnorm(x, p).shape == x.shape
     assert len(norm._norm_calls) in (1, 2)
     view = torch._neg_view(x)  # holds the negated values: must not pass for x
-    assert norm._norm_calls.find((1e-6, False, True), (view, p)) is None
+    assert norm._norm_calls.run((1e-6, False, True), (view, p)) is calls.MISS
 
 
 @pytest.mark.cpu

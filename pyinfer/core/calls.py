@@ -2,7 +2,7 @@
 
 A serving step calls the same few operators once a layer with tensors of the same layouts. The first such call takes the full path
 (view, check, layout, fetch the kernel), and `Calls.launch` keeps what came of it: a `BoundLaunch`, and a *guard* that recognises tensors
-of the same kind. Later calls are found by `Calls.find` and cost the guard, the output's allocation, the addresses and the launch.
+of the same kind. Later calls are found by `Calls.run` and cost the guard, the output's allocation, the addresses and the launch.
 
 What decides that a call is the same: the scalars, the number of tensors and the shape of the first (the key), and the guard: exact Python type, dtype,
 device, every size and every stride of every tensor. For torch the guard is the one that torch.compile makes for its own code,
@@ -60,42 +60,6 @@ Source = tuple[int, int] | None
 """Where a pointer comes from: (which of a call's tensors, the allocated ones counted on behind those given; bytes behind its address). None: a null pointer."""
 
 
-class Call:
-    """A remembered call.
-
-    Attributes
-    ----------
-    run
-        Takes the tensors; launches and gives the result, or `MISS` where an address is not as it must be.
-    launch
-        Takes a stream and the leading pointer fields.
-    stream
-        The caller's current stream on a device.
-    ptr
-        Reads a tensor's address.
-    new
-        Allocates the output (a tuple of them if there are several).
-    """
-
-    __slots__ = ("device", "launch", "new", "ptr", "run", "stream")
-
-    def __init__(
-        self,
-        run: Callable[..., Any],
-        launch: BoundLaunch,
-        stream: Callable[[int], int],
-        device: int,
-        ptr: Callable[[Any], int],
-        new: Callable[[], Any],
-    ) -> None:
-        self.run = run
-        self.launch = launch
-        self.stream = stream
-        self.device = device
-        self.ptr = ptr
-        self.new = new
-
-
 class Calls:
     """The remembered calls of one operator (or of several that never share scalars and tensors)."""
 
@@ -103,40 +67,41 @@ class Calls:
 
     def __init__(self) -> None:
         self._made: dict[Any, _Made] = {}
-        self._found: dict[Any, tuple[tuple[Callable[..., bool], Call], ...]] = {}
-        self._recent: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {}
+        self._found: dict[Any, tuple[Callable[..., Any], ...]] = {}
+        self._recent: dict[Any, Callable[..., Any]] = {}
 
     def run(self, scalars: Any, tensors: tuple[Any, ...]) -> Any:
         """Do a call like one before: its result, or `MISS` if there was none (take the full path).
 
         Parameters
         ----------
-        scalars, tensors
-            As in `find`.
+        scalars
+            Anything hashable.
+        tensors
+            As the caller gave them; other things than tensors, or tensors of two frameworks, are never found.
         """
-        try:  # the last call with these scalars, which spares the look-up by shape
-            check, run = self._recent[scalars]
-            same = check(*tensors)
+        try:
+            result = self._recent[scalars](*tensors)
         except Exception:  # nothing remembered, or another number of tensors
-            same = False
-        if same:
-            return run(*tensors)
-        call = self.find(scalars, tensors)
-        return MISS if call is None else call.run(*tensors)
+            result = MISS
+        return self._search(scalars, tensors) if result is MISS else result
 
-    def find(self, scalars: Any, tensors: tuple[Any, ...]) -> Call | None:
-        """The remembered call with these scalars (anything hashable) and tensors like these, or None: take the full path."""
+    def _search(self, scalars: Any, tensors: tuple[Any, ...]) -> Any:
+        """`run` by any call with these scalars and this shape of the first tensor."""
         try:
             first = tensors[0]
-            for check, call in self._found[type(first), first.shape, len(tensors), scalars]:
-                if check(*tensors):
-                    self._recent[scalars] = check, call.run
-                    return call
-        except (
-            Exception
-        ):  # nothing remembered; no tensor, an unhashable scalar, two frameworks: the full path says what is wrong
-            pass
-        return None
+            found = self._found[type(first), first.shape, len(tensors), scalars]
+        except Exception:  # nothing remembered; no tensor, an unhashable scalar: the full path says what is wrong
+            return MISS
+        for call in found:
+            try:
+                result = call(*tensors)
+            except Exception:  # of the guard: two frameworks; of the launch: the full path meets it again
+                continue
+            if result is not MISS:
+                self._recent[scalars] = call
+                return result
+        return MISS
 
     def launch(
         self,
@@ -244,11 +209,10 @@ class Calls:
         if len(self._found) >= MOST_KEYS:
             self.clear()
         make = _runner(given, allocated, recipe, len(recipe) if wants is None else wants, returns)
-        run = make(ptr, new, stream, device, *bound.parts(), MISS)
+        call = make(check, ptr, new, stream, device, *bound.parts(), MISS)
         key = (type(tensors[0]), tensors[0].shape, given, scalars)
-        call = Call(run, bound, stream, device, ptr, new)
-        self._found[key] = ((check, call), *self._found.get(key, ())[: MOST_PER_KEY - 1])
-        self._recent[scalars] = check, run
+        self._found[key] = (call, *self._found.get(key, ())[: MOST_PER_KEY - 1])
+        self._recent[scalars] = call
 
     def clear(self) -> None:
         """Forget every call."""
@@ -263,21 +227,28 @@ class Calls:
 def _runner(
     given: int, allocated: int, recipe: tuple[Source, ...], wants: int, returns: tuple[int, ...] | None
 ) -> Callable[..., Callable[..., Any]]:
-    """What makes `Call.run` for calls of one form, from its source."""
+    """What makes the function of a remembered call, for calls of one form, from its source.
+
+    It takes the tensors, launches and gives the result, or `MISS` where a tensor or an address is not as it must be.
+    """
     tensors = [f"t{i}" for i in range(given + allocated)]
     used = sorted({source[0] for source in recipe if source is not None})
-    lines = [
-        "def make(ptr, new, stream, device, slot, pack, pack_stream, offset, current_device, launch, handle, submit, MISS):",
+    parameters = (
+        "check, ptr, new, stream, device, slot, pack, pack_stream, offset, current_device, launch, handle, submit, MISS"
+    )
+    lines = [f"def make({parameters}):"]
+    lines += [f"    allocate{i}, shape{i}, strides{i}, dtype{i}, otherwise{i} = new[{i}]" for i in range(allocated)]
+    lines += [
         f"    def run({', '.join(tensors[:given])}):",
+        f"        if not check({', '.join(tensors[:given])}):",
+        "            return MISS",
+        "        here = current_device() == device",
     ]
-    result = "made" if allocated else "None"
-    if allocated:
-        targets = "" if allocated == 1 else f"{', '.join(tensors[given:])} = "
-        lines.append(f"        {targets}made = new()")
-        if allocated == 1:
-            tensors[given] = "made"
-    if returns is not None:
-        result = ", ".join([tensors[i] for i in returns])
+    lines += [
+        f"        {tensors[given + i]} = allocate{i}(shape{i}, strides{i}, dtype{i}) if here else otherwise{i}()"
+        for i in range(allocated)
+    ]
+    result = ", ".join(tensors[given:] if returns is None else [tensors[i] for i in returns])
     lines += [f"        p{i} = ptr({tensors[i]})" for i in used]
     pointers = ["0" if s is None else f"p{s[0]}" + (f" + {s[1]}" if s[1] else "") for s in recipe]
     tested = list(dict.fromkeys(p for p in pointers[:wants] if p != "0"))
@@ -290,9 +261,9 @@ def _runner(
         "        if own.stream != now:",
         "            pack_stream(own.config, offset, now)",
         "            own.stream = now",
-        "        if current_device() != device or launch(own.config_argument, handle, own.argv_argument, None):",
+        "        if not here or launch(own.config_argument, handle, own.argv_argument, None):",
         "            submit(own)  # another device is current, or an error to deal with: all over again",
-        f"        return {result}",
+        f"        return {result or None}",
         "    return run",
     ]
     names: dict[str, Any] = {}
@@ -307,13 +278,10 @@ def _plain(scalars: Any) -> bool:
     return all(map(_plain, scalars)) if type(scalars) is tuple else type(scalars) in _SCALARS
 
 
-_Made = tuple[Callable[..., bool], Callable[[Any], int], Callable[[int], int], Callable[[], Any]]
-
-
-def _several(makers: list[Callable[[], Any]]) -> Callable[[], Any]:
-    if len(makers) == 1:
-        return makers[0]
-    return lambda: tuple([make() for make in makers])
+_New = tuple[Callable[..., Any], Any, Any, Any, Callable[[], Any]]
+"""An allocation: `allocate(shape, strides, dtype)` where the device is current, and what does it elsewhere."""
+_Made = tuple[Callable[..., bool], Callable[[Any], int], Callable[[int], int], tuple[_New, ...]]
+"""What recognises a call's tensors, reads an address, tells the current stream of a device, and allocates the results."""
 
 
 # ---- torch ------------------------------------------------------------------------------------------------------------------------
@@ -326,7 +294,7 @@ def _torch_call(tensors: tuple[Any, ...], like: TensorView, outputs: tuple[tuple
         return None
     if torch._C._len_torch_dispatch_stack():  # a mode wants to see what is allocated
         return None
-    new = _several([_torch_new(like, tuple(shape), dtype) for shape, dtype in outputs])
+    new = tuple([_torch_new(like, tuple(shape), dtype) for shape, dtype in outputs])
     return _torch_guard(tensors), torch.Tensor.data_ptr, torch._C._cuda_getCurrentRawStream, new
 
 
@@ -378,33 +346,26 @@ def _torch_attributes(x: Any) -> tuple[Any, ...]:
     return type(x), x.dtype, x.shape, x.stride(), x.device, x.is_neg()
 
 
-def _torch_new(like: TensorView, shape: tuple[int, ...], dtype: DType) -> Callable[[], Any]:
+def _torch_new(like: TensorView, shape: tuple[int, ...], dtype: DType) -> _New:
     """Allocates as `core.tensor.empty` does, in less than half the time."""
     torch = sys.modules["torch"]
-    torch_dtype, device, index = getattr(torch, dtype.name), like.obj.device, like.device
+    torch_dtype, device = getattr(torch, dtype.name), like.obj.device
     strides = tuple([math.prod([max(n, 1) for n in shape[i + 1 :]]) for i in range(len(shape))])
     by_name = functools.partial(torch.empty_strided, shape, strides, dtype=torch_dtype, device=device)
-    direct = _torch_direct_allocation(index)
-    if direct is None:
-        return by_name
-    allocate, current = direct
-
-    def new() -> Any:
-        return allocate(shape, strides, torch_dtype) if current() == index else by_name()
-
-    return new
+    direct = _torch_direct_allocation(like.device)
+    return (lambda *_: by_name()) if direct is None else direct, shape, strides, torch_dtype, by_name
 
 
 @functools.cache
-def _torch_direct_allocation(device: int) -> tuple[Callable[..., Any], Callable[[], int]] | None:
-    """What code generated by torch.compile allocates with (it serves the current device), and the query of that device."""
+def _torch_direct_allocation(device: int) -> Callable[..., Any] | None:
+    """What code generated by torch.compile allocates with: it serves the current device."""
     torch = sys.modules["torch"]
     try:
-        allocate, current = torch._C._dynamo.guards._empty_strided_cuda, torch._C._cuda_getDevice
+        allocate = torch._C._dynamo.guards._empty_strided_cuda
         with torch.cuda.device(device):
             x = allocate((2, 3), (3, 1), torch.float16)
-            right = x.dtype is torch.float16 and x.shape == (2, 3) and x.stride() == (3, 1)
-            return (allocate, current) if right and x.get_device() == current() == device else None
+        right = x.dtype is torch.float16 and x.shape == (2, 3) and x.stride() == (3, 1)
+        return allocate if right and x.get_device() == device else None
     except Exception:  # private to torch: any version may do without
         return None
 
@@ -418,10 +379,13 @@ def _cupy_call(tensors: tuple[Any, ...], like: TensorView, outputs: tuple[tuple[
     kind, device = like.framework, like.device
     model = TensorView(None, 0, (), (), like.dtype, device, kind)  # holds no tensor
 
-    def make(shape: tuple[int, ...], dtype: DType) -> Callable[[], Any]:
-        return lambda: empty(model, shape, dtype)
+    def make(shape: tuple[int, ...], dtype: DType) -> _New:
+        def new(*_: Any) -> Any:
+            return empty(model, shape, dtype)
 
-    new = _several([make(tuple(shape), dtype) for shape, dtype in outputs])
+        return new, None, None, None, new
+
+    new = tuple([make(tuple(shape), dtype) for shape, dtype in outputs])
     return AttributeGuard(tensors, _cupy_attributes), _cupy_pointer, lambda _: current_stream(model), new
 
 
