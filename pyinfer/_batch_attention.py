@@ -232,12 +232,6 @@ class BatchAttention(BatchRun):
         """
         on_device = indices if isinstance(indices, TensorView) else None
         ref = self._ref
-        if self._like_last(key, on_device) and mask is None and items is None:
-            qo_indptr, kv_indptr, host_indices, last_page_len = metadata
-            device = self._planned_device
-            plan = self._schedule(qo_indptr, kv_indptr, host_indices, last_page_len, key, device, window_left, causal)
-            self._adopt_like_last(plan, on_device)
-            return
         if on_device is not None:
             ref = ref or _home(on_device)
             if on_device.device != ref.device:
@@ -277,31 +271,41 @@ class BatchAttention(BatchRun):
         self._soft_cap, self._sm_scale = soft_cap, sm_scale
         self._adopt(plan, device)
 
-    def _like_last(self, key: tuple[Any, ...], indices: TensorView | None) -> bool:
-        """Whether a plan of these options differs from the last in the batch alone: as most do, step after step. `key` is then the very object."""
-        return (
-            key is self._plan_key
-            and self._planned_device == (CPU if self._ref is None else self._ref.device)
-            and not self._use_cuda_graph
-            and self._mask is None
-            and self._items is None
-            and (indices is None or indices.device == self._planned_device)
-        )
-
-    def _adopt_like_last(self, plan: AttentionPlan, indices: TensorView | None) -> None:
-        """`_set_plan` and `_adopt` for such a plan."""
+    def _plan_again(
+        self,
+        key: PlanKey,
+        qo_indptr: Any,
+        kv_indptr: np.ndarray,
+        indices: np.ndarray | TensorView | None,
+        last_page_len: Any,
+    ) -> bool:
+        """`_set_plan` where a plan differs from the last in the batch alone, as most do, step after step. False: there is more; `key` is another object."""
+        device = self._planned_device
+        if (
+            key is not self._plan_key
+            or device != (CPU if self._ref is None else self._ref.device)
+            or self._use_cuda_graph
+            or self._mask is not None
+            or self._items is not None
+        ):
+            return False
+        host, there = (None, indices) if isinstance(indices, TensorView) else (indices, None)
+        if there is not None and there.device != device:
+            return False
+        plan = self._schedule(qo_indptr, kv_indptr, host, last_page_len, key, device, key.window_left, key.causal)
         self._check_workspace(plan.workspace_bytes)
         last = self._plan
         assert last is not None
         if plan.max_page > last.max_page:
             self._kv_known = None  # the cache's layout is as it was, but the pages named must lie in it
-        self._plan, self._indices = plan, indices
+        self._plan, self._indices = plan, there
         _, heads, dim = self._q_shape
         self._q_shape = (plan.total_rows, heads, dim)
         self._kv_tokens = plan.total_kv
         self._calls.clear()
         if self._planned_device >= 0:
             self._upload(plan, plan.shape is last.shape)
+        return True
 
     def _same_device(self, arg: str, device: int, ref: TensorView | None, like: TensorView) -> TensorView:
         """What stands for the wrapper's device, now that an argument lies on one; ValueError if it is another."""

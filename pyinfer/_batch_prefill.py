@@ -87,6 +87,16 @@ def _longest(indptr: np.ndarray) -> int:
     return max(map(operator.sub, ends[1:], ends), default=0)
 
 
+NO_ITEMS: tuple[Any, Any, int, Any] = (None, None, 0, None)
+
+
+def given_items(prefix_len: Any, token_pos: Any, token_pos_len: int, max_item_len: Any) -> tuple[Any, Any, int, Any]:
+    """The arguments of multi-item scoring; NO_ITEMS itself if there are none."""
+    if prefix_len is None and token_pos is None and not token_pos_len and max_item_len is None:
+        return NO_ITEMS
+    return prefix_len, token_pos, token_pos_len, max_item_len
+
+
 class BatchPrefill(BatchAttention):
     """What the paged and the ragged wrapper share."""
 
@@ -106,13 +116,14 @@ class BatchPrefill(BatchAttention):
         """Plan a batch. `key` needs no more checks but of the heads, `items` are the four arguments of multi-item scoring."""
         op = self._op
         qo_indptr, kv_indptr, last_page_len = host
+        plain = custom_mask is None and packed_custom_mask is None and items is NO_ITEMS
+        if plain and self._plan_again(key, qo_indptr, kv_indptr, page_indices, last_page_len):
+            return
         mask = found = None
         if custom_mask is not None or packed_custom_mask is not None:
             mask = mask_view(op, custom_mask, packed_custom_mask)
             key = key._replace(custom_mask=True, causal=False)
-        if (
-            items[0] is not None or items[1] is not None or items[2] or items[3] is not None
-        ):  # not `!=`: they may be arrays
+        if items is not NO_ITEMS:
             found = items_of(op, *items, max(len(qo_indptr) - 1, 0))
         if found is not None:
             if mask is not None:

@@ -305,6 +305,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchAttention):
         key = self._with_variant(key, sm_scale)
         host_indptr, host_last = host_metadata(op, strict=strict, indptr=indptr, last_page_len=last_page_len)
         page_indices = self._page_indices(op, indices, host_indptr)
+        if self._plan_again(key, None, host_indptr, page_indices, host_last):
+            return
         buffers = {}
         if self._use_cuda_graph:
             self._check_buffer("paged_kv_indptr_buffer", len(host_indptr))

@@ -11,7 +11,7 @@ import numpy as np
 from pyinfer import _attention as common
 from pyinfer._attention import host_metadata
 from pyinfer._attention_options import bind_mask, mask_view, options_of
-from pyinfer._batch_prefill import BatchPrefill, prefill_key
+from pyinfer._batch_prefill import BatchPrefill, given_items, prefill_key
 from pyinfer._batch_run import run_call
 from pyinfer._support import KERNEL_FAMILIES, prefill_out_dtype
 from pyinfer.core.calls import MISS
@@ -288,7 +288,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             op, strict=strict, qo_indptr=qo_indptr, paged_kv_indptr=paged_kv_indptr, paged_kv_last_page_len=paged_kv_last_page_len
         )  # fmt: skip
         page_indices = self._page_indices(op, paged_kv_indices, kv)
-        items = (prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
+        items = given_items(prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
         self._plan_batch((qo, kv, last), page_indices, key, custom_mask, packed_custom_mask, items)
 
     @classmethod
@@ -472,7 +472,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         )  # fmt: skip
         key = self._with_variant(key, sm_scale)
         qo, kv = host_metadata(self._op, strict=strict, qo_indptr=qo_indptr, kv_indptr=kv_indptr)
-        items = (prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
+        items = given_items(prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
         self._plan_batch((qo, kv, None), None, key, custom_mask, packed_custom_mask, items)
 
     @classmethod
