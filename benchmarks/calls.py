@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.inputs import out_dtype_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -70,6 +72,7 @@ def plan_paged_prefill(module: Any, a: Attention, **options: Any) -> tuple[Any, 
     """A paged prefill wrapper and its plan() as a call."""
     wrapper = module.BatchPrefillWithPagedKVCacheWrapper(workspace(module, a.device), "NHD", **options)
     dtype = _dtype(a.dtype)
+    out_dtype = {"o_data_type": _dtype(out_dtype_of(a.dtype))} if a.dtype.startswith("float8") else {}
 
     def plan() -> None:
         wrapper.plan(
@@ -84,6 +87,7 @@ def plan_paged_prefill(module: Any, a: Attention, **options: Any) -> tuple[Any, 
             causal=a.causal,
             q_data_type=dtype,
             kv_data_type=dtype,
+            **out_dtype,
         )
 
     return wrapper, plan
@@ -93,6 +97,7 @@ def plan_ragged_prefill(module: Any, a: Attention, **options: Any) -> tuple[Any,
     """A ragged prefill wrapper and its plan() as a call."""
     wrapper = module.BatchPrefillWithRaggedKVCacheWrapper(workspace(module, a.device), "NHD", **options)
     dtype = _dtype(a.dtype)
+    out_dtype = {"o_data_type": _dtype(out_dtype_of(a.dtype))} if a.dtype.startswith("float8") else {}
 
     def plan() -> None:
         wrapper.plan(
@@ -104,6 +109,7 @@ def plan_ragged_prefill(module: Any, a: Attention, **options: Any) -> tuple[Any,
             causal=a.causal,
             q_data_type=dtype,
             kv_data_type=dtype,
+            **out_dtype,
         )
 
     return wrapper, plan
@@ -115,7 +121,7 @@ def prefill(module: Any, a: Attention, **options: Any) -> Run:
 
     wrapper, plan = (plan_paged_prefill if a.page_size else plan_ragged_prefill)(module, a, **options)
     plan()
-    out, q = torch.empty_like(a.q), a.q
+    out, q = torch.empty_like(a.q, dtype=_dtype(out_dtype_of(a.dtype))), a.q
     if a.page_size:
         cache = (a.k, a.v)
         return lambda: wrapper.run(q, cache, out=out)

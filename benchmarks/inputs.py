@@ -18,6 +18,11 @@ def randn(shape: tuple[int, ...], dtype: str, device: str, scale: float = 1.0) -
     return (x.mul_(scale) if scale != 1.0 else x).to(getattr(torch, dtype))
 
 
+def out_dtype_of(dtype: str) -> str:
+    """Of the output of queries of this type: theirs, or of 8-bit ones bfloat16."""
+    return "bfloat16" if dtype.startswith("float8") else dtype
+
+
 @dataclass
 class Attention:
     """A batch of requests with random queries, and keys and values in pages (page_size > 0) or ragged (page_size 0).
@@ -64,6 +69,11 @@ class Attention:
         self.k, self.v = randn(shape, kv_dtype, self.device), randn(shape, kv_dtype, self.device)
 
     @property
+    def out_dtype(self) -> str:
+        """Of the output."""
+        return out_dtype_of(self.dtype)
+
+    @property
     def flops(self) -> float:
         """Multiply-adds of QKᵀ and PV over the visible pairs, times two."""
         pairs = 0
@@ -79,7 +89,8 @@ class Attention:
     @property
     def bytes(self) -> float:
         """`kv_bytes`, the queries and the output, each once."""
-        return self.kv_bytes + 2.0 * self.q.numel() * self.q.element_size()
+        size = self.q.element_size()
+        return self.kv_bytes + float(self.q.numel()) * (size + (size if self.out_dtype == self.dtype else 2))
 
     def block_table(self) -> torch.Tensor:
         """int32 [B, most pages of a request] on the device: what FlashAttention takes for CSR pages."""

@@ -82,7 +82,8 @@ def fa3(a: inputs.Attention) -> calls.Run:
     given: dict[str, Any] = {
         "q": a.q, "k": a.k, "v": a.v, "cu_seqlens_q": cumulative, "max_seqlen_q": max(a.qo_lens), "max_seqlen_k": max(a.kv_lens),
         "softmax_scale": a.head_dim**-0.5, "is_causal": a.causal, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0,
-        "is_rotary_interleaved": True, "num_splits": 0, "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0, "out": torch.empty_like(a.q),
+        "is_rotary_interleaved": True, "num_splits": 0, "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0,
+        "out": torch.empty_like(a.q, dtype=getattr(torch, a.out_dtype)),
     }  # fmt: skip
     if a.page_size:
         given |= {

@@ -29,11 +29,11 @@ LIMIT = 2.0
 """Seconds of one CPU that a kernel's compile may take (the clock would count the other jobs of a busy machine)."""
 TWO_KERNELS = frozenset({"pod"})
 """Families whose kernels hold two others: they may take twice as long."""
-HOPPER = frozenset({"attention_sm90"})
+HOPPER = frozenset({"attention_sm90", "attention_fp8"})
 """Families for 9.0a alone; their kernels hold several roles, and may take half as long again."""
 HOT = frozenset(FAMILIES)
 """Families whose kernels must neither spill nor use a stack frame."""
-_ADVISORIES = ("C7508", "C7510", "C7512", "C7515")  # setmaxnreg was ignored; wgmma was serialised, for three reasons
+_ADVISORIES = ("C7508", "C7510", "C7512", "C7513", "C7515")  # setmaxnreg was ignored; wgmma was serialised, for four reasons
 
 _artifacts: dict[tuple[str, str], tuple[JitSpec, Artifact]] = {}
 

@@ -22,6 +22,7 @@ FAMILIES = (
     "sampling",
     "attention",
     "attention_sm90",
+    "attention_fp8",
     "pod",
     "mla",
     "quantization",
