@@ -15,8 +15,8 @@ from tests.arrays import Backend, assert_same_bits, with_fp8
 from tests.reference.attention_fp8 import attention_fp8
 
 E4M3 = "float8_e4m3fn"
-# Of a whole result, relative, in the Euclidean norm. The CPU's arithmetic is float32. Hopper's weights have 4 digits: rounding is at most 2^-4 of a weight, some
-# 2.6% in the mean square, and independent from weight to weight.
+# Of a whole result, relative, in the Euclidean norm. The CPU's arithmetic is float32. Hopper's weights have 4 digits: rounding is at most 2^-4 of a weight,
+# some 2.6% in the mean square, and independent from weight to weight.
 ERROR = {"cpu": 2.0**-8, "cuda": 0.04}
 
 
@@ -193,7 +193,7 @@ def test_arguments(rng, backend):
 CASES = (
     ((96, 96, None, PLAIN), r"head_dim has no kernel for float8_e4m3fn queries: got 96 \(qk\), 96 \(vo\), wanted 64, 128, 256, 192 \(qk\) with 128"),
     ((128, 128, FLOAT8_E5M2, PLAIN), "k differs in dtype from float8_e4m3fn queries: got float8_e5m2"),
-    ((128, 128, None, AttentionOptions(alibi=True, mask=True)), "q in float8_e4m3fn goes without some options: got ALIBI, a custom mask, wanted causality, a window"),
+    ((128, 128, None, AttentionOptions(alibi=True, mask=True)), "q in float8_e4m3fn goes without some options: got ALIBI, a custom mask, wanted causality"),
     ((128, 128, None, AttentionOptions(rope=(1.0, 1e4), multi_item=True)), "got ROPE_LLAMA, multi-item scoring"),
     ((128, 128, None, AttentionOptions(family="sm80")), "got backend='fa2'"),
 )  # fmt: skip
@@ -212,7 +212,7 @@ def test_support(monkeypatch):
     def asked(op="single_prefill_with_kv_cache", **config):
         return pyinfer.support(op, device="cuda:0", **config).reason
 
-    dense = {name: (E4M3, (64, 8, 128)) for name in "qkv"}
+    dense = dict.fromkeys("qkv", (E4M3, (64, 8, 128)))
     monkeypatch.setattr(device, "arch_number_of", lambda index: 80)
     assert (
         "q in float8_e4m3fn has no kernel on this GPU: got compute capability 8.0, wanted Hopper (9.0). Convert q"
@@ -221,7 +221,7 @@ def test_support(monkeypatch):
     monkeypatch.setattr(device, "arch_number_of", lambda index: 90)
     assert asked(**dense, o_dtype="float16") == ""
     assert "has no kernel for float8_e4m3fn queries" in asked(
-        **{name: (E4M3, (64, 8, 80)) for name in "qkv"}, o_dtype="float16"
+        **dict.fromkeys("qkv", (E4M3, (64, 8, 80))), o_dtype="float16"
     )
     with pytest.raises(
         ValueError,
@@ -325,7 +325,7 @@ def test_launch(hopper):
     found = launched(hopper, fp8.fp8_params("single"))
     assert found["kv_len"] == 0 and found["k_map"][:8] == found["v_map"][:8] == q.data_ptr().to_bytes(8, "little")
     with pytest.raises(
-        ValueError, match="q, k, v or out is not aligned: .* wanted addresses and strides in multiples of 16 bytes"
+        ValueError, match=r"q, k, v or out is not aligned: .* wanted addresses and strides in multiples of 16 bytes"
     ):
         odd = torch.zeros(50, 2, 136).to(torch.float8_e4m3fn)[..., :128]
         launch_single(

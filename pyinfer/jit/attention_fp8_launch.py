@@ -37,11 +37,13 @@ def chosen(
     kv_dtype: DType | None,
     options: AttentionOptions,
     page_size: int,
+    narrow: bool = False,
 ) -> Fp8Config:
-    """What to plan with, arguments as `attention_launch.chosen_config`; ValueError where there is no kernel."""
+    """What to plan with, arguments as `attention_launch.chosen_config`; ValueError where there is no kernel. narrow: to run with what takes registers."""
     fp8.check_device("attention", _arch_number(device))
     fp8.check_pages("attention", page_size)
-    return fp8.config_for(head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
+    config = fp8.config_for(head_dim_qk, head_dim_vo, max_packed_rows, kv_dtype, options)
+    return fp8.narrowed(config) if narrow or options.sinks else config
 
 
 @functools.lru_cache(maxsize=256)
@@ -50,7 +52,8 @@ def _planned(
 ) -> tuple[Kernel, int, tuple[int, ...], tuple[int, ...]]:  # fmt: skip
     """What every plan of a shape shares: the kernel, the most blocks to launch, and the constants before and behind the plan's addresses."""
     if config is None:
-        config = chosen(device, shape.head_dim_qk, shape.head_dim_vo, shape.tile_q, None, options, shape.page_size)
+        dims = shape.head_dim_qk, shape.head_dim_vo
+        config = chosen(device, *dims, shape.tile_q, None, options, shape.page_size, soft_cap or head_scales)
     if config.tile_q != shape.tile_q:
         fail("attention", "plan", "was made for another tile", shape.tile_q, f"tile_q {config.tile_q} of {config.tag}")
     variant = "softcap" if soft_cap else "plain"
@@ -119,11 +122,13 @@ def launch_plan(
         q, k, v, strides(k, kv_layout), strides(v, kv_layout), out, lse, sm_scale, logits_soft_cap, v_scale
     )
     run += _extra_values(options, extras)
+    scales = _head_scales(extras)
+    soft_cap = logits_soft_cap > 0.0
+    options = _kernel_options(options)
     if config is None:
         dims = plan.head_dim_qk, plan.head_dim_vo
-        config = chosen(device, *dims, plan.tile_q, k.dtype, _kernel_options(options), plan.page_size)
-    scales = _head_scales(extras)
-    ready = prepare(device, plan, plan_buffer_ptr, logits_soft_cap > 0.0, config, out.dtype, options, bool(scales))
+        config = chosen(device, *dims, plan.tile_q, k.dtype, options, plan.page_size, soft_cap or bool(scales))
+    ready = prepare(device, plan, plan_buffer_ptr, soft_cap, config, out.dtype, options, bool(scales))
     partials = (
         kv_indices_ptr if plan.page_size else 0,
         workspace_ptr,
@@ -165,8 +170,11 @@ def launch_one(
     )  # fmt: skip
     run += _extra_values(options, extras)
     options = _kernel_options(options)
+    scales = _head_scales(extras)
+    soft_cap = logits_soft_cap > 0.0
     if config is None:
-        config = chosen(device, dim_qk, dim_vo, min(rows, attention_sm90.MANY_ROWS), k.dtype, options, 0)
+        classes = min(rows, attention_sm90.MANY_ROWS)
+        config = chosen(device, dim_qk, dim_vo, classes, k.dtype, options, 0, soft_cap or bool(scales))
     tiles = -(-rows // config.tile_q)
     partial_o = workspace_ptr + SINGLE_SEMAPHORE_BYTES
     partial_lse = partial_o + partial_bytes(tiles * num_splits, num_kv_heads, config.tile_q, dim_vo)[0]
@@ -175,8 +183,7 @@ def launch_one(
     shape = shape_values(num_qo_heads, num_kv_heads, causal, window_left, 0)
     together = fp8.heads_at_once(config, num_kv_heads, kv_len)
     request = (qo_len, kv_len, kv_chunk, num_splits, fp8.box_rows(config, 0), flags, together)
-    scales = _head_scales(extras)
-    variant = "softcap" if logits_soft_cap > 0.0 else "plain"
+    variant = "softcap" if soft_cap else "plain"
     kernel = fp8.kernel_of(device, config, out.dtype, "single", variant, options, bool(scales))
     items = tiles * num_splits * num_kv_heads
     kernel(stream, fp8.grid(device, items), (*values, *shape, *request, *scales), pdl)
