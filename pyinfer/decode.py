@@ -14,6 +14,8 @@ from pyinfer._attention_options import PlanKey, options_of
 from pyinfer._batch_attention import BatchAttention
 from pyinfer._batch_run import run_call
 from pyinfer._fast_decode_plan import fast_decode_plan
+from pyinfer._single_calls import calls as single_calls
+from pyinfer._single_calls import single_call
 from pyinfer._support import out_dtype, plan_dtypes
 from pyinfer.core.calls import MISS
 from pyinfer.core.dtypes import FLOAT32
@@ -101,6 +103,13 @@ def single_decode_with_kv_cache(
         Before any launch, naming the argument.
     """
     op = "single_decode_with_kv_cache"
+    call = single_call(
+        q, k, v, (op, kv_layout, pos_encoding_mode, q_scale, k_scale, v_scale, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, return_lse)
+    )  # fmt: skip
+    if call is not None and variant is None and not variant_args:
+        done = single_calls.run(*call)
+        if done is not MISS:
+            return done
     common.check_layout(op, kv_layout)
     options = options_of(*common.check_pos_encoding(op, pos_encoding_mode, rope_scale, rope_theta))
     qv = common.q_view(op, q, 2)
@@ -115,7 +124,7 @@ def single_decode_with_kv_cache(
     common.run_single(
         op, _three_axes(qv), kv, vv, kv_layout, _three_axes(view(out)), None if lse is None else _three_axes(view(lse)), causal=False,
         window_left=common.check_window(op, window_left), sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap),
-        v_scale=common.scale(op, "v_scale", v_scale), options=options, variant=variant, variant_args=variant_args,
+        v_scale=common.scale(op, "v_scale", v_scale), options=options, variant=variant, variant_args=variant_args, call=call,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -13,6 +13,8 @@ from pyinfer._attention import host_metadata
 from pyinfer._attention_options import bind_mask, mask_view, options_of
 from pyinfer._batch_prefill import BatchPrefill, given_items, prefill_key
 from pyinfer._batch_run import run_call
+from pyinfer._single_calls import calls as single_calls
+from pyinfer._single_calls import single_call
 from pyinfer._support import KERNEL_FAMILIES, prefill_out_dtype
 from pyinfer.core.calls import MISS
 from pyinfer.core.dtypes import FLOAT8_E4M3, FLOAT32
@@ -114,6 +116,16 @@ def single_prefill_with_kv_cache(
         Before any launch, naming the argument.
     """
     op = "single_prefill_with_kv_cache"
+    plain = custom_mask is None and packed_custom_mask is None and variant is None and not variant_args
+    call = None
+    if plain:
+        call = single_call(
+            q, k, v, (op, scale_q, scale_k, scale_v, k_scale, v_scale, o_dtype, causal, kv_layout, pos_encoding_mode, sm_scale, window_left, logits_soft_cap,
+            rope_scale, rope_theta, backend, return_lse)
+        )  # fmt: skip
+        done = MISS if call is None else single_calls.run(*call)
+        if done is not MISS:
+            return done
     for arg, first, second in (("k_scale", scale_k, k_scale), ("v_scale", scale_v, v_scale)):
         if first is not None and second is not None:
             fail(op, arg, "was given twice", "both", f"scale_{arg[0]} or {arg}")
@@ -148,7 +160,7 @@ def single_prefill_with_kv_cache(
         op, qv, kv, vv, kv_layout, view(out), None if lse is None else view(lse), causal=bool(causal) and bound is None,
         window_left=common.check_window(op, window_left), sm_scale=scale, logits_soft_cap=common.check_soft_cap(op, logits_soft_cap),
         v_scale=of_output, options=options_of(*encoding, bound is not None, family=KERNEL_FAMILIES[backend]), mask=bound,
-        variant=variant, variant_args=variant_args, heads=heads,
+        variant=variant, variant_args=variant_args, heads=heads, call=call,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

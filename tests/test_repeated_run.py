@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pyinfer
-from pyinfer import _batch_run, _paged_mla
+from pyinfer import _attention, _batch_run, _paged_mla, _single_calls
 from pyinfer.jit import attention_launch
 from tests import stub_driver, stub_runtime
 from tests.arrays import assert_same_bits
@@ -261,6 +261,67 @@ def test_mla(runs, monkeypatch, arch, lse):
 
 
 @pytest.fixture
+def single(runs, monkeypatch):
+    """`runs`, with CPU tensors taken for those of cuda:0 by the functions of one request."""
+    _single_calls.calls.clear()
+    monkeypatch.setattr(_single_calls, "_device", lambda q: 0)
+    checked = []
+    original = attention_launch.launch_single
+    monkeypatch.setattr(attention_launch, "launch_single", lambda *a, **k: checked.append(1) or original(*a, **k))
+    _attention.launchers.cache_clear()
+    yield runs, checked
+    _single_calls.calls.clear()
+    _attention.launchers.cache_clear()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+@pytest.mark.parametrize("return_lse", [True, False])
+def test_single_requests(single, name, return_lse):
+    """The second of two like calls is kept; another length, scale, stream or address modulo 16 is another call."""
+    runs, checked = single
+
+    def call(length=40, rows=5, **options):
+        q, k, v = (
+            zeros(8, DIM) if name == "decode" else zeros(rows, 8, DIM),
+            zeros(length, 2, DIM),
+            zeros(length, 2, DIM),
+        )
+        checked.clear()
+        function = getattr(pyinfer, f"single_{name}_with_kv_cache")
+        got = function(q, k, v, return_lse=return_lse, **options)
+        out, lse = got if return_lse else (got, None)
+        assert out.shape == q.shape and (lse is None or lse.shape == q.shape[:-1])
+        assert runs.pointers() == tuple(addresses(q, k, v, out, lse))
+        return not checked
+
+    assert [call() for _ in range(4)] == [False, False, True, True]
+    assert [call(length) for length in (41, 42, 41, 41, 41)] == [False, False, False, False, True]
+    assert call() and not call(sm_scale=0.5) and not call(sm_scale=0.5) and call(sm_scale=0.5)
+    data = runs.launches[-1][2]
+    assert call() and data != runs.launches[-1][2]
+    scale = "k_scale"
+    assert not any(call(**{scale: torch.tensor(2.0)}) for _ in range(3))
+    if name == "prefill":
+        assert not any(call(custom_mask=torch.ones(5, 40, dtype=torch.bool)) for _ in range(3))
+
+
+@pytest.mark.cpu
+def test_single_requests_on_two_streams(single, monkeypatch):
+    """Partial results are a stream's own."""
+    runs, _ = single
+    q, k = zeros(8, DIM), zeros(4000, 2, DIM)
+    seen = {}
+    for stream in (1, 1, 2, 2, 1, 2):
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device, stream=stream: stream, raising=False)
+        pyinfer.single_decode_with_kv_cache(q, k, k)
+        assert runs.launches[-1][3] == stream
+        workspace = struct.unpack_from("3P", runs.launches[-1][2], 48)
+        assert seen.setdefault(stream, workspace) == workspace and all(workspace)
+    assert seen[1] != seen[2]
+
+
+@pytest.fixture
 def fused(runs, monkeypatch):
     """`runs`, and the kernel of both kinds of block looked up anew."""
     from pyinfer.core import device
@@ -377,3 +438,27 @@ def test_sinks_same_bits(rng, monkeypatch):
         got, straight = runs.served(lambda: wrapper.run(q, kv, sinks[step % 2]))  # noqa: B023
         assert straight == (step > 1)
         assert_same_bits(got.float().cpu().numpy(), make().run(q, kv, sinks[step % 2]).float().cpu().numpy())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_single_requests_same_bits(rng, monkeypatch, name):
+    function, rows = getattr(pyinfer, f"single_{name}_with_kv_cache"), () if name == "decode" else (130,)
+    launched = []
+    original = attention_launch.launch_single
+    monkeypatch.setattr(attention_launch, "launch_single", lambda *a, **k: launched.append(1) or original(*a, **k))
+    _attention.launchers.cache_clear()
+    _single_calls.calls.clear()
+    random = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    inputs = [(random(*rows, 8, 128), random(n, 2, 128), random(n, 2, 128)) for n in (5000, 5000, 5000, 5001, 5000)]
+    got, straight = [], []
+    for x in inputs:
+        launched.clear()
+        got.append(function(*x, return_lse=True))
+        straight.append(not launched)
+    assert straight == [False, False, True, False, True]
+    for x, results in zip(inputs, got, strict=True):
+        _single_calls.calls.clear()
+        for a, b in zip(results, function(*x, return_lse=True), strict=True):
+            assert_same_bits(a.float().cpu().numpy(), b.float().cpu().numpy())
+    _attention.launchers.cache_clear()

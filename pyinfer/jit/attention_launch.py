@@ -422,8 +422,9 @@ def launch_single(
     config: AttentionConfig | Sm90Config | None = None,
     options: AttentionOptions = PLAIN,
     extras: AttentionExtras = NO_EXTRAS,
-) -> None:
-    """Attention of one request, without a plan: the kernel works out its items.
+    bind: bool = False,
+) -> BoundLaunch | None:
+    """Attention of one request, without a plan: the kernel works out its items. With `bind` it is only bound, as in `launch_attention`.
 
     Parameters
     ----------
@@ -444,7 +445,7 @@ def launch_single(
             logits_soft_cap=logits_soft_cap, v_scale=v_scale, kv_chunk=kv_chunk, num_splits=num_splits, pdl=pdl, config=config, options=options,
             extras=extras,
         )  # fmt: skip
-        return
+        return None
     qo_len, num_qo_heads, dim_qk = q.shape
     num_kv_heads, kv_len = (k.shape[0], k.shape[1]) if kv_layout == "HND" else (k.shape[1], k.shape[0])
     dim_vo = v.shape[-1]
@@ -479,19 +480,25 @@ def launch_single(
         attention_sm90.check(config, q, k, v, out, kv_layout, 0, options, aligned)
         group = num_qo_heads // num_kv_heads
         flags = attention_sm90.boxed(q, out, group)
-        maps = attention_sm90.encode(
-            attention_sm90.maps_of(config, q, k, v, out, kv_layout, 0, group, flags), q.ptr, k.ptr, v.ptr, out.ptr
-        )
+        maps = attention_sm90.maps_of(config, q, k, v, out, kv_layout, 0, group, flags)
+        encoded = attention_sm90.encode(maps, q.ptr, k.ptr, v.ptr, out.ptr)
         together = attention_sm90.heads_at_once(config, num_kv_heads, kv_len)
         request = (qo_len, kv_len, kv_chunk, num_splits, attention_sm90.box_rows(config, 0), flags, together)
-        values = (*values[:5], *partials[:3], *maps, partials[3], *values[5:], *shape, *request)
+        values = (*values[:5], *partials[:3], *encoded, partials[3], *values[5:], *shape, *request)
         kernel = attention_sm90.kernel_of(device, config, q.dtype, "single", variant, options)
-        kernel(stream, attention_sm90.grid(config, device, tiles * num_splits * num_kv_heads), values, pdl)
-        return
+        grid = attention_sm90.grid(config, device, tiles * num_splits * num_kv_heads)
+        if bind:
+            return attention_sm90.bind(kernel, grid, values, maps, pdl)
+        kernel(stream, grid, values, pdl)
+        return None
     kernel = _kernel(device, config, q.dtype, dim_qk, dim_vo, "single", variant, k.dtype, out.dtype, options, aligned)
     rope = _rope_table(options, dim_qk)
     values = (*values[:5], *partials, *values[5:15], *rope, *values[15:], *shape, qo_len, kv_len, kv_chunk, num_splits)
-    kernel(stream, tiles * num_splits * num_kv_heads, values, pdl)
+    grid = tiles * num_splits * num_kv_heads
+    if bind:
+        return kernel.bind(grid, values, 5, pdl)
+    kernel(stream, grid, values, pdl)
+    return None
 
 
 def _covered(
