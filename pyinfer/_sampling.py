@@ -45,6 +45,14 @@ def _check_contiguous(op: str, arg: str, v: TensorView) -> None:
         fail(op, arg, "is not contiguous", f"strides {tuple(v.strides)}", "stride 1", "Call .contiguous() on it.")
 
 
+def _is_number(x: Any, integral: bool) -> bool:
+    """Whether x is a number and no bool; the types that nearly all have first: an abstract class takes half a microsecond."""
+    return type(x) is int or (
+        (type(x) is float and not integral)
+        or (isinstance(x, numbers.Integral if integral else numbers.Real) and not isinstance(x, bool))
+    )
+
+
 class _Argument:
     """A threshold, seed or the like: a scalar, or one value per output or per row.
 
@@ -107,10 +115,10 @@ def _argument(
     high: float,
 ) -> _Argument:
     """Check and wrap an argument: a number in [low, high], or a tensor of one value, of `outputs` or of `rows` values (if both: `per_row` decides)."""
-    if isinstance(x, numbers.Real) and not isinstance(x, bool):
-        if integer and not isinstance(x, numbers.Integral):
+    if _is_number(x, False):
+        if integer and not _is_number(x, True):
             fail_type(op, arg, "is no integer", repr(x), "an integer or an int32 or int64 tensor")
-        value = x.__index__() if isinstance(x, numbers.Integral) and integer else float(x)
+        value = x.__index__() if integer else float(x)
         if not low <= value <= high:
             fail(op, arg, "is out of range", value, f"{low:g} to {high:g}")
         return _Argument(value)
@@ -174,7 +182,7 @@ def _indices(op: str, x: Any, like: TensorView) -> TensorView | None:
 
 def _stream_number(op: str, arg: str, x: Any, like: TensorView, outputs: int) -> _Argument:
     """A seed or an offset: an integer modulo 2^64, or a tensor of one integer per output."""
-    if isinstance(x, numbers.Integral) and not isinstance(x, bool):
+    if _is_number(x, True):
         return _Argument(int(x) & _U64)
     if not is_tensor(x):
         fail_type(
