@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyinfer.schedulers.plan import (
+    SINGLE_COUNTER,
     SINGLE_SEMAPHORE_BYTES,
     AttentionPlan,
     PlanCapacity,
@@ -139,7 +140,7 @@ def single_schedule(
     ):  # a tile spans at most tile_q tokens; without causality its first token's window opens up to the last key
         longest = min(kv_len, window_left + (min(qo_len, tile_q) if causal else qo_len))
     room = device_slots(num_sms, ctas_per_sm, num_kv_heads) // max(tiles, 1)
-    if room < 2 or longest <= 2 * tile_kv or tiles * num_kv_heads * 4 > SINGLE_SEMAPHORE_BYTES:
+    if room < 2 or longest <= 2 * tile_kv or tiles * num_kv_heads > SINGLE_COUNTER:
         return SingleSchedule(tiles, 0, 1, 0)
     # Twice tile_kv at least: shorter splits cost more to merge than they save.
     chunk = max(-(-longest // room), 2 * tile_kv)

@@ -42,9 +42,10 @@ def hopper(monkeypatch):
         attention_launch._kernel,
         tensormap.table,
     )
-    from pyinfer.core import device
+    from pyinfer.core import device, workspace
 
     monkeypatch.setattr(device, "arch_number_of", lambda index: 90)
+    monkeypatch.setattr(workspace.DeviceBuffer, "reserve", lambda self, nbytes, *, zero=False: 1 << 30)
     for cache in caches:
         cache.cache_clear()
     yield submitted
@@ -158,22 +159,22 @@ def test_falls_back(hopper, case):
 
 
 def test_heads_at_once():
-    """As many as half an L2 holds the keys and values of, at least one."""
+    """As many as L2 holds the keys and values of, at least one, in turns of equal size."""
     config = attention_sm90.candidates(128)[0]
     assert [attention_sm90.heads_at_once(config, 8, n) for n in (0, 1000, 4096, 8192, 16384, 1 << 30)] == [
         8,
         8,
         8,
-        6,
-        3,
+        8,
+        4,
         1,
     ]
 
 
 def test_order_of_heads():
     """The kernel's `block_of` takes every (item, head) once, in sections of heads."""
-    text = (Path(__file__).parent.parent / "cuda_src" / "prefill" / "prefill_sm90.cu.jinja").read_text()
-    body = text[text.index("const auto block_of") : text.index("Ring<WORKS> at;\n            bool more")]
+    text = (Path(__file__).parent.parent / "cuda_src" / "prefill" / "sm90_work.cu.jinja").read_text()
+    body = text[text.index("const auto block_of") : text.index("Ring<WORKS> at;\n    bool more")]
     lines = re.findall(r"const int (\w+) = (.+?);|return (.+?);", body)
     for items, num_kv_heads, at_once in ((1, 1, 1), (7, 8, 3), (5, 8, 8), (4, 6, 1), (3, 5, 2)):
         order = []

@@ -30,6 +30,7 @@ from pyinfer.jit.attention import (
 from pyinfer.jit.attention_config import AttentionConfig, prefill_config
 from pyinfer.jit.attention_options import PLAIN, AttentionOptions
 from pyinfer.jit.spec import JitSpec
+from pyinfer.schedulers.plan import PLAN_COUNTER, SINGLE_COUNTER
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import BoundLaunch, Kernel
@@ -39,7 +40,7 @@ DTYPES = (BFLOAT16, FLOAT16)
 HEAD_DIMS = (64, 128)
 """The usual head dimensions."""
 MIN_HEAD_DIM, MAX_HEAD_DIM = 64, 256
-L2_SHARE = 24 << 20  # bytes of keys and values that may count on staying in L2: half of Hopper's
+L2_SHARE = 32 << 20  # bytes of keys and values that may count on staying in L2, of Hopper's 50 MB
 MANY_ROWS = 1024  # no choice depends on more
 MIN_ROWS = 65  # packed query rows of the largest request: below, the sm80 family's tiles of 64 and 16 rows waste less
 COLUMNS = 64  # of a TMA box: 128 bytes
@@ -61,20 +62,14 @@ class Sm90Config:
         Warpgroups of 64 rows each.
     stages
         Tiles in the rings of K and V.
-    ping_pong
-        Two warpgroups take turns at issuing products: 1 passes the turn when they are issued, 2 when the scores are there. 0: no turns.
     q_buffers
         Tiles of queries in shared memory. With 2 the next work item's first product runs while this one's output is written.
-    persistent
-        The grid is what the device holds at once, and blocks take one item after another; otherwise a block for each item.
     dynamic
-        Blocks of a persistent grid take the next item when they are free (plans only: the counter is in the plan's header); otherwise in a fixed order.
+        Blocks take the next item when they are free, by a counter; otherwise in a fixed order.
     overlap
         Exponentials are kept in front of the wait for the product with V.
     gather
         K and V come row by row instead of by TMA: pages of any size, and any strides that are multiples of 16 bytes.
-    boxes
-        Whole tiles of queries and output come and go by TMA where they are boxes of their tensors.
     trace
         Block 0 writes what its warps do, and when, to the partials (tools/gpu/time_sm90.py trace; plans without splits).
     """
@@ -84,13 +79,10 @@ class Sm90Config:
     tile_kv: int
     consumers: int = 2
     stages: int = 2
-    ping_pong: int = 0
     q_buffers: int = 1
-    persistent: bool = True
-    dynamic: bool = False
+    dynamic: bool = True
     overlap: bool = True
     gather: bool = False
-    boxes: bool = True
     trace: bool = False
     kind: str = "prefill_sm90"
     ctas_per_sm: int = 1
@@ -101,9 +93,14 @@ class Sm90Config:
         return 64 * self.consumers
 
     @property
+    def loaders(self) -> int:
+        """Warps that bring K, and as many V. By TMA one is enough; row by row takes one for each 32 keys of a tile, if there are registers for so many."""
+        return min(self.tile_kv // 32, 3) if self.gather and self.head_dim_vo <= 128 else 1
+
+    @property
     def block(self) -> tuple[int, int, int]:
-        """Threads per block: the consumers, and a warpgroup for the producer."""
-        return (128 * (self.consumers + 1), 1, 1)
+        """Threads per block: the consumers, and a warpgroup for the producers; two where that many bring K and V."""
+        return (128 * (self.consumers + (2 if self.loaders > 1 else 1)), 1, 1)
 
     @property
     def smem(self) -> int:
@@ -111,28 +108,25 @@ class Sm90Config:
         qk, vo = (-(-dim // 64) * 128 for dim in (self.head_dim_qk, self.head_dim_vo))  # bytes of a row
         q = self.q_buffers * self.tile_q * max(qk, vo)
         ring = self.stages * self.tile_kv * (qk + vo)
-        control = WORKS * WORK_BYTES + (4 * self.stages + 3 * self.q_buffers + 2 * WORKS) * 8
+        control = WORKS * WORK_BYTES + (4 * self.stages + 3 * self.q_buffers + 3 * WORKS) * 8
         return -(-(q + ring + control) // 1024) * 1024 + SLACK
 
     @property
     def registers(self) -> tuple[int, int]:
         """Of a producer's and of a consumer's thread: with those of all others (one consumer: of two blocks) at most 64 Ki."""
         if self.gather:
-            return (56, 224)
+            return (40, 216) if self.loaders > 1 else (56, 224)
         return {1: (40, 216), 2: (40, 232), 3: (32, 160)}[self.consumers]
 
     @property
     def tag(self) -> str:
         """Short form for kernel names."""
         flags = (
-            f"pp{self.ping_pong}" * (self.ping_pong > 0),
             "q2" * (self.q_buffers == 2),
-            "dyn" * self.dynamic,
+            "static" * (not self.dynamic),
             "late" * (not self.overlap),
             "gather" * self.gather,
-            "rows" * (not self.boxes),
             "trace" * self.trace,
-            "grid" * (not self.persistent),
         )
         return "_".join((f"q{self.tile_q}_kv{self.tile_kv}_s{self.stages}", *filter(None, flags)))
 
@@ -172,11 +166,11 @@ def candidates(
     if largest <= 128:
         two = make(128, q_buffers=2)
         if not high:
-            return (two, make(128, q_buffers=2, dynamic=True))
-        return (three(80), three(80, stages=3), three(80, overlap=False), three(80, boxes=False), two)
+            return (two,)
+        return (three(80), three(80, stages=3), three(80, overlap=False), three(80, dynamic=False), two)
     if head_dim_qk <= 192 and vo <= 128:
         two = make(128)
-        return (make(96, q_buffers=2), two) if high else (two,)
+        return (make(96, q_buffers=2), three(80, q_buffers=1), three(80, q_buffers=1, stages=3), two) if high else (two,)
     if largest <= 192:
         return (make(96),)
     return (make(80), make(80, overlap=False))
@@ -288,8 +282,9 @@ def gen_prefill_sm90(
         "CONSUMERS": config.consumers,
         "STAGES": config.stages,
         "Q_BUFFERS": config.q_buffers,
-        "PING_PONG": config.ping_pong,
-        "dynamic": config.dynamic and source == "plan",
+        "LOADERS": config.loaders,
+        "dynamic": config.dynamic,
+        "counter_at": PLAN_COUNTER if source == "plan" else SINGLE_COUNTER,
         "overlap": config.overlap,
         "gather": config.gather,
         "trace": config.trace,
@@ -379,7 +374,7 @@ def gathering(head_dim_qk: int, head_dim_vo: int) -> Sm90Config:
     make = functools.partial(Sm90Config, head_dim_qk, head_dim_vo, gather=True)
     largest = max(head_dim_qk, head_dim_vo)
     if largest <= 64:
-        return make(128, stages=4, q_buffers=2)
+        return make(96, stages=6, q_buffers=2)
     if largest <= 128:
         return make(96, stages=3, q_buffers=2)
     return make(64, stages=3) if head_dim_qk <= 192 and head_dim_vo <= 128 else make(64)
@@ -413,8 +408,6 @@ def stand_in(preferred: AttentionConfig, head_dim_qk: int, head_dim_vo: int, til
 
 def grid(config: Sm90Config, device: int, items: int) -> int:
     """Blocks to launch for so many work items, each of one kv head."""
-    if not config.persistent:
-        return items
     from pyinfer.core.device import num_sms
 
     return min(items, num_sms(device) * config.ctas_per_sm)
@@ -461,7 +454,8 @@ def check(config: Sm90Config, *call: Any) -> None:
 def heads_at_once(config: Sm90Config, num_kv_heads: int, tokens: int) -> int:
     """How many kv heads to work on at a time, so that their keys and values, of so many tokens in all, stay in L2."""
     size = max(tokens, 1) * (config.head_dim_qk + config.head_dim_vo) * 2
-    return max(1, min(num_kv_heads, L2_SHARE // size))
+    sections = -(-num_kv_heads // max(1, L2_SHARE // size))
+    return -(-num_kv_heads // sections)
 
 
 def boxed(q: TensorView, out: TensorView, group: int) -> int:
