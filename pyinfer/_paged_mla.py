@@ -342,17 +342,13 @@ def _used_pages(indices: np.ndarray, kv_indptr: np.ndarray, kv_len: np.ndarray, 
 def _tiles(
     device: int, max_packed_rows: int, page_size: int, backend: str, kv_itemsize: int
 ) -> tuple[int, int, int, int, Any]:
-    """(tile_q, tile_kv, processors, blocks per processor, configuration) for the scheduler; a cluster counts as one processor."""
+    """(tile_q, tile_kv, processors, blocks per processor, configuration) for the scheduler."""
     if device < 0:
         from pyinfer.cpu.mla import config
 
         return (*config(max_packed_rows), 1, None)
     from pyinfer.core.device import arch_number_of, num_sms
     from pyinfer.jit.mla import choose_config
-    from pyinfer.jit.mla_sm90 import MlaSm90Config
 
     chosen = choose_config(arch_number_of(device), max_packed_rows, page_size, backend, kv_itemsize)
-    processors = num_sms(device)
-    if isinstance(chosen, MlaSm90Config):
-        processors = max(processors // chosen.cluster, 1)
-    return chosen.tile_q, chosen.tile_kv, processors, chosen.ctas_per_sm, chosen
+    return chosen.tile_q, chosen.tile_kv, num_sms(device), chosen.ctas_per_sm, chosen

@@ -25,7 +25,7 @@ SCALE = (128 + 64) ** -0.5
 # ---- layouts ---------------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def source():
-    text = render(mla_sm90.gen_mla_sm90(mla_sm90.MlaSm90Config(2), "bfloat16"), "90a")
+    text = render(mla_sm90.gen_mla_sm90(mla_sm90.MlaSm90Config(), "bfloat16"), "90a")
     for name in ("BLOCK", "HALF_BYTES"):
         assert expression(text, rf"constexpr int {name} = (.+?);")(**CONSTANTS) == CONSTANTS[name]
     return text
@@ -48,12 +48,10 @@ def load_tile(memory, base, values, rows):
 
 
 def test_boxes_are_as_loaded_here(source):
-    assert "const uint32_t rows = smem_address(smem.ckv[stage][half]) + lane * p.box_rows * 128;" in source
-    assert (
-        "tma_load_3d_multicast(rows + block * BLOCK, &p.ckv_map, full, half * HALF + block * 64, at.slot, at.page, 3);"
-        in source
-    )
-    assert "const int block = CLUSTER == 1 ? c : static_cast<int>(rank) * 2 + c;" in source  # two blocks bring four
+    assert "const uint32_t rows = smem_address(smem.ckv[stage][half]) + role.box_offset();" in source
+    assert "return threadIdx.x % 32 * p.box_rows * 128;" in source
+    assert "tma_load_3d(rows + block * BLOCK, &p.ckv_map, full, half * HALF + block * 64, at.slot, at.page);" in source
+    assert "for (int block = 0; block < HALF / 64; ++block) {" in source
 
 
 @pytest.mark.parametrize("rows", [8, 64])
@@ -206,26 +204,21 @@ class Barrier:
         return self.phase % 2 != parity
 
 
-def schedule(num_tiles, cluster, seed):
-    """Score and output warpgroups of the blocks of a cluster as generators, run in random turns. Returns what each product read."""
+def schedule(num_tiles, seed):
+    """Score and output warpgroups as generators, run in random turns. Returns what each product read."""
     rng = np.random.default_rng(seed)
-    blocks = []
-    for _ in range(cluster):
-        barriers = {("full", s, h): Barrier(cluster) for s in range(3) for h in range(2)}  # a phase: every block's part
-        barriers |= {("empty", s, h): Barrier(4 * cluster) for s in range(3) for h in range(2)}
-        barriers |= {("weights_full", i): Barrier(4) for i in range(2)} | {
-            ("weights_empty", i): Barrier(8) for i in range(2)
-        }
-        barriers |= {"kpe_full": Barrier(1), "kpe_empty": Barrier(4)}
-        blocks.append((barriers, {}, []))
+    barriers = {("full", s, h): Barrier(1) for s in range(3) for h in range(2)}
+    barriers |= {("empty", s, h): Barrier(4) for s in range(3) for h in range(2)}
+    barriers |= {("weights_full", i): Barrier(4) for i in range(2)}
+    barriers |= {("weights_empty", i): Barrier(8) for i in range(2)}
+    barriers |= {"kpe_full": Barrier(1), "kpe_empty": Barrier(4)}
+    memory, read = {}, []
 
     def wait(barrier, parity):
         while not barrier.ended(parity):
             yield
 
-    def scores(block):
-        barriers, memory, read = blocks[block]
-
+    def scores():
         def load_kpe(i):
             memory["kpe"] = i
             barriers["kpe_full"].arrive()
@@ -234,9 +227,8 @@ def schedule(num_tiles, cluster, seed):
         if num_tiles > 2:
             yield
             for _ in range(4):
-                for other in blocks:
-                    other[0]["empty", 2, 0].arrive()
-                    other[0]["empty", 2, 1].arrive()
+                barriers["empty", 2, 0].arrive()
+                barriers["empty", 2, 1].arrive()
         for i in range(num_tiles):
             at_once = i > 0 and not barriers["full", i % 3, 0].ended(i // 3 & 1)
             if at_once:
@@ -265,13 +257,10 @@ def schedule(num_tiles, cluster, seed):
         for _ in range(4):
             barriers["weights_full", (num_tiles - 1) & 1].arrive()
 
-    def output(block, h):
-        barriers, memory, read = blocks[block]
-
-        def load(i):  # this block's part, to all; the tile is there when all parts are
-            for other in blocks:
-                other[0]["full", i % 3, h].arrive()
-                other[1][i % 3, h] = i
+    def output(h):
+        def load(i):
+            memory[i % 3, h] = i
+            barriers["full", i % 3, h].arrive()
 
         for i in range(min(num_tiles, 3)):
             if i == 2:
@@ -290,28 +279,26 @@ def schedule(num_tiles, cluster, seed):
                 barriers["weights_empty", i & 1].arrive()
             if i + 3 < num_tiles:
                 for _ in range(4):
-                    for other in blocks:
-                        other[0]["empty", i % 3, h].arrive()
+                    barriers["empty", i % 3, h].arrive()
                 yield from wait(barriers["empty", i % 3, h], (i // 3 & 1) ^ (i % 3 == 2))
                 load(i + 3)
 
-    active = [g for b in range(cluster) for g in (scores(b), output(b, 0), output(b, 1))]
+    active = [scores(), output(0), output(1)]
     for _ in range(20000):
         if not active:
-            return [entry for _, _, read in blocks for entry in read]
+            return read
         one = active[rng.integers(len(active))]
         if next(one, "end") == "end":
             active.remove(one)
     raise AssertionError("deadlock")
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
-def test_barrier_phases(cluster):
-    """No deadlock, and every product reads its own tile, whatever the speed of the warpgroups and blocks."""
+def test_barrier_phases():
+    """No deadlock, and every product reads its own tile, whatever the speed of the warpgroups."""
     for num_tiles in (1, 2, 3, 4, 5, 6, 7, 12, 13):
-        for seed in range(6):
-            read = schedule(num_tiles, cluster, seed)
-            assert len(read) == cluster * num_tiles * 7
+        for seed in range(12):
+            read = schedule(num_tiles, seed)
+            assert len(read) == num_tiles * 7
             assert all(want == got for _, _, want, got in read)
 
 
@@ -326,10 +313,10 @@ def test_phases_in_the_source(source):
         "mbarrier_wait(smem_address(&smem.weights_full[slot]), i / 2 & 1);",
         "mbarrier_wait(smem_address(&smem.empty[stage][half]), round ^ (stage == 2 ? 1 : 0));",
         "mbarrier_wait(smem_address(&smem.empty[2][half]), 0);",
-        "mbarrier_init(smem_address(&smem.empty[s][h]), 4 * CLUSTER);",
-        "mbarrier_init(smem_address(&smem.weights_full[i]), 4);",
-        "mbarrier_init(smem_address(&smem.weights_empty[i]), 8);",
-        "mbarrier_init(smem_address(&smem.kpe_empty), 4);",
+        "mbarrier_init(smem_address(&empty[s][h]), 4);",
+        "mbarrier_init(smem_address(&weights_full[i]), 4);",
+        "mbarrier_init(smem_address(&weights_empty[i]), 8);",
+        "mbarrier_init(smem_address(&kpe_empty), 4);",
     ):
         assert line in source, line
 
@@ -369,16 +356,16 @@ def planned(heads, qo, kv, page_size, backend="auto"):
 
 
 @pytest.mark.parametrize(
-    ("heads", "qo", "page_size", "cluster", "rows"), [(128, 1, 64, 1, 64), (16, 4, 16, 1, 16), (16, 5, 24, 1, 8), (3, 1, 256, 1, 64)]
-)  # fmt: skip
-def test_launch(hopper, heads, qo, page_size, cluster, rows):
+    ("heads", "qo", "page_size", "rows"), [(128, 1, 64, 64), (16, 4, 16, 16), (16, 5, 24, 8), (3, 1, 256, 64)]
+)
+def test_launch(hopper, heads, qo, page_size, rows):
     wrapper, nope, pe, cache = planned(heads, [qo, qo], [500, 90], page_size)
     out, lse = wrapper.run(nope, pe, cache[..., :512], cache[..., 512:], return_lse=True, return_lse_base_on_e=True)
     name, grid, data, *_ = hopper.pop()
     plan = wrapper.plan_info
-    assert name == f"mla_sm90_bf16_q{64 * cluster}_kv64_x{cluster}"
-    assert grid == (cluster * plan.n_work, 1, 1)
-    assert plan.tile_q == 64 * cluster
+    assert name == "mla_sm90_bf16_q64_kv64"
+    assert grid == (plan.n_work, 1, 1)
+    assert plan.tile_q == 64
     found = stub_driver.fields(mla_sm90.PARAMS, data)
     for key, x in (("q_nope", nope), ("q_pe", pe), ("out", out), ("lse", lse)):
         assert found[key] == x.data_ptr()
@@ -390,7 +377,7 @@ def test_launch(hopper, heads, qo, page_size, cluster, rows):
     assert found["box_rows"] == rows
     assert found["page_size"] == page_size
     assert found["group"] == heads
-    assert found["slots"] == 132 // cluster
+    assert found["slots"] == 132
     assert found["causal"] == 1
     assert found["window_left"] == -1
     assert found["q_nope_stride_token"] == found["q_pe_stride_token"] == 576 * heads
@@ -435,7 +422,7 @@ def test_choice():
         assert isinstance(mla.choose_config(arch, 128, 64), mla.MlaConfig)
         with pytest.raises(ValueError, match=f"backend needs a Hopper GPU: got 'fa3' on architecture {arch}"):
             mla.choose_config(arch, 128, 64, "fa3")
-    assert mla.choose_config(90, 128, 8) == mla.choose_config(90, 1, 64, "fa3") == mla_sm90.MlaSm90Config(1)
+    assert mla.choose_config(90, 128, 8) == mla.choose_config(90, 1, 64, "fa3") == mla_sm90.MlaSm90Config()
     assert isinstance(mla.choose_config(90, 64, 4), mla.MlaConfig)
     assert [mla_sm90.box_rows(n) for n in (1, 4, 8, 20, 24, 48, 64, 100, 128)] == [0, 0, 8, 0, 8, 16, 64, 0, 64]
 
@@ -457,13 +444,13 @@ def test_module(monkeypatch):
 @pytest.mark.compile
 def test_compiles():
     """No spill, no warning of ptxas about wgmma or setmaxnreg, no static shared memory, registers that add up."""
-    for i, cluster in enumerate((1, 2)):
+    config = mla_sm90.mla_sm90_config()
+    assert config.score_registers + 2 * config.output_registers <= 3 * 168
+    assert config.smem <= 227 * 1024
+    for dtype in (BFLOAT16, FLOAT16):
         for soft_cap in (False, True):
-            config = mla_sm90.MlaSm90Config(cluster)
-            assert config.score_registers + 2 * config.output_registers <= 3 * 168
-            artifact = mla_sm90.gen_mla_sm90(config, (BFLOAT16, FLOAT16)[i ^ soft_cap], soft_cap).build("90a")
+            artifact = mla_sm90.gen_mla_sm90(config, dtype, soft_cap).build("90a")
             used = artifact.resources
-            assert used.spill_stores == used.spill_loads == used.stack == used.smem == 0, (config.tag, used)
+            assert used.spill_stores == used.spill_loads == used.stack == used.smem == 0, used
             assert used.registers == 168
-            assert config.smem <= 227 * 1024
-            assert not [line for line in artifact.log.splitlines() if "(C75" in line], (config.tag, artifact.log)
+            assert not [line for line in artifact.log.splitlines() if "(C75" in line], artifact.log

@@ -1,4 +1,4 @@
-"""Multi-head latent attention for Hopper: when the sm90 kernel is taken, its two configurations, spec and launch."""
+"""Multi-head latent attention for Hopper: when the sm90 kernel is taken, its spec and launch."""
 
 from __future__ import annotations
 
@@ -28,27 +28,21 @@ _LEADING = struct.Struct(f"@8P{tensormap.BYTES}s{tensormap.BYTES}s")  # the poin
 
 @dataclass(frozen=True)
 class MlaSm90Config:
-    """How the kernel is cut: blocks of 64 packed rows x 64 keys, `cluster` of them on one work item, each bringing a part of the keys for both.
+    """How the kernel is cut: blocks of 64 packed rows x 64 keys.
 
     Attributes
     ----------
-    cluster
-        1 or 2.
-    turns
-        The weights of a tile are handed over behind the scores of the next one, so that the two products do not compete for the tensor cores.
     score_registers, output_registers
         Of a thread of the score warpgroup, and of the two output warpgroups: 504 for three warpgroups is what they get at launch.
     """
 
-    cluster: int
-    turns: bool = True
     score_registers: int = 184
     output_registers: int = 160
 
     @property
     def tile_q(self) -> int:
         """Packed query rows of a work item."""
-        return ROWS * self.cluster
+        return ROWS
 
     @property
     def tile_kv(self) -> int:
@@ -68,12 +62,12 @@ class MlaSm90Config:
     @property
     def tag(self) -> str:
         """Short form for kernel names."""
-        return f"q{self.tile_q}_kv{TILE_KV}_x{self.cluster}{'' if self.turns else '_loose'}"
+        return f"q{ROWS}_kv{TILE_KV}"
 
 
 def mla_sm90_config() -> MlaSm90Config:
-    """The configuration that is taken. Pairs (cluster 2) measured up to 3% slower on an H200 than blocks on their own; `tools/gpu/time_mla.py` times both."""
-    return MlaSm90Config(1)
+    """The configuration that is taken."""
+    return MlaSm90Config()
 
 
 def box_rows(page_size: int) -> int:
@@ -91,7 +85,7 @@ PARAMS = ParamStruct(
     ptr("kv_indices", "const int32_t", "page ids"),
     ptr("partial_o", "float", "[max_partials, 1, TILE_Q, 512]"),
     ptr("partial_lse", "float", "[max_partials, 1, TILE_Q], base 2"),
-    ptr("semaphore", "int32_t", "[max_partials], zero between launches; a tile's blocks take one word each"),
+    ptr("semaphore", "int32_t", "[max_partials], zero between launches"),
     tensor_map("ckv_map", "3-D: column, token, page; keys and values"),
     tensor_map("kpe_map"),
     i64("q_nope_stride_token", "strides in elements"),
@@ -116,8 +110,6 @@ def gen_mla_sm90(config: MlaSm90Config, dtype: DType | str, soft_cap: bool = Fal
     dt = canonical_dtype(dtype)
     constants = {
         "scalar_t": dt.ctype,
-        "CLUSTER": config.cluster,
-        "TURNS": config.turns,
         "SOFT_CAP": soft_cap,
         "SCORE_REGISTERS": config.score_registers,
         "OUTPUT_REGISTERS": config.output_registers,
@@ -132,7 +124,6 @@ def gen_mla_sm90(config: MlaSm90Config, dtype: DType | str, soft_cap: bool = Fal
         smem=config.smem,
         min_arch=90,
         max_arch=90,
-        cluster=(config.cluster, 1, 1) if config.cluster > 1 else None,
     )
 
 
@@ -190,12 +181,11 @@ def prepare_mla_sm90(
         *shape_values(plan.num_qo_heads, 1, plan.causal, plan.window_left, plan.page_size),
         *plan_values(plan, plan_buffer_ptr),
         rows,
-        max(num_sms(device) // config.cluster, 1),
+        num_sms(device),
     )
     kernel = _kernel(device, config, dtype, soft_cap)
-    grid = plan.max_work * config.cluster
     semaphore = plan_buffer_ptr + 4 * plan.offsets.semaphore
-    return PreparedMlaSm90(kernel, grid, constants, plan.partial_lse_offset, semaphore, rows)
+    return PreparedMlaSm90(kernel, plan.max_work, constants, plan.partial_lse_offset, semaphore, rows)
 
 
 def launch_mla_sm90(

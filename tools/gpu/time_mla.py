@@ -74,11 +74,10 @@ class Batch:
 
     def planned(self, config: Any, slots: int = 0) -> tuple[Callable[[], None], Any, Any, Any]:
         """(run, out, lse, plan). slots: as if the device ran so many work items at a time."""
-        cluster = getattr(config, "cluster", 1)
         plan = build_plan(
             "mla", self.qo_indptr, np.diff(self.qo_indptr).astype(np.int32), self.kv_indptr, self.kv_len, self.indices.cpu().numpy(),
             num_qo_heads=self.heads, num_kv_heads=1, head_dim_qk=576, head_dim_vo=512, page_size=self.page, tile_q=config.tile_q,
-            tile_kv=config.tile_kv, num_sms=slots or num_sms(0) // cluster, ctas_per_sm=config.ctas_per_sm, causal=self.causal, window_left=-1,
+            tile_kv=config.tile_kv, num_sms=slots or num_sms(0), ctas_per_sm=config.ctas_per_sm, causal=self.causal, window_left=-1,
             fixed_split_size=None, disable_split_kv=slots < 0, extra_slots=EXTRA_SLOTS, capacity=None, max_page=0,
         )  # fmt: skip
         buffer = torch.from_numpy(plan.pack().copy()).cuda()
@@ -276,7 +275,7 @@ def batches(config: Any, dtype: Any) -> None:
 
 def check() -> None:
     """All stages of all configurations."""
-    for config in (MlaSm90Config(1), MlaSm90Config(2)):
+    for config in (MlaSm90Config(),):
         for dtype in (torch.bfloat16, torch.float16):
             before = failures
             stages(config, dtype)
@@ -302,8 +301,7 @@ CASES = (  # heads, batch, q length, kv length, page size
 
 def variants(heads: int, rows: int) -> list[Any]:
     """What is worth timing."""
-    clusters = (2, 1) if rows > 64 else (1,)
-    sm90 = [MlaSm90Config(cluster) for cluster in clusters]
+    sm90 = [MlaSm90Config()]
     sm80 = [mla_config(90, rows)] if rows > 16 else list(candidate_configs(90, rows)[:2])
     return sm90 + sm80
 
@@ -346,7 +344,7 @@ def times(quick: bool, peers: bool) -> None:
                     run = make()
                     found = run()
                     runs[0]()
-                    first = a.planned(MlaSm90Config(1 if qo * heads <= 64 else 2))
+                    first = a.planned(MlaSm90Config())
                     first[0]()
                     synchronize(label)
                     error = (
