@@ -95,7 +95,8 @@ class DecodeStep:
         t = self._here
         t["length"] += t["running"]
         self._attention.replan(t["length"])
-        inputs = StepInputs(t["token"], t["row"], t["length"] - 1, t["pages"], t["page_indptr"], t["last_page_len"])
+        position = t["length"] - 1
+        inputs = StepInputs(t["token"], t["row"], position, position.clip(0), t["pages"], t["page_indptr"])
         logits = self._model.run_layers(inputs, self._cache, self._attention.run)
         logits /= t["temperature"][:, None]
         t["token"][:] = pyinfer.top_k_top_p_sampling_from_logits(

@@ -48,14 +48,17 @@ class Batch:
 
 
 class StepInputs(NamedTuple):
-    """What the layers read, on the device, int32: per token its id, request and position, and the page table of the requests."""
+    """What the layers read, on the device, int32: per token its id, request, position and position for the rotation, and the requests' page table.
+
+    A token that is nobody's has position -1, which keeps it out of the cache, and is turned as if at 0.
+    """
 
     token: Array
     request: Array
     position: Array
+    turn: Array
     kv_indices: Array
     kv_indptr: Array
-    kv_last_page_len: Array
 
 
 class Attention:
@@ -106,6 +109,13 @@ class Layer:
     down: Array  # [hidden, intermediate]
 
 
+def rotation_table(config: LlamaConfig) -> np.ndarray:
+    """float32 [context_length, head_dim]: of every position the cosines of all angles, then the sines."""
+    frequency = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    angle = np.arange(config.context_length)[:, None] * frequency
+    return np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+
+
 class Llama:
     """A Llama-family decoder on pyinfer's operators.
 
@@ -143,6 +153,7 @@ class Llama:
             for i in range(config.num_layers)
         ]
         self._attention = Attention(config, backend)
+        (self._angles,) = backend.upload(rotation_table(config))
 
     def forward(self, batch: Batch, cache: PagedKVCache) -> Array:
         """Run every layer over the batch, appending its keys and values to the cache.
@@ -158,7 +169,7 @@ class Llama:
         )
         seq_lens = pyinfer.get_seq_lens(kv_indptr, last_page_len, cache.page_size)
         request, position = pyinfer.get_batch_indices_positions(qo_indptr, seq_lens, batch.tokens.size)
-        inputs = StepInputs(tokens, request, position, kv_indices, kv_indptr, last_page_len)
+        inputs = StepInputs(tokens, request, position, position, kv_indices, kv_indptr)
         return self.run_layers(inputs, cache, self._attention.run, logit_rows)
 
     def run_layers(
@@ -170,7 +181,7 @@ class Llama:
     ) -> Array:
         """The forward pass over tokens on the device; `attention(q, kv_layer)` is planned. Logits of `logit_rows`, or of all rows."""
         c, linear = self.config, self.backend.linear
-        tokens, request, position, kv_indices, kv_indptr, last_page_len = inputs
+        tokens, request, position, turn, kv_indices, kv_indptr = inputs
         num_tokens = tokens.shape[0]
         x = self.backend.take(self.embedding, tokens)  # the residual stream, from here on updated in place
         h = pyinfer.rmsnorm(x, self.layers[0].attn_norm, c.rms_eps)
@@ -178,9 +189,10 @@ class Llama:
             qkv = linear(h, layer.qkv).reshape(num_tokens, c.num_qo_heads + 2 * c.num_kv_heads, c.head_dim)
             q, k = qkv[:, : c.num_qo_heads], qkv[:, c.num_qo_heads : -c.num_kv_heads]  # views: no copy is made
             v = qkv[:, -c.num_kv_heads :]
-            # interleave=True: a GGUF file keeps the pairs that rotate together next to each other (see weights.iter_tensors).
-            pyinfer.apply_rope_pos_ids_inplace(q, k, position, interleave=True, rope_theta=c.rope_theta)
-            pyinfer.append_paged_kv_cache(k, v, request, position, kv, kv_indices, kv_indptr, last_page_len)
+            # is_neox=False: a GGUF file keeps the pairs that rotate together next to each other (see weights.iter_tensors).
+            pyinfer.rope_append_paged_kv_cache(
+                q, k, v, self._angles, turn, kv, kv_indices, kv_indptr, request, position, is_neox=False, q_out=q
+            )
             h = linear(attention(q, kv).reshape(num_tokens, -1), layer.attn_out)
 
             pyinfer.fused_add_rmsnorm(h, x, layer.ffn_norm, c.rms_eps)  # x += h; h = norm(x)
