@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 import pyinfer
+from pyinfer._fp8_queries import split_scales
 from pyinfer.core import tensormap
 from pyinfer.core.dtypes import FLOAT8_E4M3, FLOAT8_E5M2
+from pyinfer.core.imagined import Imagined
+from pyinfer.core.tensor import view
 from pyinfer.jit import attention_fp8 as fp8
 from pyinfer.jit.attention_options import PLAIN, AttentionOptions
 from tests import stub_driver
@@ -170,6 +173,8 @@ def test_arguments(rng, backend):
         single(q, k, v, two, o_dtype="float16")
     with pytest.raises(TypeError, match="scale_k"):
         single(q, k, v, None, arrays.array(np.ones(2), "float16"), o_dtype="float16")
+    with pytest.raises(ValueError, match="scale_v is on another device: got cpu, wanted cuda:0"):
+        split_scales("prefill", (None, None, two), view(Imagined((6, 4, 64), FLOAT8_E4M3, 0)), 2)
     with pytest.raises(ValueError, match="scale_v is not contiguous"):
         single(q, k, v, None, None, arrays.array(np.ones(4, np.float32))[::2], o_dtype="float16")
     wrapper = pyinfer.BatchPrefillWithRaggedKVCacheWrapper()
@@ -261,7 +266,6 @@ def launched(submitted: list, params) -> dict:
 def test_launch(hopper):
     import torch
 
-    from pyinfer.core.tensor import view
     from pyinfer.jit.attention_launch import chosen_config, launch_attention, launch_single
     from pyinfer.jit.attention_options import AttentionExtras
     from pyinfer.schedulers.prefill import prefill_plan
@@ -344,6 +348,8 @@ def test_launch(hopper):
         )
     with pytest.raises(ValueError, match="leaves no splits"):
         launch_attention(*arguments, sm_scale=0.25, extras=AttentionExtras(merge=False))
+    with pytest.raises(ValueError, match="plan was made for another tile: got 192, wanted tile_q 64"):
+        launch_attention(*arguments, sm_scale=0.25, config=fp8.candidates(128, 128, 64)[0])
     assert not hopper
 
 

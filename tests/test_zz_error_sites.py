@@ -8,9 +8,11 @@ from tests import error_sites
 from tests.error_sites import ROOT, sites
 
 ATTENTION = (
-    "_attention", "_attention_options", "_batch_attention", "_batch_pod", "_batch_prefill", "_batch_run", "_cascade_wrappers", "_flashinfer", "_paged_mla",
+    "_attention", "_attention_options", "_batch_attention", "_batch_pod", "_batch_prefill", "_batch_run", "_cascade_wrappers", "_flashinfer",
+    "_fp8_queries", "_paged_mla",
     "_replan", "_sink_wrapper", "_support", "attention", "cascade", "decode", "mla", "pod", "prefill", "quantization", "sparse", "utils",
-    "jit/attention", "jit/attention_config", "jit/attention_launch", "jit/attention_options", "jit/cascade", "jit/mla", "jit/pod", "jit/replan",
+    "jit/attention", "jit/attention_config", "jit/attention_fp8", "jit/attention_fp8_launch",
+    "jit/attention_launch", "jit/attention_options", "jit/cascade", "jit/mla", "jit/pod", "jit/replan",
 )  # fmt: skip
 SCHEDULERS = ("decode", "mixed", "plan", "prefill")
 FILES = [ROOT / f"{name}.py" for name in ATTENTION] + [ROOT.parent / "schedulers" / f"{name}.py" for name in SCHEDULERS]
@@ -18,7 +20,8 @@ FILES = [ROOT / f"{name}.py" for name in ATTENTION] + [ROOT.parent / "schedulers
 NEEDED = {
     "test_attention_compile", "test_attention_errors", "test_batch_attention", "test_batch_pod", "test_cascade", "test_cascade_wrappers", "test_decode",
     "test_device_errors", "test_flashinfer", "test_graph_replay", "test_mla", "test_mla_sm90", "test_options", "test_plan_contract", "test_plan_wrappers",
-    "test_pod", "test_prefill", "test_quantization", "test_replan", "test_schedulers", "test_sink_wrapper", "test_sm90_launch", "test_sparse",
+    "test_pod", "test_prefill",
+    "test_prefill_fp8", "test_quantization", "test_replan", "test_schedulers", "test_sink_wrapper", "test_sm90_launch", "test_sparse",
     "test_support", "test_utils", "test_variants_errors",
 }  # fmt: skip
 
