@@ -20,13 +20,13 @@ _last: Any = None
 SingleCall = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
-def single_call(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> SingleCall | None:
-    """What a call is recognised by, with the caller's stream, to which its workspace belongs. None: not a torch tensor of a GPU."""
+def single_call(q: Any, k: Any, v: Any, options: tuple[Any, ...], others: tuple[Any, ...] = ()) -> SingleCall | None:
+    """What a call is recognised by, with the caller's stream, to which its workspace belongs. None: not a torch tensor of a GPU. `others`: more tensors."""
     torch = sys.modules.get("torch")
     if torch is None or type(q) is not torch.Tensor:
         return None
     device = _device(q)
-    return None if device < 0 else ((*options, torch._C._cuda_getCurrentRawStream(device)), (q, k, v))
+    return None if device < 0 else ((*options, torch._C._cuda_getCurrentRawStream(device)), (q, k, v, *others))
 
 
 def _device(q: Any) -> int:

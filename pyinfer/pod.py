@@ -6,6 +6,8 @@ from typing import Any
 
 from pyinfer import _attention as common
 from pyinfer._batch_pod import BatchPODWithPagedKVCacheWrapper
+from pyinfer._single_calls import SingleCall, comes_again, single_call
+from pyinfer.core.calls import MISS, Calls, Source
 from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pyinfer.core.errors import fail
 from pyinfer.core.tensor import TensorView, current_stream, empty, view
@@ -56,6 +58,7 @@ class PODWithPagedKVCacheWrapper:
         self._decode._op = self._op  # errors name what was called
         self._plain = True
         self._fits = False
+        self._calls = Calls()  # run() with the plan there is
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -93,6 +96,7 @@ class PODWithPagedKVCacheWrapper:
         strict: bool = False,
     ) -> None:
         """Schedule the decode batch. Parameters and errors as `BatchDecodeWithPagedKVCacheWrapper.plan`."""
+        self._calls.clear()
         self._decode.plan(
             indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode=pos_encoding_mode, window_left=window_left,
             q_data_type=q_data_type, kv_data_type=kv_data_type, data_type=data_type, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
@@ -176,6 +180,25 @@ class PODWithPagedKVCacheWrapper:
             [qo_len, num_qo_heads, head_dim] and [batch, num_qo_heads, head_dim].
         """
         op, d = self._op, self._decode
+        call = None
+        elsewhere = (
+            custom_mask_p,
+            packed_custom_mask_p,
+            custom_mask_d,
+            packed_custom_mask_d,
+            rope_scale_d,
+            rope_theta_d,
+        )
+        if not args and not any(x is not None for x in elsewhere):
+            pair = type(paged_kv_cache_d) is tuple
+            options = (
+                bool(causal_p), kv_layout_p, pos_encoding_mode_p, sm_scale_p, window_left_p, rope_scale_p, rope_theta_p, return_lse_p, kv_layout_d,
+                pos_encoding_mode_d, sm_scale_d, window_left_d, q_scale, k_scale, v_scale, return_lse_d, enable_pdl, pair,
+            )  # fmt: skip
+            call = single_call(q_p, k_p, v_p, options, (q_d, *paged_kv_cache_d) if pair else (q_d, paged_kv_cache_d))
+            done = MISS if call is None else self._calls.run(*call)
+            if done is not MISS:
+                return _by_part(done, return_lse_p, return_lse_d)
         plan = d.plan_info
         if plan is None:
             fail(op, "plan()", "was not called", "run() first", "plan() before run()")
@@ -203,7 +226,7 @@ class PODWithPagedKVCacheWrapper:
         if custom_mask_p is None and packed_custom_mask_p is None and pos_encoding_mode_p == "NONE" and self._fits:
             done = self._together(
                 q_p, k_p, v_p, q_d, paged_kv_cache_d, bool(causal_p), kv_layout_p, sm_scale_p, window_left_p, return_lse_p, q_scale, k_scale, v_scale,
-                return_lse_d, enable_pdl,
+                return_lse_d, enable_pdl, call,
             )  # fmt: skip
             if done is not None:
                 return done
@@ -222,6 +245,7 @@ class PODWithPagedKVCacheWrapper:
     def _together(
         self, q_p: Any, k_p: Any, v_p: Any, q_d: Any, cache: Any, causal: bool, kv_layout_p: str, sm_scale_p: float | None, window_left_p: int,
         return_lse_p: bool, q_scale: Any, k_scale: Any, v_scale: Any, return_lse_d: bool, enable_pdl: bool | None,
+        call: SingleCall | None,
     ) -> tuple[Any, Any] | None:  # fmt: skip
         """Both in one launch; None if the kernel does not do this case."""
         op, d = self._op, self._decode
@@ -271,17 +295,39 @@ class PODWithPagedKVCacheWrapper:
             shared = shared_workspace(qp.device, qp.framework, "single attention", stream)
             workspace = shared.reserve(schedule.workspace_bytes, zero=True)
         (out_p, lse_p), (out_d, lse_d) = _outputs(qp, dim, return_lse_p), _outputs(qd, dim, return_lse_d)
+        results = [None if x is None else view(x) for x in (out_p, lse_p, out_d, lse_d)]
+        at_p, at_lse_p, at_d, at_lse_d = results
+        assert at_p is not None and at_d is not None
         prefill = single_part(
-            config.prefill, qp, kp, vp, kv_layout_p, view(out_p), None if lse_p is None else view(lse_p), workspace, causal=causal, window_left=window,
+            config.prefill, qp, kp, vp, kv_layout_p, at_p, at_lse_p, workspace, causal=causal, window_left=window,
             sm_scale=common.softmax_scale(op, sm_scale_p, dim), kv_chunk=schedule.kv_chunk, num_splits=schedule.num_splits,
         )  # fmt: skip
         scale = d._sm_scale * common.scale(op, "q_scale", q_scale) * common.scale(op, "k_scale", k_scale)
         decode = plan_part(
-            plan, d._plan_ptr, qd, kd, vd, d._indices_ptr, self._kv_layout, view(out_d), None if lse_d is None else view(lse_d), d._workspace_ptr,
+            plan, d._plan_ptr, qd, kd, vd, d._indices_ptr, self._kv_layout, at_d, at_lse_d, d._workspace_ptr,
             sm_scale=scale, v_scale=common.scale(op, "v_scale", v_scale),
         )  # fmt: skip
-        launch_pod(kernel, pod, stream, prefill, decode, share, common.use_pdl(qp.device, enable_pdl))
+        kept = call is not None and comes_again(call, qp, kp, vp, qd, kd, vd, at_p, at_d)
+        pdl = common.use_pdl(qp.device, enable_pdl)
+        bound = launch_pod(kernel, pod, stream, prefill, decode, share, pdl, bind=kept)
+        if bound is not None:
+            assert call is not None
+            ends = [0 if x is None else x.ptr for x in results]
+            bound(stream, qp.ptr, kp.ptr, vp.ptr, *ends[:2], qd.ptr, kd.ptr, vd.ptr, *ends[2:])
+            at = iter(range(len(call[1]), len(call[1]) + 4))
+            of_p, of_lse_p, of_d, of_lse_d = (None if x is None else (next(at), 0) for x in results)
+            values: Source = (5, 0) if type(cache) is tuple else (4, vd.ptr - kd.ptr)
+            recipe = ((0, 0), (1, 0), (2, 0), of_p, of_lse_p, (3, 0), (4, 0), values, of_d, of_lse_d)
+            outputs = tuple([(tuple(x.shape), x.dtype) for x in results if x is not None])
+            self._calls.remember(*call, qp, bound, outputs, recipe, len(recipe), None)
         return (out_p, lse_p) if return_lse_p else out_p, (out_d, lse_d) if return_lse_d else out_d
+
+
+def _by_part(results: tuple[Any, ...], return_lse_p: bool, return_lse_d: bool) -> tuple[Any, Any]:
+    """Outputs and LSEs in a row, as run() returns them."""
+    first = 2 if return_lse_p else 1
+    p, d = results[:first], results[first:]
+    return p if return_lse_p else p[0], d if return_lse_d else d[0]
 
 
 def _outputs(q: TensorView, dim: int, with_lse: bool) -> tuple[Any, Any]:

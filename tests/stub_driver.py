@@ -72,3 +72,21 @@ def install(monkeypatch: Any, record: bool = True) -> list[tuple[Any, ...]]:
     allocate = torch._C._dynamo.guards._empty_strided_cpu
     monkeypatch.setattr(calls, "_torch_direct_allocation", lambda index: allocate)
     return submitted
+
+
+def names_of_launches(monkeypatch: Any) -> list[str]:
+    """The names of the kernels that are launched from now on, also on a GPU; but for those of remembered calls, which go to the driver by themselves."""
+    names: list[str] = []
+    direct, bound = launch.Kernel.__call__, launch.BoundLaunch.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(self.spec.name)
+        direct(self, *args, **kwargs)
+
+    def call_bound(self: Any, *args: Any) -> None:
+        names.append(self.kernel.spec.name)
+        bound(self, *args)
+
+    monkeypatch.setattr(launch.Kernel, "__call__", call)
+    monkeypatch.setattr(launch.BoundLaunch, "__call__", call_bound)
+    return names

@@ -7,6 +7,7 @@ import pytest
 
 import pyinfer
 from tests import attention_cases as cases
+from tests import stub_driver
 from tests.arrays import assert_close, assert_same_bits
 from tests.attention_cases import Shape
 
@@ -158,19 +159,10 @@ def test_errors(rng, backend_arrays, device):
 
 @pytest.mark.gpu
 def test_one_launch(rng, backend_arrays, monkeypatch):
-    from pyinfer.core.launch import BoundLaunch, Kernel
-
     x = Batches(rng, backend_arrays, "cuda")
     wrapper = x.planned()
     x.run(wrapper, causal_p=True)
-    names: list[str] = []
-    direct, bound = Kernel.__call__, BoundLaunch.__call__
-    monkeypatch.setattr(
-        Kernel, "__call__", lambda self, *args, **kw: (names.append(self.spec.name), direct(self, *args, **kw))[1]
-    )
-    monkeypatch.setattr(
-        BoundLaunch, "__call__", lambda self, *args: (names.append(self.kernel.spec.name), bound(self, *args))[1]
-    )
-    wrapper._calls.clear()  # a remembered call goes to the driver by itself
+    wrapper._calls.clear()
+    names = stub_driver.names_of_launches(monkeypatch)
     x.run(wrapper, causal_p=True)
     assert len(names) == 1 and "pod" in names[0]

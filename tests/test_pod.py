@@ -8,6 +8,7 @@ import pytest
 
 import pyinfer
 from tests import attention_cases as cases
+from tests import stub_driver
 from tests.arrays import assert_close, assert_same_bits
 from tests.attention_cases import Shape
 from tests.reference.attention import attention
@@ -111,8 +112,6 @@ def test_long_requests_split(rng, backend_arrays, device):
 @pytest.mark.gpu
 def test_one_launch(rng, backend_arrays, monkeypatch):
     """A plain case is one launch of the fused kernel, with the bits of a fallback no worse than one rounding away; an odd one is two launches."""
-    from pyinfer.core.launch import Kernel
-
     b = backend_arrays
     shape = Shape("float16", 8, 2, 128, lens=(300, 40), qo_lens=(1, 1))
     paged = cases.paged_cache(rng, b, shape)
@@ -121,11 +120,7 @@ def test_one_launch(rng, backend_arrays, monkeypatch):
         b.array(rng.standard_normal(s), "float16") for s in ((200, 8, 128), (200, 2, 128), (200, 2, 128), (2, 8, 128))
     )
     wrapper.run(q_p, k_p, v_p, q_d, paged.cache)
-    names = []
-    call = Kernel.__call__
-    monkeypatch.setattr(
-        Kernel, "__call__", lambda self, *args, **kwargs: (names.append(self.spec.name), call(self, *args, **kwargs))[1]
-    )
+    names = stub_driver.names_of_launches(monkeypatch)
     wrapper.run(q_p, k_p, v_p, q_d, paged.cache)
     assert len(names) == 1 and names[0].startswith("pod_sm80")
 

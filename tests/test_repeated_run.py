@@ -390,6 +390,40 @@ def test_batch_pod(fused, combined, return_lse):
         assert fused_pointers(fused) == wanted[0] + wanted[1]
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("combined", [True, False])
+@pytest.mark.parametrize("lse", [(False, False), (True, False), (False, True), (True, True)])
+def test_pod(fused, monkeypatch, combined, lse):
+    """One request and a batch: the second of two like calls is kept, until plan()."""
+    from pyinfer.core.dtypes import FLOAT16
+    from pyinfer.jit import pod
+
+    monkeypatch.setattr(_single_calls, "_device", lambda q: 0)
+    wrapper = pyinfer.PODWithPagedKVCacheWrapper(zeros(1 << 20, dtype=torch.uint8))
+    for step in range(8):
+        if step in (0, 4):
+            wrapper.plan(*TABLE, *HEADS, DIM, PAGE)
+        (q_p, k_p, v_p), q_d, kv = (
+            (zeros(20, 8, DIM), zeros(30, 2, DIM), zeros(30, 2, DIM)),
+            zeros(3, 8, DIM),
+            cache(combined),
+        )
+        before = fused.checked
+        got = wrapper.run(q_p, k_p, v_p, q_d, kv, causal_p=True, return_lse_p=lse[0], return_lse_d=lse[1])
+        assert (fused.checked == before) == (step in (2, 3, 5, 6, 7))
+        (out_p, lse_p), (out_d, lse_d) = (x if wanted else (x, None) for x, wanted in zip(got, lse, strict=True))
+        assert out_p.shape == q_p.shape and out_d.shape == q_d.shape
+        assert [x is None or x.shape == out.shape[:2] for x, out in ((lse_p, out_p), (lse_d, out_d))] == [True, True]
+        spec = pod.device_pod(0, FLOAT16, DIM, "single", "plain")[1]
+        found = stub_driver.fields(spec.spec.params, fused.launches[-1][2])
+        names = [f"{part}_{name}" for part in ("prefill", "decode") for name in ("q", "k", "v", "out", "lse")]
+        k_d, v_d = (kv[:, 0], kv[:, 1]) if combined else kv
+        assert [found[n] for n in names] == addresses(q_p, k_p, v_p, out_p, lse_p, q_d, k_d, v_d, out_d, lse_d)
+    assert not isinstance(wrapper.run(q_p, k_p, v_p, q_d, kv, causal_p=True)[0], tuple)
+    with pytest.raises(ValueError, match="kv_layout_d differs from the plan"):
+        wrapper.run(q_p, k_p, v_p, q_d, kv, causal_p=True, kv_layout_d="HND")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("combined", [True, False])
 @pytest.mark.parametrize("return_lse", [True, False, "given"])
