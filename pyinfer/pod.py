@@ -196,7 +196,7 @@ class PODWithPagedKVCacheWrapper:
                 pos_encoding_mode_d, sm_scale_d, window_left_d, q_scale, k_scale, v_scale, return_lse_d, enable_pdl, pair,
             )  # fmt: skip
             call = single_call(q_p, k_p, v_p, options, (q_d, *paged_kv_cache_d) if pair else (q_d, paged_kv_cache_d))
-            done = MISS if call is None else self._calls.run(*call)
+            done: Any = MISS if call is None else self._calls.run(*call)
             if done is not MISS:
                 return _by_part(done, return_lse_p, return_lse_d)
         plan = d.plan_info
