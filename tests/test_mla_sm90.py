@@ -219,11 +219,6 @@ def schedule(num_tiles, seed):
             yield
 
     def scores():
-        def load_kpe(i):
-            memory["kpe"] = i
-            barriers["kpe_full"].arrive()
-
-        load_kpe(0)
         if num_tiles > 2:
             yield
             for _ in range(4):
@@ -248,9 +243,6 @@ def schedule(num_tiles, seed):
             assert memory["kpe"] == i
             for _ in range(4):
                 barriers["kpe_empty"].arrive()
-            if i + 1 < num_tiles:
-                yield from wait(barriers["kpe_empty"], i & 1)
-                load_kpe(i + 1)
             yield from wait(barriers["weights_empty", i & 1], (i // 2 - 1) & 1)
             memory["weights", i & 1] = i
             yield
@@ -262,16 +254,30 @@ def schedule(num_tiles, seed):
             memory[i % 3, h] = i
             barriers["full", i % 3, h].arrive()
 
+        def load_kpe(i):
+            memory["kpe"] = i
+            barriers["kpe_full"].arrive()
+
         for i in range(min(num_tiles, 3)):
             if i == 2:
                 yield from wait(barriers["empty", 2, h], 0)
             load(i)
             yield
+        if h == 0:  # it brings the rotary part
+            load_kpe(0)
+            if num_tiles > 1:
+                yield from wait(barriers["kpe_empty"], 0)
+                load_kpe(1)
         for i in range(num_tiles):
             yield from wait(barriers["full", i % 3, h], i // 3 & 1)
             yield from wait(barriers["weights_full", i & 1], i // 2 & 1)
             read.append(("v", h, i, memory[i % 3, h]))
             read.append(("weights", h, i, memory["weights", i & 1]))
+            yield
+            kpe_waits = h == 0 and i + 2 < num_tiles
+            if kpe_waits and barriers["kpe_empty"].ended((i + 1) & 1):
+                load_kpe(i + 2)
+                kpe_waits = False
             yield
             assert memory[i % 3, h] == i
             assert memory["weights", i & 1] == i
@@ -282,6 +288,9 @@ def schedule(num_tiles, seed):
                     barriers["empty", i % 3, h].arrive()
                 yield from wait(barriers["empty", i % 3, h], (i // 3 & 1) ^ (i % 3 == 2))
                 load(i + 3)
+            if kpe_waits:
+                yield from wait(barriers["kpe_empty"], (i + 1) & 1)
+                load_kpe(i + 2)
 
     active = [scores(), output(0), output(1)]
     for _ in range(20000):
@@ -308,7 +317,9 @@ def test_phases_in_the_source(source):
         "const int stage = i % STAGES;",
         "const int round = i / STAGES & 1;",
         "mbarrier_wait(smem_address(&smem.kpe_full), i & 1);",
-        "mbarrier_wait(smem_address(&smem.kpe_empty), i & 1);",
+        "mbarrier_wait(smem_address(&smem.kpe_empty), 0);",
+        "mbarrier_test(smem_address(&smem.kpe_empty), (i + 1) & 1)",
+        "mbarrier_wait(smem_address(&smem.kpe_empty), (i + 1) & 1);",
         "mbarrier_wait(smem_address(&smem.weights_empty[slot]), (i / 2 - 1) & 1);",
         "mbarrier_wait(smem_address(&smem.weights_full[slot]), i / 2 & 1);",
         "mbarrier_wait(smem_address(&smem.empty[stage][half]), round ^ (stage == 2 ? 1 : 0));",

@@ -19,17 +19,17 @@ struct WgmmaSoftmax : OnlineSoftmax<1> {
             for (int n = 1; n < KV_BLOCKS; ++n) {
                 x = fmaxf(x, fmaxf(score[n][2 * h], score[n][2 * h + 1]));
             }
-            x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));  // the four lanes of a quad share a row
-            x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
             highest[h] = fminf(__fmul_rn(x, scale), LARGEST);
             grown |= highest[h] > reference[0][h] + RESCALE_THRESHOLD;
         }
         moved = __any_sync(ALL_LANES, grown);
         factor[0] = factor[1] = 1.0f;
-        if (moved) {
+        if (moved) {  // rarely: only then do the four lanes of a quad, which share a row, compare
             bool beyond = false;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
+                highest[h] = fmaxf(highest[h], __shfl_xor_sync(ALL_LANES, highest[h], 1));
+                highest[h] = fmaxf(highest[h], __shfl_xor_sync(ALL_LANES, highest[h], 2));
                 const float next = fmaxf(reference[0][h], highest[h]);
                 factor[h] = next == -infinity() ? 1.0f : exp2_approx(reference[0][h] - next);
                 reference[0][h] = next;
