@@ -145,6 +145,8 @@ class PagedMla(BatchAttention):
         indices: np.ndarray | None,
         page_size: int,
     ) -> None:
+        if _largest_page(qo_indptr, kv_indptr, kv_len, indices, page_size) >= -1:
+            return
         from pyinfer.schedulers.checks import lengths
 
         op = self._op
@@ -188,10 +190,7 @@ class PagedMla(BatchAttention):
         qo_len = np.ascontiguousarray(qo_indptr[1:] - qo_indptr[:-1])
         batch, total = len(qo_len), int(qo_indptr[-1])
         rows = (int(qo_len.max()) if batch else 1) * num_heads
-        max_page = -1
-        if indices is not None:
-            used = _used_pages(indices, kv_indptr, kv_len, page_size)
-            max_page = int(used.max()) if len(used) else -1
+        max_page = _largest_page(qo_indptr, kv_indptr, kv_len, indices, page_size)
         tiles = _tiles(device, max(rows, num_heads), page_size, self._backend, kv_dtype.itemsize)
         capacity = None
         if self._use_cuda_graph:
@@ -321,6 +320,17 @@ class PagedMla(BatchAttention):
 
             run_mla(plan, q, pe, c, k, out_view, lse_view, **numbers)
         return (out, lse) if return_lse else out
+
+
+def _largest_page(
+    qo_indptr: np.ndarray, kv_indptr: np.ndarray, kv_len: np.ndarray, indices: np.ndarray | None, page_size: int
+) -> int:
+    """The largest page in use, -1 if none is known, -2 if the table is malformed: `_check_table` then says how."""
+    from pyinfer.schedulers.lazy import kernels
+
+    given = kv_indptr[:0] if indices is None else indices
+    k = kernels(8 * len(kv_len) + len(given))
+    return int(k.lengths_fit(qo_indptr, kv_indptr, kv_len, given, indices is not None, page_size))
 
 
 def _before_last_page(kv_indptr: np.ndarray, page_size: int) -> np.ndarray:

@@ -79,6 +79,34 @@ def check_indptr(indptr, lengths):
 
 
 @kernel(fastmath=False)
+def lengths_fit(qo_indptr, kv_indptr, kv_len, indices, has_indices, page_size):
+    """The largest page that a batch of given lengths uses, -1 if none is known; -2 if its metadata are malformed in any way.
+
+    There may be more pages than a length needs: what stands behind those is not looked at.
+    """
+    batch = len(kv_len)
+    if len(qo_indptr) != batch + 1 or len(kv_indptr) != batch + 1 or qo_indptr[0] != 0 or kv_indptr[0] != 0:
+        return np.int64(-2)
+    for b in range(batch):
+        pages = np.int64(kv_indptr[b + 1]) - np.int64(kv_indptr[b])
+        if qo_indptr[b + 1] < qo_indptr[b] or pages < 0 or kv_len[b] < 0 or kv_len[b] > pages * page_size:
+            return np.int64(-2)
+    highest = np.int64(-1)
+    if has_indices:
+        if len(indices) < kv_indptr[batch]:
+            return np.int64(-2)
+        lowest = np.int64(0)
+        for b in range(batch):
+            begin = np.int64(kv_indptr[b])
+            for page in indices[begin : begin + _ceil_div(np.int64(kv_len[b]), page_size)]:
+                lowest = min(lowest, np.int64(page))
+                highest = max(highest, np.int64(page))
+        if lowest < 0:
+            return np.int64(-2)
+    return highest
+
+
+@kernel(fastmath=False)
 def visible_range(token_begin, token_end, qo_len, kv_len, causal, window_left):
     """[begin, end) of the kv tokens that some query token of [token_begin, token_end) sees; (0, 0) if none.
 
@@ -370,7 +398,9 @@ def emit(tiles, chunk, unit, work):
         order[i] = i
     if not sorted_already:
         other = np.empty(n, np.int32)
-        bits = 6 if n < 128 else 8 if n < 512 else 11  # clearing and summing the counts is most of the work for few items
+        bits = (
+            6 if n < 128 else 8 if n < 512 else 11
+        )  # clearing and summing the counts is most of the work for few items
         buckets = 1 << bits
         count = np.empty(buckets + 1, np.int64)
         shift = 0

@@ -96,6 +96,7 @@ def _compile() -> None:
         shape = {"num_qo_heads": 1, "num_kv_heads": 1, "head_dim_qk": 64, "tile_q": 16, "tile_kv": 64, "num_sms": 1}
         decode_plan(indptr, indices, last, page_size=1, **shape)  # type: ignore[arg-type]
         prefill_plan(indptr, indptr, page_size=0, **shape)  # type: ignore[arg-type]
+        _kernels.lengths_fit(indptr, indptr, last, indices, True, 1)
         _compiled = _kernels
     except Exception as error:  # plans go on in plain Python
         _log.warning(

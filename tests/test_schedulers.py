@@ -365,6 +365,40 @@ def test_more_malformed_metadata():
         plan.copy_into(np.zeros(3, np.float32))
 
 
+def test_lengths_fit(rng):
+    """The largest page that is used, in tables with pages to spare; -2 for each way to be malformed. Compiled and interpreted alike."""
+    from pyinfer.schedulers import lazy
+
+    for kernels in (lazy.wait(), lazy._plain()):
+        for _ in range(20):
+            lens = rng.integers(0, 50, rng.integers(1, 6)).astype(np.int32)
+            spare = rng.integers(0, 3, len(lens))
+            indptr = np.concatenate([[0], np.cumsum(-(-lens // 4) + spare)]).astype(np.int32)
+            indices = rng.permutation(indptr[-1] + 5).astype(np.int32)
+            qo = np.arange(len(lens) + 1, dtype=np.int32)
+            used = np.concatenate([indices[b : b - (-n // 4)] for b, n in zip(indptr, lens, strict=False)])
+            args = (qo, indptr, lens, indices, True, 4)
+            assert kernels.lengths_fit(*args) == used.max(initial=-1)
+            assert kernels.lengths_fit(*args[:4], False, 4) == -1
+            unused = np.setdiff1d(indices, used)
+            if len(unused):
+                assert (
+                    kernels.lengths_fit(
+                        *args[:3], np.where(indices == unused[0], -1, indices).astype(np.int32), True, 4
+                    )
+                    >= -1
+                )
+            too_long = lens.copy()
+            too_long[-1] = (indptr[-1] - indptr[-2]) * 4 + 1
+            later = [x + np.int32(1) for x in (qo, indptr)]
+            bad = [(later[0], *args[1:]), (qo, later[1], *args[2:]), (qo[:-1], *args[1:]), (qo, indptr[:-1], *args[2:])]
+            bad += [(qo[::-1].copy(), *args[1:]), (qo, indptr, -lens - 1, *args[3:]), (qo, indptr, too_long, *args[3:])]
+            if len(used):
+                bad += [(*args[:3], indices[: indptr[-1] - 1], True, 4)]
+                bad += [(*args[:3], np.where(indices == used[-1], -1, indices).astype(np.int32), True, 4)]
+            assert [kernels.lengths_fit(*x) for x in bad] == [-2] * len(bad)
+
+
 def test_plan_is_immutable():
     plan = decode_plan(
         *table([40], 16), num_qo_heads=4, num_kv_heads=1, head_dim_qk=64, page_size=16, tile_q=4, tile_kv=64, num_sms=8
