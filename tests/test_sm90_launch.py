@@ -172,20 +172,26 @@ def test_heads_at_once():
 
 
 def test_order_of_heads():
-    """The kernel's `block_of` takes every (item, head) once, in sections of heads."""
+    """The kernel's `work_of` takes every (item, head) once, in sections of heads."""
     text = (Path(__file__).parent.parent / "cuda_src" / "prefill" / "sm90_work.cu.jinja").read_text()
-    body = text[text.index("const auto block_of") : text.index("Ring<WORKS> at;\n    bool more")]
-    lines = re.findall(r"const int (\w+) = (.+?);|return (.+?);", body)
+    body = text[text.index("int first_head = 0;") : text.index("Ring<WORKS> at;\n    bool more")]
+    beyond, step = re.search(r"while \((.+?)\) \{\s+first_head \+= (.+?);", body).groups()
+    lines = re.findall(r"const int (\w+) = (.+?);", body)
+    assert "planned_work(p, item, kv_head)" in body and "single_work<TILE_Q>(p, item, kv_head)" in body
     for items, num_kv_heads, at_once in ((1, 1, 1), (7, 8, 3), (5, 8, 8), (4, 6, 1), (3, 5, 2)):
         order = []
+        scope = dict(heads_at_once=at_once, num_kv_heads=num_kv_heads, items=items, min_of=min, first_head=0)
+
+        def value(code, scope=scope):
+            return eval(code.replace("p.", "").replace("/", "//"), {}, scope)
+
         for index in range(items * num_kv_heads):
-            scope = {"index": index, "items": items, "min_of": min}
-            for name, value, result in lines:
-                code = re.sub(r"p\.", "", value or result).replace("/", "//")
-                got = eval(code, {"heads_at_once": at_once, "num_kv_heads": num_kv_heads}, scope)
-                if name:
-                    scope[name] = got
-            order.append(divmod(got, num_kv_heads))
+            scope["index"] = index
+            while value(beyond):
+                scope["first_head"] += value(step)
+            for name, code in lines:
+                scope[name] = value(code)
+            order.append((scope["item"], scope["kv_head"]))
         assert sorted(order) == [(i, h) for i in range(items) for h in range(num_kv_heads)]
         sections = [h // at_once for _, h in order]
         assert sections == sorted(sections)

@@ -299,8 +299,7 @@ class Block:
     def find_work(self):
         at, b = Ring(WORKS), self.barriers
         for n in range(len(self.items) + 1):
-            if n >= WORKS:
-                yield from b.wait(f"work_empty{at.slot}", at.parity ^ 1)
+            yield from b.wait(f"work_empty{at.slot}", at.parity ^ 1)
             self.memory[f"work{at.slot}"] = n if n < len(self.items) else None
             b.arrive(f"work_full{at.slot}")
             self.taken = n
@@ -311,7 +310,6 @@ class Block:
 
     def copy(self, kind, loader):
         at, tile, b = Ring(WORKS), Ring(self.stages), self.barriers
-        first_round = True
         yield from b.wait(f"work_full{at.slot}", at.parity)
         item = self.memory[f"work{at.slot}"]
         while item is not None:
@@ -326,15 +324,13 @@ class Block:
                     at.next()
                     yield from b.wait(f"work_full{at.slot}", at.parity)
                     item = self.memory[f"work{at.slot}"]
-                if not first_round:
-                    yield from b.wait(f"{kind}_empty{tile.slot}", tile.parity ^ 1)
+                yield from b.wait(f"{kind}_empty{tile.slot}", tile.parity ^ 1)
                 part = self.loaded.setdefault(f"{kind}{tile.slot} {current} {i}", set())
                 part.add(loader)
                 self.memory[f"{kind}{tile.slot}"] = (current, i) if len(part) == self.loaders else "part"
                 yield
                 b.arrive(f"{kind}_full{tile.slot}")
                 tile.next()
-                first_round &= tile.slot != 0
 
     def copy_queries(self):
         b, brought, retired = self.barriers, 0, 0
@@ -471,10 +467,9 @@ def test_protocol_in_the_source():
         f"constexpr int WORKS = {WORKS};",
         f"constexpr int LAST_TILES = {LAST_TILES};",
         "i == max_of(num_tiles - LAST_TILES, 0)",
-        "if (more && work.num_tiles > LAST_TILES) {",
+        "if (more && found.num_tiles > LAST_TILES) {",
         "mbarrier_wait(smem_address(&smem.work_ending[at.slot]), at.parity);",
         "mbarrier_wait(empty + 8 * tile.slot, tile.parity ^ 1);",
-        "first_round &= tile.slot != 0;",
         "mbarrier_wait(smem_address(&smem.q_empty[slot]), retired / Q_BUFFERS & 1);",
         "mbarrier_wait(smem_address(&smem.work_full[work]), brought / WORKS & 1);",
         "mbarrier_wait(smem_address(&smem.work_empty[at.slot]), at.parity ^ 1);",

@@ -37,12 +37,11 @@ PYINFER_DEVICE void prefetch_tables(const Params& p, uint32_t block) {
     }
 }
 
-// block = item * num_kv_heads + kv_head. A graph's grid is as large as the plan's capacity: items from n_work on are empty.
+// A plan's item for one kv head. A graph's grid is as large as the plan's capacity: items from n_work on are empty.
 template <typename Params>
-PYINFER_DEVICE AttentionWork planned_work(const Params& p, uint32_t block = blockIdx.x) {
+PYINFER_DEVICE AttentionWork planned_work(const Params& p, int item, int kv_head) {
     AttentionWork w;
-    const int item = block / p.num_kv_heads;
-    w.kv_head = block - item * p.num_kv_heads;
+    w.kv_head = kv_head;
     // Everything is read before anything is decided, so that the reads overlap; rows behind n_work are zeros.
     const int n_work = p.plan_header[0];
     const int4 head = reinterpret_cast<const int4*>(p.work)[2 * item];
@@ -56,6 +55,12 @@ PYINFER_DEVICE AttentionWork planned_work(const Params& p, uint32_t block = bloc
         w.row_count = 0;
     }
     return w;
+}
+// block = item * num_kv_heads + kv_head.
+template <typename Params>
+PYINFER_DEVICE AttentionWork planned_work(const Params& p, uint32_t block = blockIdx.x) {
+    const int item = block / p.num_kv_heads;
+    return planned_work(p, item, static_cast<int>(block) - item * p.num_kv_heads);
 }
 
 // Where a request's keys are: its first page table entry (or ragged token), and how many tokens they are; length -1: there is no such request.
@@ -99,15 +104,14 @@ PYINFER_DEVICE AttentionWork even_work(const Params& p, uint32_t block, const Ra
     return w;
 }
 
-// block = (item * num_splits + split) * num_kv_heads + kv_head. Under causality the last tile sees most keys, so it goes
+// item = tile * num_splits + split, for one kv head. Under causality the last tile sees most keys, so it goes
 // first. A tile has as many splits as its own visible keys need; the others are empty.
 template <int TILE_Q, typename Params>
-PYINFER_DEVICE AttentionWork single_work(const Params& p, uint32_t block = blockIdx.x) {
+PYINFER_DEVICE AttentionWork single_work(const Params& p, int item, int kv_head) {
     AttentionWork w;
     const int rows = p.qo_len * p.group;
     const int num_tiles = ceil_div(rows, TILE_Q);
-    const int item = block / p.num_kv_heads;
-    w.kv_head = block - item * p.num_kv_heads;
+    w.kv_head = kv_head;
     const int tile = num_tiles - 1 - item / p.num_splits;
     w.split = item % p.num_splits;
     w.request = w.qo_begin = w.kv_base = 0;
@@ -129,4 +133,10 @@ PYINFER_DEVICE AttentionWork single_work(const Params& p, uint32_t block = block
     w.kv_begin = p.num_splits == 1 ? begin : begin + w.split * p.kv_chunk;
     w.kv_end = p.num_splits == 1 ? end : min_of(end, w.kv_begin + p.kv_chunk);
     return w;
+}
+// block = item * num_kv_heads + kv_head.
+template <int TILE_Q, typename Params>
+PYINFER_DEVICE AttentionWork single_work(const Params& p, uint32_t block = blockIdx.x) {
+    const int item = block / p.num_kv_heads;
+    return single_work<TILE_Q>(p, item, static_cast<int>(block) - item * p.num_kv_heads);
 }

@@ -208,7 +208,7 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
             }
             first = EARLY;
         }
-#pragma unroll 8
+#pragma unroll EARLY
         for (int s = first; s < w.num_splits; ++s) {
             add(lse_of(task, s), columns_of(task, s));
         }
