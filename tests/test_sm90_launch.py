@@ -147,15 +147,27 @@ def test_single_launch(hopper):
     assert found["k_map"] == fake_map(k.data_ptr(), FLOAT16, (64, 5000, 4, 1), (256, 64, 0), (64, 128, 1, 1))
 
 
-@pytest.mark.parametrize("case", [dict(dim=56), dict(out_dtype="float32"), dict(offset=1)])
+@pytest.mark.parametrize("case", [dict(dim=56), dict(offset=1)])
 def test_falls_back(hopper, case):
     """What the kernel does not cover runs on the sm80 kernel, with the same plan."""
     import torch
 
-    if "out_dtype" in case:
-        case = dict(case, out_dtype=getattr(torch, case["out_dtype"]))
     run_plan(torch, **case)
     assert hopper.pop()[0].startswith("prefill_sm80")
+
+
+@pytest.mark.parametrize(("out_dtype", "boxed"), [("float16", 3), ("float32", 1)])
+def test_output_dtype(hopper, out_dtype, boxed):
+    """Output of another dtype than q's is a kernel of this family too; float32 leaves without boxes."""
+    import torch
+
+    *_, (_, _, _, out) = run_plan(torch, out_dtype=getattr(torch, out_dtype))
+    name, _, data, *_ = hopper.pop()
+    short = {"float16": "f16", "float32": "f32"}[out_dtype]
+    assert name.startswith("prefill_sm90_bf16_d128_plan_plain") and name.endswith(f"_{short}out")
+    found = stub_driver.fields(attention_sm90.sm90_params("plan"), data)
+    wanted = fake_map(out.data_ptr(), FLOAT16, (128, 8, 80, 1), (128, 1024, 0), (64, 4, 16, 1))
+    assert found["boxed"] == boxed and found["o_map"] == (wanted if boxed & 2 else bytes(128))
 
 
 def test_heads_at_once():
@@ -290,12 +302,15 @@ def test_backend_chooses_the_family(hopper):
         single(torch, "fa3", pos_encoding_mode="ROPE_LLAMA")
     with pytest.raises(ValueError, match=no_kernel):
         single(torch, "fa3", dim=48)
+    q, k = torch.zeros(300, 8, 64, dtype=torch.float16), torch.zeros(60 * 4 * 64 + 1, dtype=torch.float16)
     with pytest.raises(
         ValueError,
-        match="attention: backend has no kernel for these tensors: got 'fa3', wanted k, v and out of q's dtype",
+        match="attention: backend has no kernel for these tensors: got 'fa3', wanted k and v of q's dtype, all aligned",
     ):
-        single(torch, "fa3", o_dtype="float32")
+        pyinfer.single_prefill_with_kv_cache(q, k[1:].view(60, 4, 64), k[:-1].view(60, 4, 64), backend="fa3")
     assert not hopper
+    single(torch, "fa3", o_dtype="float32")
+    assert hopper.pop()[0].endswith("_f32out")
     decode = "BatchDecodeWithPagedKVCacheWrapper: backend has no kernel here: got 'fa3', wanted 'auto' or 'fa2'"
     with pytest.raises(ValueError, match=decode):
         pyinfer.BatchDecodeWithPagedKVCacheWrapper(backend="fa3")
@@ -313,7 +328,8 @@ def test_modules_of_a_backend(monkeypatch):
     assert names("fa3") == ({"prefill_sm90"}, names("fa3")[1]) and len(names("fa3")[1]) == 1
     assert names("auto")[0] == {"decode_sm80", "prefill_sm80", "prefill_sm90"}
     assert names("auto", "8.9")[0] == names("fa2")[0] == {"decode_sm80", "prefill_sm80"}
-    for case in (dict(archs="8.0"), dict(rope=1), dict(out="float32")):
+    assert names("fa3", out="float32")[0] == {"prefill_sm90"}
+    for case in (dict(archs="8.0"), dict(rope=1)):
         with pytest.raises(
             ValueError,
             match="gen_batch_prefill_module: backend has no kernel for this case: got 'fa3', wanted 'auto' or 'fa2'",

@@ -341,12 +341,12 @@ def _module(
     variant = "softcap" if use_logits_soft_cap else "plain"
     specs: dict[JitSpec, None] = {}
     for arch in env.default_archs():
-        if backend != "fa2" and dtype is kv is out:
+        if backend != "fa2" and dtype is kv:
             from pyinfer.jit import attention_sm90
 
             family = options._replace(family="sm90" if backend == "fa3" else "")
             case = (env.arch_number(arch), dtype, head_dim_qk, head_dim_vo, source, variant, family)
-            specs |= dict.fromkeys(attention_sm90.reachable_specs(*case))
+            specs |= dict.fromkeys(attention_sm90.reachable_specs(*case, out))
         for rows in row_classes if backend != "fa3" else ():
             config = attention_config(env.arch_number(arch), dtype, head_dim_qk, head_dim_vo, rows, kv, options)
             spec = gen_attention(config, dtype, head_dim_qk, head_dim_vo, source, variant, kv, out, options)

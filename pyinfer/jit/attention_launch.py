@@ -222,7 +222,7 @@ def prepare_attention(
     if dtype is FLOAT8_E4M3:
         return _fp8().prepare(device, plan, plan_buffer_ptr, soft_cap, config, out, options, False)
     if config is None:
-        config = _config_of(device, plan.shape, dtype, kv, out, options)
+        config = _config_of(device, plan.shape, dtype, kv, options)
         if merge and isinstance(config, AttentionConfig):
             case = (_arch_number(device), plan, plan_buffer_ptr, config, kv.itemsize, _shape_options(options))
             even = attention_even.choose(*case)
@@ -261,14 +261,14 @@ def _prepare_even(
 
 @functools.lru_cache(maxsize=256)
 def _config_of(
-    device: int, shape: PlanShape, dtype: DType, kv_dtype: DType, out_dtype: DType, options: AttentionOptions
+    device: int, shape: PlanShape, dtype: DType, kv_dtype: DType, options: AttentionOptions
 ) -> AttentionConfig | Sm90Config:
     """The configuration that a plan of this shape was made for."""
     dim_qk, dim_vo = shape.head_dim_qk, shape.head_dim_vo
     sm90 = hopper_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
     if sm90 is not None:
         sm90 = attention_sm90.for_pages(sm90, shape.page_size)
-        if sm90.tile_q == shape.tile_q and out_dtype is dtype:
+        if sm90.tile_q == shape.tile_q:
             return sm90
     config = device_config(device, dtype, dim_qk, dim_vo, shape.tile_q, kv_dtype, options)
     config = attention_sm90.stand_in(config, dim_qk, dim_vo, shape.tile_q)
@@ -294,7 +294,7 @@ def _planned(
     most_blocks = 1 << 31
     if isinstance(config, Sm90Config):
         most_blocks = attention_sm90.grid(config, device, most_blocks)
-        kernel = attention_sm90.kernel_of(device, config, dtype, "plan", variant, options)
+        kernel = attention_sm90.kernel_of(device, config, dtype, "plan", variant, options, out_dtype)
         tail = (attention_sm90.box_rows(config, shape.page_size),)
     else:
         kernel = _kernel(device, config, dtype, dim_qk, dim_vo, "plan", variant, kv_dtype, out_dtype, options, aligned)
@@ -485,7 +485,7 @@ def launch_single(
         together = attention_sm90.heads_at_once(config, num_kv_heads, kv_len)
         request = (qo_len, kv_len, kv_chunk, num_splits, attention_sm90.box_rows(config, 0), flags, together)
         values = (*values[:5], *partials[:3], *encoded, partials[3], *values[5:], *shape, *request)
-        kernel = attention_sm90.kernel_of(device, config, q.dtype, "single", variant, options)
+        kernel = attention_sm90.kernel_of(device, config, q.dtype, "single", variant, options, out.dtype)
         grid = attention_sm90.grid(config, device, tiles * num_splits * num_kv_heads)
         if bind:
             return attention_sm90.bind(kernel, grid, values, maps, pdl)

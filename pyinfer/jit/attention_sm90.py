@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyinfer.core import tensormap
-from pyinfer.core.dtypes import BFLOAT16, FLOAT16, DType, canonical_dtype
+from pyinfer.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType, canonical_dtype
 from pyinfer.core.errors import fail
 from pyinfer.core.params import ParamStruct, i32, tensor_map
 from pyinfer.jit.attention import (
@@ -258,6 +258,7 @@ def gen_prefill_sm90(
     source: str = "plan",
     variant: str = "plain",
     options: AttentionOptions = PLAIN,
+    out_dtype: DType | str | None = None,
 ) -> JitSpec:
     """The spec of one kernel.
 
@@ -266,16 +267,19 @@ def gen_prefill_sm90(
     config
         From `config_for` or `candidates`.
     dtype
-        Of q, k, v and out: float16 or bfloat16.
+        Of q, k and v: float16 or bfloat16.
     source, variant, options
-        As in `attention.gen_attention`; no RoPE and no functions of a user's.
+        As in `attention.gen_attention`; no RoPE, no query function and no variant without softmax.
+    out_dtype
+        float16, bfloat16 or float32. None: dtype.
     """
     dt = canonical_dtype(dtype)
+    out = dt if out_dtype is None else canonical_dtype(out_dtype)
     features, name = _features(VARIANTS[variant], options)
     producer, consumer = config.registers
     constants = {
         "scalar_t": dt.ctype,
-        "out_t": dt.ctype,
+        "out_t": out.ctype,
         "HEAD_DIM_QK": config.head_dim_qk,
         "HEAD_DIM_VO": config.head_dim_vo,
         "TILE_KV": config.tile_kv,
@@ -297,8 +301,9 @@ def gen_prefill_sm90(
         "user_variant_source": options.user.source if options.user is not None else "",
     }
     dims = f"d{config.head_dim_qk}" + (f"x{config.head_dim_vo}" if config.head_dim_vo != config.head_dim_qk else "")
+    result = "" if out is dt else f"_{out.short}out"
     return JitSpec(
-        name=f"prefill_sm90_{dt.short}_{dims}_{source}_{name}_{config.tag}",
+        name=f"prefill_sm90_{dt.short}_{dims}_{source}_{name}_{config.tag}{result}",
         template="prefill/prefill_sm90.cu.jinja",
         params=sm90_params(source, options),
         constants=tuple(constants.items()),
@@ -338,11 +343,16 @@ def all_specs() -> list[JitSpec]:
     for dim in (64, 128, 256):
         others = [candidates(dim, dim, MIN_ROWS)[0], gathering(dim, dim)] + [candidates(dim, dim, 64)[0]] * (dim <= 128)
         found |= dict.fromkeys(gen_prefill_sm90(config, DTYPES[0]) for config in others)
+    # Another dtype for the output.
+    config = candidates(128)[0]
+    for out in (FLOAT32, FLOAT16):
+        found[gen_prefill_sm90(config, BFLOAT16, "plan", "plain", PLAIN, out)] = None
     return list(found)
 
 
 def reachable_specs(
-    arch: int, dtype: DType | str, head_dim_qk: int, head_dim_vo: int, source: str, variant: str, options: AttentionOptions = PLAIN
+    arch: int, dtype: DType | str, head_dim_qk: int, head_dim_vo: int, source: str, variant: str, options: AttentionOptions = PLAIN,
+    out_dtype: DType | str | None = None,
 ) -> list[JitSpec]:  # fmt: skip
     """The kernels that prefill takes of this family on an architecture, for short and long requests and pages of any size; none where it has none."""
     specs: dict[JitSpec, None] = {}
@@ -350,16 +360,17 @@ def reachable_specs(
         config = config_for(arch, canonical_dtype(dtype), head_dim_qk, head_dim_vo, rows, None, options)
         if config is not None:
             for page_size in (0, 1) if source == "plan" else (0,):
-                specs[gen_prefill_sm90(for_pages(config, page_size), dtype, source, variant, options)] = None
+                taken = for_pages(config, page_size)
+                specs[gen_prefill_sm90(taken, dtype, source, variant, options, out_dtype)] = None
     return list(specs)
 
 
 @functools.cache
 def kernel_of(
-    device: int, config: Sm90Config, dtype: DType, source: str, variant: str, options: AttentionOptions = PLAIN
+    device: int, config: Sm90Config, dtype: DType, source: str, variant: str, options: AttentionOptions, out_dtype: DType
 ) -> Kernel:
     """The loaded kernel of a CUDA device."""
-    return gen_prefill_sm90(config, dtype, source, variant, options).build_and_load(device)
+    return gen_prefill_sm90(config, dtype, source, variant, options, out_dtype).build_and_load(device)
 
 
 # ---- launch ----------------------------------------------------------------------------------------------------------------------
@@ -392,7 +403,7 @@ def box_rows(config: Sm90Config, page_size: int) -> int:
 
 CASES = "a Hopper GPU, float16 or bfloat16 throughout, head dimensions of 64 to 256, no RoPE on the fly, no variant with a query function or without softmax"
 """What `config_for` wants."""
-TENSORS = "k, v and out of q's dtype, aligned to 16 bytes, some keys"
+TENSORS = "k and v of q's dtype, all aligned to 16 bytes, some keys"
 """What `covers` wants."""
 
 
@@ -437,7 +448,7 @@ def covers(
         aligned
         and 0 not in k.shape
         and _supported(options)
-        and k.dtype is q.dtype is v.dtype is out.dtype
+        and k.dtype is q.dtype is v.dtype
         and box_rows(config, page_size) > 0
         and (config.gather or all(tensormap.encodable(x.ptr, *tma_view(x, kv_layout), size) for x in (k, v)))
     )
@@ -459,10 +470,12 @@ def heads_at_once(config: Sm90Config, num_kv_heads: int, tokens: int) -> int:
 
 
 def boxed(q: TensorView, out: TensorView, group: int) -> int:
-    """Whether whole tiles of queries (1) and of output (2) are boxes of their tensors."""
+    """Whether whole tiles of queries (1) and of 16-bit output (2) are boxes of their tensors."""
     if 64 % group:
         return 0
-    return sum(bit for bit, x in ((1, q), (2, out)) if tensormap.encodable(x.ptr, *row_view(x), x.dtype.itemsize))
+    return sum(
+        bit for bit, x in ((1, q), (2, out)) if x.dtype.itemsize == 2 and tensormap.encodable(x.ptr, *row_view(x), 2)
+    )
 
 
 def row_view(x: TensorView) -> tuple[tuple[int, ...], tuple[int, ...]]:
