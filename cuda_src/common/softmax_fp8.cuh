@@ -59,15 +59,31 @@ struct Fp8Softmax : OnlineSoftmax<1> {
         }
     }
 
-    // Scores -> weights relative to 2^reference, in place, and their sums.
-    template <int KV_BLOCKS>
+    // 2^x for x <= 127 without the special-function unit, to 2^-13: with x = n + f, n whole and f in [0, 1), a polynomial of f into whose exponent n goes.
+    // Below -127 (masked scores are -inf) it is 0.
+    PYINFER_DEVICE static float exp2_polynomial(float x) {
+        constexpr float WHOLE = 12582912.0f;  // 1.5 * 2^23: a sum's last place is 1
+        x = fmaxf(x, -127.0f);
+        const float shifted = __fadd_rd(x, WHOLE);
+        const float f = x - (shifted - WHOLE);
+        const float p = fmaf(fmaf(fmaf(0.07706352f, f, 0.22764469f), f, 0.69529190f), f, 1.0f);
+        return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+    }
+
+    // Scores -> weights relative to 2^reference, in place, and their sums. Every EVERY-th block (0: none) without the special-function unit, which all
+    // others keep busy.
+    template <int EVERY, int KV_BLOCKS>
     PYINFER_DEVICE void make_weights(float (&score)[KV_BLOCKS][4], const float (&scale)[2]) {
         const float offsets[2] = {offset(0, 0), offset(0, 1)};
 #pragma unroll
         for (int n = 0; n < KV_BLOCKS; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                score[n][i] = weight(score[n][i], scale[i / 2], offsets[i / 2]);
+                if (EVERY > 0 && n % max_of(EVERY, 1) == EVERY - 1) {
+                    score[n][i] = exp2_polynomial(fmaf(score[n][i], scale[i / 2], offsets[i / 2]));
+                } else {
+                    score[n][i] = weight(score[n][i], scale[i / 2], offsets[i / 2]);
+                }
                 sum[0][i / 2] += score[n][i];
             }
         }

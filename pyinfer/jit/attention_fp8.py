@@ -68,6 +68,8 @@ class Fp8Config:
     t_stages: int = 2
     q_buffers: int = 2
     q_registers: bool = True
+    overlap: bool = False
+    polynomial: int = 0
     kind: str = "prefill_fp8_sm90"
     ctas_per_sm: int = 1
 
@@ -101,7 +103,7 @@ class Fp8Config:
     def tag(self) -> str:
         """Short form for kernel names."""
         stages = f"s{self.k_stages}{self.v_stages}{self.t_stages}"
-        return f"q{self.tile_q}_kv{self.tile_kv}_{stages}" + "_q2" * (self.q_buffers == 2) + "_rs" * self.q_registers
+        return f"q{self.tile_q}_kv{self.tile_kv}_{stages}" + "_q2" * (self.q_buffers == 2) + "_rs" * self.q_registers + "_ov" * self.overlap + f"_p{self.polynomial}" * (self.polynomial > 0)
 
 
 @functools.cache
@@ -238,6 +240,8 @@ def gen_prefill_fp8(
         "T_STAGES": config.t_stages,
         "Q_BUFFERS": config.q_buffers,
         "Q_REGISTERS": config.q_registers,
+        "overlap": config.overlap,
+        "POLYNOMIAL": config.polynomial,
         "PRODUCER_REGISTERS": producer,
         "CONSUMER_REGISTERS": consumer,
         "smem": config.smem,
