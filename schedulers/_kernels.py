@@ -133,6 +133,12 @@ def _ceil_div(a, b):
 
 
 @kernel(fastmath=False)
+def _floor_div(a, b):
+    """a // b, likewise."""
+    return np.int64(a / np.float64(b))
+
+
+@kernel(fastmath=False)
 def _pieces(length, chunk, unit):
     """(number of pieces, tokens a piece) for a tile of `length` tokens under a chunk limit: pieces of one size, rounded up to `unit`."""
     if chunk == 0 or length <= chunk:
@@ -226,9 +232,8 @@ def measure(qo_len, kv_len, group, tile_q, unit, slots, extra, causal, window_le
         rows = np.int64(qo_len[b]) * group
         for row in range(0, rows, tile_q):
             count = min(tile_q, rows - row)
-            begin, end = visible_range(
-                row // group, (row + count - 1) // group + 1, qo_len[b], kv_len[b], causal, window_left
-            )
+            first, last = _floor_div(row, group), _floor_div(row + count - 1, group)
+            begin, end = visible_range(first, last + 1, qo_len[b], kv_len[b], causal, window_left)
             tiles[t, 0] = b
             tiles[t, 1] = row
             tiles[t, 2] = count
