@@ -132,7 +132,8 @@ def draw_plan(
     if ax is None:
         rows = num_sms * ctas_per_sm
         _, ax = plt.subplots(figsize=(9, min(max(1.2 + 0.16 * rows, 2.4), 7)), layout="constrained")
-    palette = plt.get_cmap("tab20").colors
+    colormap: Any = plt.get_cmap("tab20")  # a listed one
+    palette = colormap.colors
     request = plan.work[:, _REQUEST] if len(plan.work) else plan.work.reshape(-1)
     y = timeline.sm * ctas_per_sm + timeline.lane
     crowded = num_sms * ctas_per_sm > 48  # a row is then a pixel or two: no gaps, no outlines
