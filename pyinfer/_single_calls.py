@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pyinfer.core.calls import Calls, Source
+from pyinfer.core.calls import Calls, Source, plain
 
 if TYPE_CHECKING:
     from pyinfer.core.dtypes import DType
@@ -36,6 +36,8 @@ def _device(q: Any) -> int:
 def comes_again(call: SingleCall, *views: TensorView) -> bool:
     """Whether the last call that was launched was like this one, and addresses are as those of kept calls must be."""
     global _last
+    if not plain(call[0]):
+        return False
     key = call[0], *[(tuple(x.shape), tuple(x.strides), x.dtype) for x in views]
     same, _last = key == _last, key
     together = 0

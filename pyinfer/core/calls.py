@@ -190,7 +190,7 @@ class Calls:
         self, scalars: Any, tensors: tuple[Any, ...], like: TensorView, outputs: tuple[tuple[Any, DType], ...]
     ) -> _Made | None:
         """What recognises calls like this one and serves them; None where that cannot be told."""
-        maker = _MAKERS.get(like.framework) if _plain(scalars) else None
+        maker = _MAKERS.get(like.framework) if plain(scalars) else None
         return maker(tensors, like, outputs) if maker is not None else None
 
     def _keep(
@@ -274,8 +274,9 @@ def _runner(
 _SCALARS = frozenset((float, int, bool, str, type(None)))
 
 
-def _plain(scalars: Any) -> bool:
-    return all(map(_plain, scalars)) if type(scalars) is tuple else type(scalars) in _SCALARS
+def plain(scalars: Any) -> bool:
+    """Whether scalars compare by value: numbers, strings, None, tuples of them. A tensor among them is one whose value may change."""
+    return all(map(plain, scalars)) if type(scalars) is tuple else type(scalars) in _SCALARS
 
 
 _New = tuple[Callable[..., Any], Any, Any, Any, Callable[[], Any]]
