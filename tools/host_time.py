@@ -1,4 +1,4 @@
-"""CPU time of one call of every plain operator, without a GPU: torch CPU tensors, a driver that launches nothing (tests/stub_driver.py).
+"""CPU time of one call of every plain operator, of plan() and of run(), without a GPU: CPU tensors, a driver that launches nothing (tests/stub_driver.py).
 
 `python tools/host_time.py`: microseconds of this thread's CPU time per call, best of some rounds: of a call like one before, and of the full path.
 The driver's own time (about 2 us on a GPU host) comes on top; the CPU allocator stands in for the CUDA one.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,54 @@ def best(call: Callable[[], Any], rounds: int = 7, calls: int = 3000) -> float:
             call()
         times.append((time.thread_time() - start) / calls * 1e6)
     return min(times)
+
+
+def wrappers(patch: Any) -> Iterator[tuple[str, float]]:
+    """plan() like the last one, the first run() after it and run() like the last one, of the batch wrappers; copies go nowhere."""
+    import cupy
+    import torch
+
+    import pyinfer
+    from pyinfer.core import calls, tensormap
+    from pyinfer.jit.spec import JitSpec
+    from pyinfer.schedulers import lazy
+    from tests import stub_driver, stub_runtime
+
+    patch.undo()
+    stub_runtime.install(patch)
+    patch.setattr(JitSpec, "build_and_load", lambda self, device: stub_driver.StubKernel(self, None))
+    patch.setattr(tensormap, "encode", lambda *layout: bytes(tensormap.BYTES))
+    for name in ("memcpyAsync", "eventSynchronize"):
+        patch.setattr(cupy.cuda.runtime, name, lambda *arguments: None)
+    assert calls._tensor_guards() is not None
+    lazy.wait()
+    bf16, workspace = torch.bfloat16, torch.empty(1 << 24, dtype=torch.uint8)
+    rows, last, pages = (
+        torch.arange(65, dtype=torch.int32),
+        torch.full((64,), 16, dtype=torch.int32),
+        torch.zeros(4096, dtype=torch.int32),
+    )
+    q, out = torch.zeros(64, 4, 64, dtype=bf16), torch.zeros(64, 4, 64, dtype=bf16)
+    cache, keys = torch.zeros(8, 2, 16, 1, 64, dtype=bf16), torch.zeros(64, 1, 64, dtype=bf16)
+    starts, values = rows * 64, keys.clone()
+    decode = pyinfer.BatchDecodeWithPagedKVCacheWrapper(workspace)
+    ragged = pyinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace)
+    plans: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "decode, 64 requests of 64 host pages": (
+            lambda: decode.plan(starts, pages, last, 4, 1, 64, 16, q_data_type=bf16),
+            lambda: decode.run(q, cache, out=out),
+        ),
+        "ragged prefill, 64 requests of a token": (
+            lambda: ragged.plan(rows, rows, 4, 1, 64, causal=True, q_data_type=bf16),
+            lambda: ragged.run(q, keys, values, out=out),
+        ),
+    }  # fmt: skip
+    for name, (plan, run) in plans.items():
+        plan()
+        yield f"plan() {name}", best(plan, calls=300)
+        yield "... and the first run()", best(lambda plan=plan, run=run: (plan(), run()), calls=300)
+        run()
+        yield "run()", best(run, calls=1000)
 
 
 def main() -> None:
@@ -77,6 +125,8 @@ def main() -> None:
         for name, call in cases.items():
             call()
             print(f"{name:<40} {known[name]:>7.2f} {best(call, 5, 1000):>10.2f}")
+        for name, microseconds in wrappers(patch):
+            print(f"{name:<40} {microseconds:>7.2f}")
         scratch = torch.zeros(4, 256)
         print(f"{'torch add_ on the CPU, for scale':<40} {best(lambda: scratch.add_(1.0)):>7.2f}")
 
