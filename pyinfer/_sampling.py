@@ -272,9 +272,11 @@ def _sample_kernel(device: int, dtype: str, source: str, filter_kind: int) -> An
 
 @functools.cache
 def _cluster_kernel(device: int, dtype: str, source: str, cluster: int, many_keys: bool) -> Any:
-    from pyinfer.jit.sampling import gen_sample_cluster
+    from pyinfer.core.device import arch_number_of
+    from pyinfer.jit.sampling import CANDIDATE_SLOTS, gen_sample_cluster
 
-    return gen_sample_cluster(dtype, source, cluster, many_keys).build_and_load(device)
+    slots = CANDIDATE_SLOTS if arch_number_of(device) < 120 else 0  # 12.0 has 99 KB a block
+    return gen_sample_cluster(dtype, source, cluster, many_keys, slots).build_and_load(device)
 
 
 @functools.lru_cache(256)

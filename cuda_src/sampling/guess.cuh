@@ -23,6 +23,13 @@ PYINFER_DEVICE uint32_t first_key_of_bin(uint32_t bin) {
 }
 static_assert(COARSE_BIN + 127u * 8 <= GUESS_BINS, "a bin for every finite float");
 
+constexpr int OWN_GUESS_BINS = GUESS_BINS / BLOCK;
+// Where a bin lies: a thread's bins are a column, and bins next to each other are in different banks.
+PYINFER_DEVICE uint32_t guess_slot(uint32_t bin) {
+    const uint32_t row = bin % OWN_GUESS_BINS;
+    return row * BLOCK + (bin / OWN_GUESS_BINS + 3 * row) % BLOCK;
+}
+
 struct GuessShared {
     float first_rank, last_rank;  // of top_p's boundary, counted in the part from its largest value on
     uint32_t low, high;
@@ -40,9 +47,8 @@ PYINFER_DEVICE float seen_share(const Row<T>& row) {
 // Keys between which the boundary is likely to lie. bins: GUESS_BINS words of shared memory. All threads call it.
 template <typename T, typename Source>
 PYINFER_DEVICE Range guess(const RowKeys<T, Source>& keys, const Filter& filter, uint32_t* bins, GuessShared& sh) {
-    constexpr int OWN = GUESS_BINS / BLOCK;
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
+    for (int i = 0; i < OWN_GUESS_BINS; i++) {
         bins[threadIdx.x + i * BLOCK] = 0u;
     }
     if (threadIdx.x == 0) {
@@ -55,42 +61,50 @@ PYINFER_DEVICE Range guess(const RowKeys<T, Source>& keys, const Filter& filter,
     row.template walk<Source::DEPTH>(row.run_begin(warp_id()), row.run_begin(warp_id() + 1), lane_id(), 32 * PART, Source::fill(), [&](T x, int) {
         const uint32_t key = keys.source.key(x);
         if (key - 1u < INF_BITS - 1u) {
-            atomicAdd(&bins[guess_bin(key)], 1u);
+            atomicAdd(&bins[guess_slot(guess_bin(key))], 1u);
         }
     });
     __syncthreads();
 
-    // Thread t looks at OWN bins, the highest of them GUESS_BINS - 1 - t * OWN: sums over the threads before it are sums over higher bins.
-    const int lowest_bin = GUESS_BINS - OWN * (static_cast<int>(threadIdx.x) + 1);
-    const auto mass_of_bin = [](int bin) { return mass_of(min_of(first_key_of_bin(bin), FINE_TO - 1u), SCALE_BITS).units(); };
+    // Thread t looks at the bins from `lowest_bin` on, the higher the smaller t: sums over the threads before it are sums over higher bins. Masses are in
+    // units of 2^-44 of a bin's first value: nobody minds how they are rounded, but a sum must be the same in all threads.
+    const int lowest_bin = GUESS_BINS - OWN_GUESS_BINS * (static_cast<int>(threadIdx.x) + 1);
+    const auto count_in = [&](int bin) { return bins[guess_slot(bin)]; };
+    const auto first_value = [](int bin) { return __uint_as_float(min_of(first_key_of_bin(bin), FINE_TO)); };
     uint32_t own_count = 0;
-    uint64_t own_mass = 0;
+    float own_sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        const uint32_t count = bins[lowest_bin + i];
+    for (int i = 0; i < OWN_GUESS_BINS; i++) {
+        const uint32_t count = count_in(lowest_bin + i);
         own_count += count;
-        own_mass += count * mass_of_bin(lowest_bin + i);
+        own_sum += static_cast<float>(count) * first_value(lowest_bin + i);
     }
+    const float one = power_of_two(SCALE_BITS);
+    const uint64_t own_mass = static_cast<uint64_t>(own_sum * one);
     uint64_t all_counts, all_masses;
     const uint32_t count_above = static_cast<uint32_t>(block_exclusive_scan(own_count, sh.scratch, all_counts));
-    uint64_t above = block_exclusive_scan(own_mass, sh.scratch, all_masses);
+    const uint64_t mass_above = block_exclusive_scan(own_mass, sh.scratch, all_masses);
     const float share = seen_share(row);
     if (filter.limit != UNLIMITED) {
-        const uint64_t one = 1ull << SCALE_BITS;
-        const uint64_t tail = filter.limit < one ? static_cast<uint64_t>(share * static_cast<float>(one - filter.limit)) : 0;
-        uint32_t count_before = count_above;
+        const uint64_t tail = filter.limit < 1ull << SCALE_BITS ? static_cast<uint64_t>(share * (one - static_cast<float>(filter.limit))) : 0;
+        if (all_masses - mass_above > tail && all_masses - (mass_above + own_mass) <= tail) {  // one thread, if any
+            const float to_go = static_cast<float>(all_masses - mass_above - tail) / one;
+            float sum = 0.f;
+            uint32_t before = count_above;
 #pragma unroll 1
-        for (int i = OWN - 1; i >= 0; i--) {
-            const uint32_t count = bins[lowest_bin + i];
-            const uint64_t each = mass_of_bin(lowest_bin + i), in = above + count * each;
-            if (count > 0 && all_masses - above > tail && all_masses - in <= tail) {  // one thread, if any
-                // The tail's values are no larger than the bin's, so its variance is at most its mass times such a value.
-                const float margin = LEAST_MARGIN + DEVIATIONS * __fsqrt_rn(static_cast<float>(tail) / static_cast<float>(each));
-                sh.first_rank = static_cast<float>(count_before) - margin;
-                sh.last_rank = static_cast<float>(count_before + count) + margin;
+            for (int bin = lowest_bin + OWN_GUESS_BINS - 1; bin >= lowest_bin; bin--) {
+                const uint32_t count = count_in(bin);
+                const float value = first_value(bin);
+                sum += static_cast<float>(count) * value;
+                if (sum >= to_go || bin == lowest_bin) {
+                    // The tail's values are no larger than the bin's, so its variance is at most its mass times such a value.
+                    const float margin = LEAST_MARGIN + DEVIATIONS * __fsqrt_rn(static_cast<float>(tail) / one / value);
+                    sh.first_rank = static_cast<float>(before) - margin;
+                    sh.last_rank = static_cast<float>(before + count) + margin;
+                    break;
+                }
+                before += count;
             }
-            count_before += count;
-            above = in;
         }
         __syncthreads();
     }
@@ -103,19 +117,21 @@ PYINFER_DEVICE Range guess(const RowKeys<T, Source>& keys, const Filter& filter,
         last_rank = min_of(last_rank, rank + margin);
     }
     first_rank = min_of(first_rank, lowest_rank - 1.f);
-    uint32_t before = count_above;
+    const auto find = [&](float rank, auto&& found) {  // found(bin) by the thread that has it
+        if (static_cast<float>(count_above) <= rank && rank < static_cast<float>(count_above + own_count)) {
+            int bin = lowest_bin + OWN_GUESS_BINS - 1;
+            uint32_t up_to = count_above + count_in(bin);
 #pragma unroll 1
-    for (int i = OWN - 1; i >= 0; i--) {
-        const int bin = lowest_bin + i;
-        const float from = static_cast<float>(before), to = static_cast<float>(before + bins[bin]);
-        if (first_rank > 0.f && from <= first_rank && first_rank < to) {  // from rank 0 on, all that is above may matter
-            sh.high = first_key_of_bin(bin + 1) - 1u;
+            while (rank >= static_cast<float>(up_to)) {
+                up_to += count_in(--bin);
+            }
+            found(bin);
         }
-        if (from <= last_rank && last_rank < to) {
-            sh.low = max_of(first_key_of_bin(bin), LOWEST_KEY);
-        }
-        before += bins[bin];
+    };
+    if (first_rank > 0.f) {  // else all that is above may matter
+        find(first_rank, [&](int bin) { sh.high = first_key_of_bin(bin + 1) - 1u; });
     }
+    find(last_rank, [&](int bin) { sh.low = max_of(first_key_of_bin(bin), LOWEST_KEY); });
     __syncthreads();
     return Range{sh.low, sh.high};
 }

@@ -145,19 +145,23 @@ PYINFER_DEVICE Selection search(const Keys& keys, const Filter& filter, Range ra
             above_mass += block_exclusive_scan(own_mass, sh.scratch, all_masses);
         }
         all_counts += range.count_above;
+        // The lowest accepted bin is the one after which nothing is accepted, or nothing is left: one thread has it.
+        const auto is_last = [&](uint64_t count_in, uint64_t mass_in) { return !filter.accepts(count_in, mass_in) || count_in == all_counts; };
+        if (own_count > 0 && filter.accepts(above, above_mass) && is_last(above + own_count, above_mass + own_mass)) {
 #pragma unroll 1
-        for (int i = 0; i < OWN_DIGITS; i++) {
-            const uint64_t count_in = above + sh.count[first - i], mass_in = above_mass + mass_of_bin(first - i);
-            // The lowest accepted bin is the one after which nothing is accepted, or nothing is left: exactly one thread finds it.
-            if (count_in > above && filter.accepts(above, above_mass) && (!filter.accepts(count_in, mass_in) || count_in == all_counts)) {
-                sh.digit = first - i;
-                sh.count_above = above;
-                sh.mass_above = above_mass;
-                sh.count_in = count_in;
-                sh.mass_in = mass_in;
+            for (int digit = first;; digit--) {
+                const uint64_t count = sh.count[digit], mass = mass_of_bin(digit);
+                if (count > 0 && is_last(above + count, above_mass + mass)) {
+                    sh.digit = digit;
+                    sh.count_above = above;
+                    sh.mass_above = above_mass;
+                    sh.count_in = above + count;
+                    sh.mass_in = above_mass + mass;
+                    break;
+                }
+                above += count;
+                above_mass += mass;
             }
-            above = count_in;
-            above_mass = mass_in;
         }
         __syncthreads();
         const uint64_t count_in = sh.count_in, mass_in = sh.mass_in;

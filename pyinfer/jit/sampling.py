@@ -14,9 +14,10 @@ OWN_SLOTS, ASIDE_SLOTS = (
     20,
     12,
 )  # a thread's room for candidates (sampling/keep.cuh): 71 KB a block, 95 with the histograms
-CLUSTER_BLOCK = (512, 1, 1)  # two on a multiprocessor: one loads while the other computes
+CLUSTER_BLOCK = (512, 1, 1)
 CLUSTER_SIZES = (2, 4, 8)
-KEYS_PER_WARP = 1280  # 80 KB a block: two blocks of 9.0 and 10.0, one of 12.0
+KEYS_PER_WARP = 1280  # 80 KB a block
+CANDIDATE_SLOTS = 16  # 32 KB a block
 MANY_KEYS_PER_WARP = 2304  # 144 KB a block: 262,144 tokens in a cluster of 8
 DTYPES = ("float32", "bfloat16", "float16")
 _ROOM = (("own_slots", OWN_SLOTS), ("aside_slots", ASIDE_SLOTS))
@@ -126,8 +127,13 @@ def cluster_keys_per_warp(vocab: int, itemsize: int, cluster: int) -> int:
 
 
 @functools.cache
-def gen_sample_cluster(dtype: str, source: str, cluster: int, many_keys: bool = False) -> JitSpec:
-    """The samplers of gen_sample, all filters in one kernel, a cluster of blocks per output; the row must fit (`cluster_keys_per_warp`)."""
+def gen_sample_cluster(
+    dtype: str, source: str, cluster: int, many_keys: bool = False, slots: int = CANDIDATE_SLOTS
+) -> JitSpec:
+    """The samplers of gen_sample, all filters in one kernel, a cluster of blocks per output; the row must fit (`cluster_keys_per_warp`).
+
+    slots: a thread's room for candidates; 0, for 12.0, makes every search look at all keys.
+    """
     if source not in SOURCES or cluster not in CLUSTER_SIZES:
         raise ValueError(
             f"gen_sample_cluster: no such kernel: got source={source!r}, cluster={cluster}, wanted one of {SOURCES} and one of {CLUSTER_SIZES}."
@@ -138,15 +144,15 @@ def gen_sample_cluster(dtype: str, source: str, cluster: int, many_keys: bool = 
         ("scalar_t", t.ctype),
         ("source", source),
         ("cluster", cluster),
-        ("blocks_per_sm", 1),
+        ("slots", slots),
     )
     return JitSpec(
-        f"sample_cluster{cluster}_{source}_{'many_' if many_keys else ''}{t.short}",
+        f"sample_cluster{cluster}_{source}_{'many_' if many_keys else ''}{'' if slots else 'tight_'}{t.short}",
         "sampling/sample_cluster.cu.jinja",
         SAMPLE_CLUSTER,
         constants,
         CLUSTER_BLOCK,
-        smem=CLUSTER_BLOCK[0] // 32 * keys * 4,
+        smem=CLUSTER_BLOCK[0] // 32 * keys * 4 + CLUSTER_BLOCK[0] * slots * 4,
         min_arch=90,
         cluster=(cluster, 1, 1),
     )
