@@ -184,6 +184,24 @@ def prefill(document: dict[str, Any]) -> str:
     )
 
 
+def mla(document: dict[str, Any]) -> str:
+    """Multi-head latent attention: TFLOP/s."""
+    return _attention(document, "mla", "TFLOP/s", 0, [("flashmla", "FlashMLA"), ("flashinfer", "FlashInfer")])
+
+
+def cascade(document: dict[str, Any]) -> str:
+    """A shared prefix read once, over the same keys read by every request."""
+    rows = []
+    for case in cases_of(document, "cascade"):
+        ours = _ours(case)
+        flat = next((r for r in case["results"] if r["name"] == "pyinfer flat" and r["status"] == "ok"), None)
+        if ours and flat:
+            rows.append([case["spec"], _us(ours["us"]), _us(flat["us"]), f"{flat['us'] / ours['us']:.1f}×"])
+    return _table(["heads, prefix + requests × own tokens", "µs", "flat, µs", "speed over flat"], rows) + source(
+        document, "cascade"
+    )
+
+
 def _by_operator(document: dict[str, Any], suite: str) -> str:
     """µs per size, ours over FlashInfer and torch."""
     cases = cases_of(document, suite)
@@ -326,6 +344,8 @@ def llm(document: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "decode": ("decode", "cuda", decode),
     "prefill": ("prefill", "cuda", prefill),
+    "mla": ("mla", "cuda", mla),
+    "cascade": ("cascade", "cuda", cascade),
     "memory_bound": ("memory_bound", "cuda", lambda d: _by_operator(d, "memory_bound")),
     "sampling": ("sampling", "cuda", sampling),
     "cold_start": ("cold_start", "cuda", cold_start),

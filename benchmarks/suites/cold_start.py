@@ -334,7 +334,9 @@ def _import_time(ctx: Context) -> None:
 def _measure(ctx: Context, name: str) -> tuple[dict[str, Any], list[float], str]:
     """The cold process's record, the first-call times of processes that find the disk cache, and what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"PYINFER_WORKSPACE_BASE": folder, "NUMBA_CACHE_DIR": str(Path(folder) / "numba")}
+        # NVRTC (12.9 and newer) and the driver keep results of their own, which an earlier process may have left.
+        own = {"PYINFER_WORKSPACE_BASE": "", "NUMBA_CACHE_DIR": "numba", "CUDA_CACHE_PATH": "nv"}
+        environment = {variable: str(Path(folder) / name) for variable, name in own.items()}
         try:
             cold = _child(name, ctx.device, environment)
             return (
