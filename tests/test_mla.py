@@ -156,12 +156,12 @@ FP8_CASES = [  # few rows and many, tiles of which some rows lie behind the end,
 
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize(("heads", "qo", "kv", "page_size", "causal"), FP8_CASES)
-def test_cache_of_8_bit_floats(rng, backend, device, kv_dtype, heads, qo, kv, page_size, causal):
+def test_cache_of_8_bit_floats(rng, backend_arrays, kv_dtype, heads, qo, kv, page_size, causal):
     """Every stored value is exact in the queries' dtype, so the bound is that of 16-bit caches; each part of the cache has its own scale."""
     dtype = ("float16", "bfloat16")[int(rng.integers(2))]
     scales = tuple(rng.uniform(0.03, 3.0, 2).tolist())
     joined = bool(rng.integers(2))
-    case = make(rng, backend, dtype, heads, qo, kv, page_size, joined=joined, kv_dtype=kv_dtype, scales=scales)
+    case = make(rng, backend_arrays, dtype, heads, qo, kv, page_size, joined=joined, kv_dtype=kv_dtype, scales=scales)
     wrapper = pyinfer.mla.BatchMLAPagedAttentionWrapper()
     case.plan(wrapper, causal)
     out, lse = case.run(wrapper, return_lse=True, ckv_scale=scales[0], kpe_scale=scales[1])

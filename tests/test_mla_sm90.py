@@ -54,6 +54,18 @@ def test_boxes_are_as_loaded_here(source):
     assert "for (int block = 0; block < HALF / 64; ++block) {" in source
 
 
+def test_rows_fetched_ahead(source):
+    """A tile's rows, each once, from the places of its boxes: lane b knows where box b begins."""
+    lane_of = expression(source, r"next\.page, (.+?)\);")
+    assert lane_of(row=5, shift=2) == expression(source, r"next\.slot, (.+?)\) \+")(row=5, shift=2)
+    within = expression(source, r"next\.slot, row >> shift\) \+ (.+?);")
+    for rows in (8, 16, 32, 64):
+        begins = [100 + 10 * lane * rows for lane in range(64 // rows)]  # boxes somewhere in memory
+        p = type("Params", (), {"box_rows": rows})
+        found = [begins[lane_of(row=r, shift=rows.bit_length() - 1)] + within(row=r, p=p) for r in range(64)]
+        assert found == [begin + r for begin in begins for r in range(rows)]
+
+
 @pytest.mark.parametrize("rows", [8, 64])
 def test_keys_and_values_of_one_tile(source, rows):
     """The same bytes as operand B of both products: contiguous along the contraction for the scores, along the columns for the output."""
@@ -225,7 +237,7 @@ def schedule(num_tiles, seed):
                 barriers["empty", 2, 0].arrive()
                 barriers["empty", 2, 1].arrive()
         for i in range(num_tiles):
-            at_once = i > 0 and not barriers["full", i % 3, 0].ended(i // 3 & 1)
+            at_once = i > 0 and not arrived
             if at_once:
                 for _ in range(4):
                     barriers["weights_full", (i - 1) & 1].arrive()
@@ -238,12 +250,14 @@ def schedule(num_tiles, seed):
             if i > 0 and not at_once:
                 for _ in range(4):
                     barriers["weights_full", (i - 1) & 1].arrive()
+            yield from wait(barriers["weights_empty", i & 1], (i // 2 - 1) & 1)
             yield
             assert memory[i % 3, 0] == memory[i % 3, 1] == i  # not overwritten while it was read
             assert memory["kpe"] == i
             for _ in range(4):
                 barriers["kpe_empty"].arrive()
-            yield from wait(barriers["weights_empty", i & 1], (i // 2 - 1) & 1)
+            arrived = barriers["full", (i + 1) % 3, 0].ended((i + 1) // 3 & 1)
+            yield
             memory["weights", i & 1] = i
             yield
         for _ in range(4):
@@ -385,6 +399,8 @@ def test_launch(hopper, heads, qo, page_size, rows):
     box = (64, rows, 1)
     assert found["ckv_map"] == fake_map(cache.data_ptr(), BFLOAT16, (512, page_size, pages), strides, box)
     assert found["kpe_map"] == fake_map(cache.data_ptr() + 1024, BFLOAT16, (64, page_size, pages), strides, box)
+    assert found["ckv"] == cache.data_ptr()
+    assert (found["ckv_stride_page"], found["ckv_stride_token"]) == (576 * page_size, 576)
     assert found["box_rows"] == rows
     assert found["page_size"] == page_size
     assert found["group"] == heads

@@ -23,6 +23,11 @@ PYINFER_DEVICE void tma_prefetch_3d(const TensorMap* map, int x, int y, int z) {
     asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z) : "memory");
 }
 
+// Bytes on their way from memory to L2, multiples of 16 in address and number.
+PYINFER_DEVICE void bulk_prefetch(const void* source, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 // Bytes from shared to global memory, multiples of 16 in address and number; and the wait until this thread's have been written.
 PYINFER_DEVICE void bulk_store(void* destination, uint32_t source, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes) : "memory");
