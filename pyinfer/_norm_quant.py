@@ -141,9 +141,7 @@ def _launch(
         bits |= (v.ptr | (layout[2] | layout[3]) * size) * (x.dtype.itemsize // size)
     vec = vector_length(x.dtype.itemsize, bits)
     quantize = "row" if scales is not None else "tensor"
-    kernel, config, sms, has_pdl = _kernel(
-        device, r is not None, x.dtype.name, hidden, vec, quantize, o.dtype.name, silu
-    )
+    kernel, config, has_pdl = _kernel(device, r is not None, x.dtype.name, hidden, vec, quantize, o.dtype.name, silu)
     pointers = (x.ptr, w.ptr, o.ptr) if r is None else (x.ptr, r.ptr, w.ptr, o.ptr)
     strides = [s for layout in layouts for s in layout[2:]]
     last = (scale.value,) if scales is None else ()
@@ -156,7 +154,7 @@ def _launch(
     count = len(pointers)
     recipe = (*((i, 0) for i in range(count)), (count, 0) if scale_ptr else None)
     pdl = has_pdl and enable_pdl is not False
-    grid = config.grid(n, sms)
+    grid = config.grid(n)
     calls.launch(scalars, known, x, kernel, grid, values, count + 1, pdl, aligned, outputs, recipe, count)
 
 
@@ -173,9 +171,9 @@ def common_layouts(op: str, operands: list[tuple[str, TensorView]]) -> list[tupl
 @functools.cache
 def _kernel(
     device: int, add: bool, dtype: str, hidden: int, vec: int, quantize: str, out: str, silu: bool
-) -> tuple[Kernel, RowConfig, int, bool]:
-    """Kernel, its configuration, multiprocessors, whether the device has programmatic dependent launch."""
-    from pyinfer.core.device import num_sms, pdl_supported
+) -> tuple[Kernel, RowConfig, bool]:
+    """Kernel, its configuration, whether the device has programmatic dependent launch."""
+    from pyinfer.core.device import pdl_supported
     from pyinfer.jit import norm
 
     if add:
@@ -184,4 +182,4 @@ def _kernel(
     else:
         config = norm.rmsnorm_config(hidden // vec, quantize)
         spec = norm.gen_rmsnorm(dtype, hidden, vec, False, quantize, out, silu)
-    return spec.build_and_load(device), config, num_sms(device), pdl_supported(device)
+    return spec.build_and_load(device), config, pdl_supported(device)

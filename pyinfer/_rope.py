@@ -21,11 +21,12 @@ from pyinfer.core.tensor import TensorView, as_numpy, empty, view
 
 if TYPE_CHECKING:
     from pyinfer.core.launch import Kernel
-    from pyinfer.jit.rope import RopeConfig
 
 _DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 _INTEGERS = (INT32, INT64)
 _MAX_ROTARY_DIM = 512  # the table of frequencies is a kernel parameter, of which there are 4 KiB
+MANY_TOKENS = 2048  # from here on kernels take several heads a thread (`jit.rope.rope_config`)
+
 _calls = Calls()
 
 
@@ -314,11 +315,12 @@ def _launch(
         bits |= s
     addresses = q.ptr | k.ptr | q_out.ptr | k_out.ptr
     vec = 1 if cache_bits & 15 else vector_length(size, addresses | bits * size)
-    kernel, config, has_pdl = _rope_kernel(q.device, key[0], q.dtype.name, rotary_dim, bool(interleave), num_heads, vec)
-    heads_per_block = config.heads * config.across(tokens)
+    kernel, heads_per_block, has_pdl = _rope_kernel(
+        q.device, key[0], q.dtype.name, rotary_dim, bool(interleave), num_heads, vec, tokens >= MANY_TOKENS
+    )
     parts = -(-num_heads // heads_per_block)
     pointers = (q.ptr, k.ptr, q_out.ptr, k_out.ptr, *indices)
-    values = (*pointers, *table, *strides, q_heads, num_heads, parts, heads_per_block, tail, wide, *last)
+    values = (*pointers, *table, *strides, q_heads, num_heads, parts, tail, wide, *last)
     aligned = not (addresses | (indices[0] if key[0] == "cache" else 0)) & 15
     outputs = () if in_place else tuple((view(x).shape, q.dtype) for x in tensors[:2])
     given, count = len(tensors), len(pointers)
@@ -333,11 +335,12 @@ def _launch(
 
 @functools.cache
 def _rope_kernel(
-    device: int, mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads: int, vec: int
-) -> tuple[Kernel, RopeConfig, bool]:
-    """Kernel, its configuration, whether it was built for programmatic dependent launch."""
+    device: int, mode: str, dtype: str, rotary_dim: int, interleave: bool, num_heads: int, vec: int, many: bool
+) -> tuple[Kernel, int, bool]:
+    """Kernel, heads per block, whether it was built for programmatic dependent launch."""
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.rope import gen_rope, rope_config
 
-    spec = gen_rope(mode, dtype, rotary_dim, interleave, num_heads, vec)
-    return spec.build_and_load(device), rope_config(rotary_dim // 2 // vec, num_heads), pdl_supported(device)
+    config = rope_config(rotary_dim // 2 // vec, num_heads, MANY_TOKENS if many else 1)
+    spec = gen_rope(mode, dtype, rotary_dim, interleave, num_heads, vec, config)
+    return spec.build_and_load(device), config.heads * config.unroll, pdl_supported(device)

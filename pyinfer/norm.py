@@ -320,12 +320,12 @@ def layernorm(
     vec = vector_length(size, bits)
     if (w.ptr | b.ptr) & (min(16, vec * param_size) - 1):
         vec = 1
-    kernel, per_block, has_pdl = _layernorm_kernel(device, x.dtype.name, w.dtype.name, hidden, vec)
+    kernel, config, has_pdl = _layernorm_kernel(device, x.dtype.name, w.dtype.name, hidden, vec)
     values = (x.ptr, w.ptr, b.ptr, o.ptr, x_outer, x_inner, o_outer, o_inner, n, inner, hidden, 1.0 / hidden, eps)
     aligned = not (x.ptr | w.ptr | b.ptr | o.ptr) & 15
     outputs = ((x.shape, x.dtype),) if len(tensors) == 3 else ()
     pdl = has_pdl and scalars[1]
-    _layer_calls.launch(scalars, tensors, x, kernel, -(-n // per_block), values, 4, pdl, aligned, outputs, returns=3)
+    _layer_calls.launch(scalars, tensors, x, kernel, config.grid(n), values, 4, pdl, aligned, outputs, returns=3)
     return out
 
 
@@ -379,12 +379,12 @@ def _rmsnorm(
     _, _, o_outer, o_inner = out_rows
     size = x.dtype.itemsize
     vec = vector_length(size, x.ptr | w.ptr | o.ptr | (hidden | x_outer | x_inner | o_outer | o_inner) * size)
-    kernel, config, sms, has_pdl = _rmsnorm_kernel(device, x.dtype.name, hidden, vec, form)
+    kernel, config, has_pdl = _rmsnorm_kernel(device, x.dtype.name, hidden, vec, form)
     values = (x.ptr, w.ptr, o.ptr, x_outer, x_inner, o_outer, o_inner, n, inner, hidden, 1.0 / hidden, eps)
     aligned = not (x.ptr | w.ptr | o.ptr) & 15
     outputs = ((x.shape, x.dtype),) if len(tensors) == 2 else ()
     pdl = has_pdl and scalars[2]
-    _norm_calls.launch(scalars, tensors, x, kernel, config.grid(n, sms), values, 3, pdl, aligned, outputs, returns=2)
+    _norm_calls.launch(scalars, tensors, x, kernel, config.grid(n), values, 3, pdl, aligned, outputs, returns=2)
     return out
 
 
@@ -416,23 +416,25 @@ def _fused_add_rmsnorm(
 
 
 @functools.cache
-def _rmsnorm_kernel(device: int, dtype: str, hidden: int, vec: int, form: int) -> tuple[Kernel, RowConfig, int, bool]:
-    """Kernel, its configuration, multiprocessors, whether the device has programmatic dependent launch."""
-    from pyinfer.core.device import num_sms, pdl_supported
+def _rmsnorm_kernel(device: int, dtype: str, hidden: int, vec: int, form: int) -> tuple[Kernel, RowConfig, bool]:
+    """Kernel, its configuration, whether the device has programmatic dependent launch."""
+    from pyinfer.core.device import pdl_supported
     from pyinfer.jit.norm import gen_rmsnorm, rmsnorm_config
 
     spec = gen_rmsnorm(dtype, hidden, vec, form == _GEMMA, silu=form == _SILU)
-    return spec.build_and_load(device), rmsnorm_config(hidden // vec), num_sms(device), pdl_supported(device)
+    return spec.build_and_load(device), rmsnorm_config(hidden // vec), pdl_supported(device)
 
 
 @functools.cache
-def _layernorm_kernel(device: int, dtype: str, param_dtype: str, hidden: int, vec: int) -> tuple[Kernel, int, bool]:
-    """Kernel, rows per block, whether it was built for programmatic dependent launch."""
+def _layernorm_kernel(
+    device: int, dtype: str, param_dtype: str, hidden: int, vec: int
+) -> tuple[Kernel, RowConfig, bool]:
+    """Kernel, its configuration, whether it was built for programmatic dependent launch."""
     from pyinfer.core.device import pdl_supported
-    from pyinfer.jit.norm import gen_layernorm
+    from pyinfer.jit.norm import gen_layernorm, layernorm_config
 
     spec = gen_layernorm(dtype, param_dtype, hidden, vec)
-    return spec.build_and_load(device), spec.block[1], pdl_supported(device)
+    return spec.build_and_load(device), layernorm_config(hidden // vec), pdl_supported(device)
 
 
 @functools.cache

@@ -306,8 +306,8 @@ def test_rope_config() -> None:
     for slots in (1, 3, 8, 16, 64, 256):
         for heads in (1, 2, 7, 12, 40, 128, 129):
             for tokens in (1, 4096):
-                c = rope_config(slots, heads)
+                c = rope_config(slots, heads, tokens)
                 assert 1 <= c.heads <= heads and (c.heads == 1 or slots * c.heads <= 128) and 1 <= c.unroll <= 4
-                each = c.heads * c.across(tokens)
-                parts = -(-heads // each)
-                assert c.across(tokens) in (1, c.unroll) and parts * each - heads < parts * c.across(tokens)
+                assert c.unroll == 1 or tokens > 1
+                parts = -(-heads // (c.heads * c.unroll))
+                assert parts * c.heads * c.unroll - heads < parts * c.unroll

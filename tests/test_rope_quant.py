@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pyinfer
+from pyinfer import _rope_launch
 from tests.arrays import EPSILON, Backend, assert_close, assert_same_bits, with_fp8
 from tests.reference import page as page_reference
 from tests.reference import rope as reference
@@ -176,6 +177,18 @@ def test_append(backend_arrays: Backend, rng: np.random.Generator, shape, dtype:
             assert_close(b.float64(got), b.float64(expected), rtol=tolerance, name="cache")
         assert_same_bits(b.numpy(caches[1]), b.numpy(want[1]), "values")
         assert_same_bits(b.numpy(c.k), k_before, "the keys given")
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 128, 0), (80, 50, 64, 0), (4, 4, 32, 96), (3, 1, 6, 6)], ids=str)
+def test_as_with_many_tokens(
+    backend_arrays: Backend, rng: np.random.Generator, shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several heads a thread, and values moved by blocks that rotate: of the second shape one that has no keys."""
+    monkeypatch.setattr("pyinfer.jit.rope.MANY_TOKENS", 1)
+    _rope_launch.calls.clear()
+    test_append(backend_arrays, rng, shape, "bfloat16", False)
+    test_quantize_append(backend_arrays, rng, shape, "NHD")
+    _rope_launch.calls.clear()
 
 
 def test_position_outside_the_table(backend_arrays: Backend, rng: np.random.Generator) -> None:
@@ -371,3 +384,27 @@ def test_errors(backend: Backend, rng: np.random.Generator) -> None:
     fails(TypeError, "q_out differs in dtype from q", *plain, both, *t.arrays, q_out=b.full((7, 4, 24), 0.0, "float32"))
     fails(ValueError, r"paged_kv_cache \(V\) has other pages", *plain, (both[:, 0], both[1:, 1]), *t.arrays)
     fails(ValueError, "k has the wrong shape", c.q, c.k[..., :16], v, c.table, c.pos_ids, both, *t.arrays)
+
+
+@pytest.mark.compile
+def test_rotary_blocks() -> None:
+    """All heads and all chunks have a block; values go along with the rotation only with many tokens and few values."""
+    from pyinfer.jit.rope import rope_config, rotary_blocks
+
+    for heads, pairs, nope, value in (
+        ((32, 8, 0), 64, 0, 128),
+        ((128, 1, 128), 32, 512, 0),
+        ((80, 50, 0), 32, 0, 64),
+        ((3, 2, 3), 8, 8, 0),
+    ):
+        for tokens in (1, 4096):
+            c = rope_config(pairs // 8, heads[0] + heads[1], tokens)
+            b = rotary_blocks(heads, pairs, nope, value, 8, c, tokens)
+            threads = pairs // 8 * c.heads
+            chunks = ((heads[2] + heads[1]) * nope + heads[1] * value) // 8
+            assert b.rotate_parts * c.heads * c.unroll >= heads[0] + heads[1]
+            assert (b.parts - b.move_from) * threads * b.copies >= chunks and 1 <= b.copies <= 4
+            together = b.move_from < b.rotate_parts
+            assert b.parts == (b.rotate_parts if together else b.parts) and (tokens > 1 or not together)
+    assert rotary_blocks((80, 50, 0), 32, 0, 64, 8, rope_config(4, 130, 4096), 4096) == (2, 2, 0, 4)
+    assert rotary_blocks((32, 8, 0), 64, 0, 128, 8, rope_config(8, 40, 4096), 4096) == (1, 1, 0, 2)

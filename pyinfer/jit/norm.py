@@ -87,8 +87,8 @@ class RowConfig:
         Access functions of `cuda_src/common/vec_io.cuh`.
     blocks
         Blocks that a multiprocessor should hold (bounds the registers); 1: as the compiler likes.
-    stages
-        Not 0: so many blocks are launched as the multiprocessors hold, each for several rows; this many rows are in its shared memory or on their way there.
+    together
+        Rows that a thread works on at a time (layernorm).
     """
 
     lanes: int
@@ -98,24 +98,20 @@ class RowConfig:
     load: str = "load_once"
     store: str = "store"
     blocks: int = 1
-    stages: int = 0
+    together: int = 1
 
     @property
     def short(self) -> str:
         """What tells it apart in a kernel's name."""
         access = f"{'' if self.load == 'load_once' else '_read' + self.load.removeprefix('load')}{self.store.removeprefix('store') and '_write_stream'}"
-        more = f"{f'_b{self.blocks}' if self.blocks > 1 else ''}{f'_ring{self.stages}' if self.stages else ''}"
+        more = (
+            f"{f'_b{self.blocks}' if self.blocks > 1 else ''}{f'_together{self.together}' if self.together > 1 else ''}"
+        )
         return f"{self.lanes}x{self.rows}_s{self.slots}{access}{more}{'_reread' if self.reread else ''}"
 
-    @property
-    def smem(self) -> int:
-        """Bytes of shared memory for the rows under way."""
-        return self.stages * self.slots * self.lanes * self.rows * 16
-
-    def grid(self, rows: int, num_sms: int) -> int:
+    def grid(self, rows: int) -> int:
         """Blocks to launch for that many rows."""
-        blocks = -(-rows // self.rows)
-        return min(blocks, self.blocks * num_sms) if self.stages else blocks
+        return -(-rows // (self.rows * self.together))
 
 
 def row_config(vectors: int, slots: int, longest: tuple[int, int]) -> RowConfig:
@@ -194,29 +190,18 @@ def rmsnorm_config(vectors: int, quantize: str = "") -> RowConfig:
     return replace(config, load="load" if vectors > 512 else config.load, blocks=max(1, 1024 // config.lanes))
 
 
-def _ring(vectors: int, slots: int, threads: int, stages: int) -> RowConfig:
-    """Rows by way of shared memory, so many threads a multiprocessor."""
-    config = row_config(vectors, slots, (1024, 4))
-    return replace(config, blocks=max(1, threads // (config.lanes * config.rows)), stages=stages)
-
-
 def rmsnorm_candidates(vectors: int, quantize: str = "") -> list[RowConfig]:
     """Configurations worth timing for long rows, the default first (tools/gpu/time_ops.py).
 
     What they try: fewer vectors a thread and more threads (what is in flight then comes from many warps), reads through L1 or past it, a bound on
-    registers so that more blocks share a multiprocessor, and blocks that work on several rows, by way of shared memory.
+    registers so that more blocks share a multiprocessor.
     """
     found = [rmsnorm_config(vectors, quantize)]
     if 128 < vectors <= 1024:
         for slots, load, threads in ((4, "load", 1024), (4, "load_once", 1024), (2, "load", 1536)):
             config = row_config(vectors, slots, (1024, 4))
             found.append(replace(config, load=load, blocks=max(1, threads // (config.lanes * config.rows))))
-        found += [_ring(vectors, slots, threads, stages) for slots, threads, stages in _RINGS]
     return list(dict.fromkeys(found))
-
-
-_RINGS = ((2, 1024, 3), (2, 1024, 4), (2, 1024, 6), (4, 512, 3), (4, 512, 4))
-"""(vectors a thread, threads a multiprocessor, stages) worth timing."""
 
 
 @functools.cache
@@ -252,10 +237,10 @@ def gen_rmsnorm(
     v = _vec(d, hidden, vec)
     config = config or rmsnorm_config(hidden // v, quantize)
     name = _name("rmsnorm_silu" if silu else "rmsnorm", d, v, config, gemma, quantize, o)
-    constants = (*_constants(d, v, config, gemma, quantize, o), ("SILU", silu), ("STAGES", config.stages))
+    constants = (*_constants(d, v, config, gemma, quantize, o), ("SILU", silu))
     block = (config.lanes, config.rows, 1)
     params = rmsnorm_params(quantize)
-    return JitSpec(name, "norm/rmsnorm.cu.jinja", params, constants, block=block, smem=config.smem)
+    return JitSpec(name, "norm/rmsnorm.cu.jinja", params, constants, block=block)
 
 
 def fused_add_config(vectors: int) -> RowConfig:
@@ -316,8 +301,23 @@ def layernorm_config(vectors: int) -> RowConfig:
 
 def layernorm_candidates(vectors: int) -> list[RowConfig]:
     """Configurations worth timing for long rows, the default first (tools/gpu/time_ops.py)."""
-    rings = [_ring(vectors, *r) for r in _RINGS]
-    return [layernorm_config(vectors), *(rings if 128 < vectors <= 1024 else ())]
+    found = [layernorm_config(vectors)]
+    if 128 < vectors <= 1024:
+        for slots, threads, together, load in _TRIED:
+            config = row_config(vectors, slots, (1024, 4))
+            found.append(replace(config, blocks=max(1, threads // config.lanes), together=together, load=load))
+    return list(dict.fromkeys(found))
+
+
+_TRIED = (
+    (4, 1024, 1, "load"),
+    (4, 1024, 1, "load_once"),
+    (4, 512, 2, "load"),
+    (2, 1024, 2, "load"),
+    (2, 1024, 2, "load_once"),
+    (2, 512, 4, "load"),
+    (1, 1024, 4, "load"),
+)
 
 
 @functools.cache
@@ -341,11 +341,11 @@ def gen_layernorm(
         ("BLOCKS", config.blocks),
         ("LOAD", config.load),
         ("REREAD", config.reread),
-        ("STAGES", config.stages),
+        ("TOGETHER", config.together),
     )
     name = f"layernorm_{d.short}_{param.short}_v{v}_{config.short}"
     block = (config.lanes, config.rows, 1)
-    return JitSpec(name, "norm/layernorm.cu.jinja", LAYERNORM, constants, block=block, smem=config.smem)
+    return JitSpec(name, "norm/layernorm.cu.jinja", LAYERNORM, constants, block=block)
 
 
 # SmolLM2, a head of 128, Llama 3 8B and 70B; one of odd length, one that is read twice.

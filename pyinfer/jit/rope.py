@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from pyinfer._rope import MANY_TOKENS
 from pyinfer.core.dtypes import canonical_dtype
 from pyinfer.core.errors import fail
 from pyinfer.core.params import Field, ParamStruct, f32, i32, i64, ptr, u32, u64_array
@@ -32,7 +34,6 @@ def rope_params(mode: str, pairs: int) -> ParamStruct:
         i32("num_q_heads"),
         i32("num_heads", "q's and k's"),
         i32("parts", "blocks per token"),
-        i32("heads_per_block"),
         i32("tail", "elements beyond the rotated ones to copy; 0 in place"),
         i32("wide", "whether index arrays are int64"),
     )
@@ -123,43 +124,46 @@ class RopeConfig:
         Threads along the heads.
     unroll
         Heads per thread: a block works on up to heads * unroll.
-    load, store
-        Access functions of `cuda_src/common/vec_io.cuh`.
+    load
+        Access function of `cuda_src/common/vec_io.cuh`.
     """
 
     heads: int
     unroll: int
-    load: str = "load_once"
-    store: str = "store"
+    load: str = "load"
 
     @property
     def short(self) -> str:
         """What tells it apart in a kernel's name."""
-        read = "" if self.load == "load_once" else "_read" + self.load.removeprefix("load")
-        return f"h{self.heads}_u{self.unroll}{read}{'_write_stream' if self.store == 'store_stream' else ''}"
-
-    def across(self, tokens: int) -> int:
-        """Heads per thread: with few tokens one, for there to be blocks enough; with many several, as the sines are computed once for all."""
-        return self.unroll if tokens >= _MANY_TOKENS else 1
+        past = "" if self.load == "load" else self.load.removeprefix("load")
+        return f"h{self.heads}_u{self.unroll}{past}"
 
 
-_MANY_TOKENS = 2048
+def rope_config(slots: int, num_heads: int, tokens: int = MANY_TOKENS) -> RopeConfig:
+    """About 128 threads of `slots` a head, in blocks of equal size.
+
+    With many tokens a thread takes up to four heads: the sines are computed once for all, and there are blocks enough. With few it takes one, and the kernel is
+    shorter,
+    which shows where the code has to be fetched: 6.9 against 7.1 us at 128 tokens. Through L1: past it 87.3 us against 85.8 at 16384 tokens of 32/8 heads.
+    """
+    return _spread(slots, num_heads, 4 if tokens >= MANY_TOKENS else 1, 128)
 
 
-def rope_config(slots: int, num_heads: int, unroll: int = 4) -> RopeConfig:
-    """About 128 threads of `slots` a head, up to `unroll` heads each, in blocks of equal size."""
-    passes = -(-num_heads // max(1, 128 // slots))
+def _spread(slots: int, num_heads: int, unroll: int, threads: int) -> RopeConfig:
+    passes = -(-num_heads // max(1, threads // slots))
     blocks = -(-passes // unroll)
     per_thread = -(-passes // blocks)
     return RopeConfig(-(-num_heads // (blocks * per_thread)), per_thread)
 
 
 def rope_candidates(slots: int, num_heads: int) -> list[RopeConfig]:
-    """Configurations worth timing, the default first (tools/gpu/time_ops.py)."""
+    """Configurations worth timing, the default for many tokens first (tools/gpu/time_ops.py)."""
     default = rope_config(slots, num_heads)
-    accesses = (("load", "store"), ("load_once", "store_stream"), ("load", "store_stream"))
-    others = (rope_config(slots, num_heads, 1), rope_config(slots, num_heads, 2))
-    return list(dict.fromkeys([default, *(replace(default, load=a, store=b) for a, b in accesses), *others]))
+    others = [
+        _spread(slots, num_heads, unroll, threads)
+        for unroll, threads in ((1, 128), (2, 256), (4, 256), (2, 512), (2, 128))
+    ]
+    return list(dict.fromkeys([default, replace(default, load="load_once"), *others]))
 
 
 @functools.cache
@@ -202,7 +206,6 @@ def gen_rope(
         ("UNROLL", config.unroll),
         ("INTERLEAVE", interleave),
         ("LOAD", config.load),
-        ("STORE", config.store),
     )
     name = f"rope_{mode}_{d.short}_d{rotary_dim}_v{v}_{config.short}{'_interleave' if interleave else ''}"
     block = (pairs // v, config.heads, 1)
@@ -238,7 +241,7 @@ def rope_quantize_params(append: bool) -> ParamStruct:
         u32("q_nope_heads", "0: the queries' other elements stay where they are"),
         u32("parts", "blocks per token"),
         u32("rotate_parts", "those of them that rotate"),
-        u32("heads_per_part", "of those"),
+        u32("move_from", "those from here on move what is not rotated"),
         i32("wide", "bit per index array: int64"),
         *((i32("batch"), u32("page_size")) if append else ()),
         f32("q_scale", "what queries are multiplied by"),
@@ -246,19 +249,31 @@ def rope_quantize_params(append: bool) -> ParamStruct:
     )
 
 
-COPIES = 4
-"""Chunks of what is not rotated that a thread of rope_quantize moves."""
+class RotaryBlocks(NamedTuple):
+    """Blocks of a token: in all, those that rotate, the first that moves what is not rotated; chunks per thread of that."""
+
+    parts: int
+    rotate_parts: int
+    move_from: int
+    copies: int
 
 
-def rope_quantize_parts(
+def rotary_blocks(
     heads: tuple[int, int, int], pairs: int, nope: int, value: int, vec: int, config: RopeConfig, tokens: int
-) -> tuple[int, int, int]:
-    """(blocks per token, those of them that rotate, heads of each): `heads` are those of queries, of keys, and of queries that have elements to copy."""
+) -> RotaryBlocks:
+    """How a token's work is shared out. `heads` are those of queries, of keys, and of queries that have elements to copy.
+
+    With many tokens blocks that rotate move as well, if they are enough: blocks that only move a token's values have too little on its way.
+    """
     q_heads, kv_heads, q_nope_heads = heads
-    each = config.heads * config.across(tokens)
-    rotate = -(-(q_heads + kv_heads) // each)
+    threads = pairs // vec * config.heads
+    rotate = -(-(q_heads + kv_heads) // (config.heads * config.unroll))
     chunks = ((q_nope_heads + kv_heads) * nope + kv_heads * value) // vec
-    return rotate + -(-chunks // (pairs // vec * config.heads * COPIES)), rotate, each
+    copies = max(1, min(4, -(-chunks // threads)))
+    move = -(-chunks // (threads * copies))
+    if tokens >= MANY_TOKENS and move <= rotate:
+        return RotaryBlocks(rotate, rotate, rotate - move, copies)
+    return RotaryBlocks(rotate + move, rotate, rotate, copies)
 
 
 @functools.cache
@@ -272,6 +287,7 @@ def gen_rope_quantize(
     value: int = 0,
     vec: int | None = None,
     config: RopeConfig | None = None,
+    copies: int = 1,
     num_heads: int = 40,
 ) -> JitSpec:
     """The kernel that rotates by a table and rounds.
@@ -288,6 +304,8 @@ def gen_rope_quantize(
         Elements per access; default: what the dimensions allow if pointers and strides are multiples of 16 bytes.
     config
         One of `rope_candidates`; default `rope_config` for `num_heads` of queries and keys.
+    copies
+        As `rotary_blocks` gives it.
     """
     d, o = canonical_dtype(dtype), canonical_dtype(out)
     pairs = rotary_dim // 2
@@ -300,7 +318,7 @@ def gen_rope_quantize(
         ("VEC", v),
         ("HEADS", config.heads),
         ("UNROLL", config.unroll),
-        ("COPIES", COPIES),
+        ("COPIES", copies),
         ("LOAD", config.load),
         ("PAIRS", pairs),
         ("NOPE", nope),
@@ -310,7 +328,7 @@ def gen_rope_quantize(
         ("SCALED", d is not o),
     )
     where = f"_append_v{value}" if append else ""
-    shape = f"{config.short}{'_interleave' if interleave else ''}"
+    shape = f"{config.short}_c{copies}{'_interleave' if interleave else ''}"
     name = f"rope_quantize_{d.short}_{o.short}_r{rotary_dim}_n{nope}{where}_v{v}_{shape}"
     template, block = "rope/rope_quantize.cu.jinja", (pairs // v, config.heads, 1)
     return JitSpec(name, template, rope_quantize_params(append), constants, block=block)
@@ -344,8 +362,8 @@ def all_specs() -> list[JitSpec]:
     ]
     e4m3, e5m2 = "float8_e4m3fn", "float8_e5m2"
     specs += [
-        gen_rope_quantize("bfloat16", e4m3, 64, 512, num_heads=129),  # MLA
-        gen_rope_quantize("bfloat16", e4m3, 64, 512, append=True, num_heads=129),
+        gen_rope_quantize("bfloat16", e4m3, 64, 512, copies=4, num_heads=129),  # MLA
+        gen_rope_quantize("bfloat16", e4m3, 64, 512, append=True, copies=4, num_heads=129),
         gen_rope_quantize("bfloat16", e4m3, 128, 0, append=True, value=128),  # Llama 3
         gen_rope_quantize("float16", e5m2, 64, 64, True, append=True, value=128),
         gen_rope_quantize("float16", e4m3, 6, 3),
@@ -353,7 +371,7 @@ def all_specs() -> list[JitSpec]:
         gen_rope_quantize("float16", "float16", 32, 32, True, append=True, value=64),
         gen_rope_quantize("float32", "float32", 64, 0, append=True, value=64),
         *(
-            gen_rope_quantize("bfloat16", "bfloat16", 128, 0, append=True, value=128, config=c)
+            gen_rope_quantize("bfloat16", "bfloat16", 128, 0, append=True, value=128, config=c, copies=2)
             for c in rope_candidates(8, 40)
         ),
     ]

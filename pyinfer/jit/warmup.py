@@ -201,7 +201,7 @@ def _attention(model: ModelConfig, arch: int) -> list[JitSpec]:
 def _rows(model: ModelConfig) -> list[JitSpec]:
     from pyinfer.jit.activation import gen_act_and_mul
     from pyinfer.jit.norm import gen_fused_add_rmsnorm, gen_rmsnorm
-    from pyinfer.jit.rope import MODES, gen_rope
+    from pyinfer.jit.rope import MANY_TOKENS, MODES, gen_rope, rope_config
 
     specs = [
         gen(model.dtype, model.hidden_size, gemma=model.gemma_norm) for gen in (gen_rmsnorm, gen_fused_add_rmsnorm)
@@ -210,7 +210,11 @@ def _rows(model: ModelConfig) -> list[JitSpec]:
         specs.append(gen_rmsnorm(model.dtype, model.head_dim, gemma=model.gemma_norm))
     specs.append(gen_act_and_mul(_ACTIVATIONS[model.activation], model.dtype, model.intermediate_size))
     heads, rotary_dim = model.num_qo_heads + model.num_kv_heads, model.rotary_dim or model.head_dim
-    return specs + [gen_rope(mode, model.dtype, rotary_dim, model.rope_interleave, heads) for mode in MODES]
+    vec = min(8, rotary_dim // 2 & -(rotary_dim // 2))
+    configs = dict.fromkeys(rope_config(rotary_dim // 2 // vec, heads, tokens) for tokens in (1, MANY_TOKENS))
+    return specs + [
+        gen_rope(mode, model.dtype, rotary_dim, model.rope_interleave, heads, vec, c) for mode in MODES for c in configs
+    ]
 
 
 def _cache(model: ModelConfig) -> list[JitSpec]:

@@ -234,7 +234,7 @@ def _rope_mode(
 
         def choose(kernel: Any = kernel, config: Any = config, store: Any = store) -> None:
             """The candidate's own kernel and remembered calls, not another's."""
-            _rope._rope_kernel = lambda *_: (kernel, config, pdl)  # type: ignore[assignment]
+            _rope._rope_kernel = lambda *_: (kernel, config.heads * config.unroll, pdl)  # type: ignore[assignment]
             _rope._calls._found, _rope._calls._recent = store
 
         choose()
@@ -256,7 +256,7 @@ def rms(bench: Bench, quantize: str = "") -> None:
     """rmsnorm, plain or with 8-bit results."""
     import torch
 
-    from pyinfer.core.device import num_sms, pdl_supported
+    from pyinfer.core.device import pdl_supported
     from pyinfer.jit.norm import gen_rmsnorm, rmsnorm_candidates
 
     for rows, hidden in ((1, 4096), *SHAPES):
@@ -272,7 +272,7 @@ def rms(bench: Bench, quantize: str = "") -> None:
             pointers = (x.data_ptr(), weight.data_ptr(), out.data_ptr(), *((scales.data_ptr(),) if quantize else ()))
             last = (1.0,) if quantize == "tensor" else ()
             values = (*pointers, 0, hidden, 0, hidden, rows, rows, hidden, 1.0 / hidden, 1e-6, *last)
-            grid = c.grid(rows, num_sms(0))
+            grid = c.grid(rows)
 
             def run(kernel: Any = kernel, grid: int = grid, values: Any = values) -> None:
                 kernel(stream(), grid, values, pdl_supported(0))
@@ -280,8 +280,8 @@ def rms(bench: Bench, quantize: str = "") -> None:
             out.view(torch.uint8).fill_(0x7F)
             run()
             if quantize:
-                error = ((out.double() * scales.double() - want).abs() / want.abs().amax(-1, keepdim=True)).max()
-                if not float(error) <= 16.5 / 448:  # half of e4m3's last place at its largest value
+                error = ((out.double() * scales.double() - want).abs() / (want.abs() + scales.double() / 64)).max()
+                if not float(error) <= 1.01 / 16:  # half of e4m3's last place
                     raise SystemExit(f"{kernel.spec.name}: WRONG, error {float(error):.3e}")
             else:
                 close(out, want, kernel.spec.name)
@@ -301,7 +301,7 @@ def layer(bench: Bench) -> None:
     """layernorm with float32 weights."""
     import torch
 
-    from pyinfer.core.device import num_sms, pdl_supported
+    from pyinfer.core.device import pdl_supported
     from pyinfer.jit.norm import gen_layernorm, layernorm_candidates
 
     for rows, hidden in ((1, 4096), *SHAPES):
@@ -317,7 +317,7 @@ def layer(bench: Bench) -> None:
             kernel = gen_layernorm("bfloat16", "float32", hidden, config=c).build_and_load(0)
             pointers = (x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr())
             values = (*pointers, 0, hidden, 0, hidden, rows, rows, hidden, 1.0 / hidden, 1e-6)
-            grid = c.grid(rows, num_sms(0))
+            grid = c.grid(rows)
 
             def run(kernel: Any = kernel, grid: int = grid, values: Any = values) -> None:
                 kernel(stream(), grid, values, pdl_supported(0))
@@ -449,8 +449,6 @@ def _fused_variants(heads: int, slots: int, run: Callable[[], Any]) -> list[Vari
 
     variants: list[Variant] = []
     for config in jit.rope_candidates(slots, heads):
-        if config.store != "store":
-            continue
         store: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
 
         def timed(config: Any = config, store: Any = store) -> None:
