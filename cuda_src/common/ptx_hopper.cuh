@@ -1,6 +1,5 @@
-// More of sm_90's instructions, one function each: boxes of 3-D tensors, to one block or to all of a cluster, barriers of other blocks, stmatrix.
+// More of sm_90's instructions, one function each: boxes of 3-D tensors, fetches to L2, a look at a barrier, stmatrix.
 #pragma once
-#include "common/ptx_cluster.cuh"
 #include "common/ptx_mbarrier.cuh"
 
 // A box of a 3-D tensor into shared memory; x is the contiguous axis. What lies outside the tensor becomes zeros and counts as bytes.
@@ -9,15 +8,6 @@ PYINFER_DEVICE void tma_load_3d(uint32_t destination, const TensorMap* map, uint
                  "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
                  : "memory");
 }
-// The same box to the blocks of the cluster whose bits `blocks` has: at this destination, and counted by the barrier at this address, in each of them.
-PYINFER_DEVICE void tma_load_3d_multicast(uint32_t destination, const TensorMap* map, uint32_t barrier, int x, int y, int z, uint16_t blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(
-            destination),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(blocks)
-        : "memory");
-}
-
 // A box on its way from memory to L2.
 PYINFER_DEVICE void tma_prefetch_3d(const TensorMap* map, int x, int y, int z) {
     asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z) : "memory");
@@ -26,18 +16,6 @@ PYINFER_DEVICE void tma_prefetch_3d(const TensorMap* map, int x, int y, int z) {
 // Bytes on their way from memory to L2, multiples of 16 in address and number.
 PYINFER_DEVICE void bulk_prefetch(const void* source, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
-}
-
-// Bytes from shared to global memory, multiples of 16 in address and number; and the wait until this thread's have been written.
-PYINFER_DEVICE void bulk_store(void* destination, uint32_t source, uint32_t bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-PYINFER_DEVICE void bulk_store_wait() {
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-PYINFER_DEVICE void store_shared_8(uint32_t destination, float2 x) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(destination), "f"(x.x), "f"(x.y) : "memory");
 }
 
 // Whether the phase of this parity has ended, without waiting.
@@ -54,18 +32,6 @@ PYINFER_DEVICE bool mbarrier_test(uint32_t barrier, uint32_t parity) {
         : "memory");
     return done != 0;
 }
-// Arrives at the barrier that stands at this address of block `rank` of the cluster.
-PYINFER_DEVICE void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-        "}\n" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-
 // Four 8x8 matrices of 16-bit elements from one warp's registers into shared memory: the inverse of ldmatrix_x4, lane l gives the address of row l % 8 of
 // matrix l / 8.
 PYINFER_DEVICE void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
