@@ -101,39 +101,13 @@ PYINFER_DEVICE bool arrive_last(const Params& p, const AttentionWork& w, const S
     return last;
 }
 
-// out = sum_s 2^(lse_s - lse) O_s, lse = log2 sum_s 2^lse_s, always summed in split order, so that the bits do not depend on who came last.
-// Divided by the sum of the weights: of an lse of 1e6 and more rounding leaves too little for them to add up to 1 (with a sink it may be less, not more).
-// `total`: TILE_Q floats of shared memory. THREADS threads from threadIdx.x 0 on take part
-// (`thread`: fresh_thread() where registers are short). EARLY: splits fetched ahead, 5 registers each.
-template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, bool ALIGNED = true, int EARLY = 8, typename Params, typename Variant, typename Sync = BlockSync>
-PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const Variant& variant, float* total, const Sync& sync = {},
-                                 int thread = threadIdx.x) {
+// The LSE of every row of the tile, log2 sum_s 2^lse_s, into `total` (TILE_Q floats of shared memory) and to where the caller asked for it.
+template <int TILE_Q, int THREADS, typename Params, typename Variant>
+PYINFER_DEVICE void merge_lse(const Params& p, const AttentionWork& w, const Variant& variant, float* total, int thread) {
     constexpr int GROUP = max_of(1, min_of(32, THREADS / TILE_Q));  // neighbouring lanes that share a row's splits
     static_assert(THREADS % TILE_Q == 0 || TILE_Q % THREADS == 0, "rows divide among the threads");
     const int64_t row_0 = partial_row<TILE_Q>(p, w, 0);
     const int64_t split_stride = static_cast<int64_t>(p.num_kv_heads) * TILE_Q;
-
-    // A task is 4 columns of a row: neighbouring lanes read 16 bytes each of the same partial row. Of a thread's first task the first splits
-    // are on their way while the rows' sums are made.
-    constexpr int COLUMNS = 4;
-    const int tasks = w.row_count * (HEAD_DIM / COLUMNS);
-    const auto lse_of = [&](int task, int s) { return __ldcg(p.partial_lse + row_0 + task / (HEAD_DIM / COLUMNS) + s * split_stride); };
-    const auto columns_of = [&](int task, int s) {
-        const int64_t row = row_0 + task / (HEAD_DIM / COLUMNS) + s * split_stride;
-        return __ldcg(reinterpret_cast<const float4*>(p.partial_o + row * HEAD_DIM + task % (HEAD_DIM / COLUMNS) * COLUMNS));
-    };
-    float early_lse[EARLY] = {};
-    float4 early[EARLY] = {};
-    if (thread < tasks) {
-#pragma unroll
-        for (int s = 0; s < EARLY; ++s) {
-            if (s < w.num_splits) {
-                early_lse[s] = lse_of(thread, s);
-                early[s] = columns_of(thread, s);
-            }
-        }
-    }
-
     for (int task = thread; task < TILE_Q * GROUP; task += THREADS) {
         const int row = task / GROUP;
         const bool in_tile = row < w.row_count;
@@ -179,6 +153,40 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
             }
         }
     }
+}
+
+// out = sum_s 2^(lse_s - lse) O_s, lse = log2 sum_s 2^lse_s, always summed in split order, so that the bits do not depend on who came last.
+// Divided by the sum of the weights: of an lse of 1e6 and more rounding leaves too little for them to add up to 1 (with a sink it may be less, not more).
+// `total`: TILE_Q floats of shared memory. THREADS threads from threadIdx.x 0 on take part
+// (`thread`: fresh_thread() where registers are short). EARLY: splits fetched ahead, 5 registers each.
+template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, bool ALIGNED = true, int EARLY = 8, typename Params, typename Variant, typename Sync = BlockSync>
+PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const Variant& variant, float* total, const Sync& sync = {},
+                                 int thread = threadIdx.x) {
+    const int64_t row_0 = partial_row<TILE_Q>(p, w, 0);
+    const int64_t split_stride = static_cast<int64_t>(p.num_kv_heads) * TILE_Q;
+
+    // A task is 4 columns of a row: neighbouring lanes read 16 bytes each of the same partial row. Of a thread's first task the first splits
+    // are on their way while the rows' sums are made.
+    constexpr int COLUMNS = 4;
+    const int tasks = w.row_count * (HEAD_DIM / COLUMNS);
+    const auto lse_of = [&](int task, int s) { return __ldcg(p.partial_lse + row_0 + task / (HEAD_DIM / COLUMNS) + s * split_stride); };
+    const auto columns_of = [&](int task, int s) {
+        const int64_t row = row_0 + task / (HEAD_DIM / COLUMNS) + s * split_stride;
+        return __ldcg(reinterpret_cast<const float4*>(p.partial_o + row * HEAD_DIM + task % (HEAD_DIM / COLUMNS) * COLUMNS));
+    };
+    float early_lse[EARLY] = {};
+    float4 early[EARLY] = {};
+    if (thread < tasks) {
+#pragma unroll
+        for (int s = 0; s < EARLY; ++s) {
+            if (s < w.num_splits) {
+                early_lse[s] = lse_of(thread, s);
+                early[s] = columns_of(thread, s);
+            }
+        }
+    }
+
+    merge_lse<TILE_Q, THREADS>(p, w, variant, total, thread);
     sync();
 
     for (int task = thread; task < tasks; task += THREADS) {
@@ -220,5 +228,73 @@ PYINFER_DEVICE void merge_splits(const Params& p, const AttentionWork& w, const 
             result[i] = from_float<T>(variant.output_transform(factor * sum[i], w, [&] { return at; }, column + i));
         }
         store_columns<ALIGNED>(p.out + at.token * p.out_stride_token + at.head * p.out_stride_head + column, result);
+    }
+}
+
+// The same for tiles of many rows, where registers are to be had: 8 splits of 128 x 128 are half a megabyte, and what a block has under way decides how long it
+// reads that. A thread fetches SPLITS splits of TASKS rows at a time, 5 registers each.
+template <typename T, int HEAD_DIM, int TILE_Q, int THREADS, bool ALIGNED, int TASKS, int SPLITS, typename Params, typename Variant>
+PYINFER_DEVICE void merge_tall(const Params& p, const AttentionWork& w, const Variant& variant, float* total) {
+    const int64_t row_0 = partial_row<TILE_Q>(p, w, 0);
+    const int64_t split_stride = static_cast<int64_t>(p.num_kv_heads) * TILE_Q;
+    merge_lse<TILE_Q, THREADS>(p, w, variant, total, threadIdx.x);
+    __syncthreads();
+
+    // A task is 4 columns of a row: neighbouring lanes read 16 bytes each of the same partial row.
+    constexpr int COLUMNS = 4;
+    constexpr int ROW_TASKS = HEAD_DIM / COLUMNS;
+    const int tasks = w.row_count * ROW_TASKS;
+    for (int first = threadIdx.x; first < tasks; first += TASKS * THREADS) {
+        float sum[TASKS][COLUMNS] = {};
+        float weights[TASKS] = {};
+#pragma unroll 1
+        for (int s = 0; s < w.num_splits; s += SPLITS) {
+            float lse[TASKS][SPLITS];
+            float4 o[TASKS][SPLITS];
+#pragma unroll
+            for (int k = 0; k < TASKS; ++k) {
+                const int task = first + k * THREADS;
+#pragma unroll
+                for (int i = 0; i < SPLITS; ++i) {
+                    if (task < tasks && s + i < w.num_splits) {
+                        const int64_t row = row_0 + task / ROW_TASKS + (s + i) * split_stride;
+                        lse[k][i] = __ldcg(p.partial_lse + row);
+                        o[k][i] = __ldcg(reinterpret_cast<const float4*>(p.partial_o + row * HEAD_DIM + task % ROW_TASKS * COLUMNS));
+                    }
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < TASKS; ++k) {
+                const int task = first + k * THREADS;
+                const float known = total[min_of(task, tasks - 1) / ROW_TASKS];
+                const float reference = known == -infinity() ? 0.0f : known;
+#pragma unroll
+                for (int i = 0; i < SPLITS; ++i) {
+                    if (task < tasks && s + i < w.num_splits) {
+                        const float weight = Normalises<Variant>::value ? exp2_approx(lse[k][i] - reference) : 1.0f;
+                        weights[k] += weight;
+                        sum[k][0] = fmaf(weight, o[k][i].x, sum[k][0]);
+                        sum[k][1] = fmaf(weight, o[k][i].y, sum[k][1]);
+                        sum[k][2] = fmaf(weight, o[k][i].z, sum[k][2]);
+                        sum[k][3] = fmaf(weight, o[k][i].w, sum[k][3]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < TASKS; ++k) {
+            const int task = first + k * THREADS;
+            if (task < tasks) {
+                const int column = task % ROW_TASKS * COLUMNS;
+                const float factor = Normalises<Variant>::value ? normaliser(Variant::SINKS ? fmaxf(weights[k], 1.0f) : weights[k]) : 1.0f;
+                const OutputRow at = output_row(p, w, task / ROW_TASKS);
+                vec_t<T, COLUMNS> result;
+#pragma unroll
+                for (int i = 0; i < COLUMNS; ++i) {
+                    result[i] = from_float<T>(variant.output_transform(factor * sum[k][i], w, [&] { return at; }, column + i));
+                }
+                store_columns<ALIGNED>(p.out + at.token * p.out_stride_token + at.head * p.out_stride_head + column, result);
+            }
+        }
     }
 }
