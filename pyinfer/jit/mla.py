@@ -94,7 +94,7 @@ def mla_config(arch: int, max_packed_rows: int, kv_itemsize: int = 2) -> MlaConf
 def choose_config(
     arch: int, max_packed_rows: int, page_size: int, backend: str = "auto", kv_itemsize: int = 2
 ) -> MlaConfig | MlaSm90Config:
-    """The configuration of the family that is faster, or that `backend` names: "fa2" is sm80's, "fa3" sm90's.
+    """The configuration of the family that is faster, or that `backend` names: "fa2" is sm80's, "fa3" sm90's. PYINFER_SM90=0: sm80's for "auto".
 
     Raises
     ------
@@ -118,7 +118,11 @@ def choose_config(
                 "Pass backend='auto'.",
             )
         fail(op, "page_size", "is not covered by backend 'fa3'", page_size, "a multiple of 8", "Pass backend='auto'.")
-    return mla_sm90_config() if possible and backend != "fa2" else mla_config(arch, max_packed_rows, kv_itemsize)
+    from pyinfer.jit.attention_sm90 import enabled
+
+    if possible and (backend == "fa3" or (backend == "auto" and enabled(arch))):
+        return mla_sm90_config()
+    return mla_config(arch, max_packed_rows, kv_itemsize)
 
 
 PARAMS = ParamStruct(
