@@ -55,8 +55,8 @@ def prefill_key(
 
 @functools.lru_cache(maxsize=1024)
 def _shape(
-    op: str, device: int, key: PlanKey, rows: int, total_rows: int, room: tuple[int, int, int] | None = None
-) -> PlanShape:
+    op: str, device: int, key: PlanKey, rows: int, total_rows: int, room: tuple[int, int, int] | None = None, extra_slots: int = EXTRA_SLOTS
+) -> PlanShape:  # fmt: skip
     """All of a plan but the batch.
 
     rows and total_rows are the packed rows of the longest request and of all (which the CPU's tiles depend on); room: batch, query rows and pages (ragged:
@@ -74,7 +74,7 @@ def _shape(
         )  # fmt: skip
         capacity = bound._replace(max_indices=room[2] if key.page_size and device < 0 else 0)
     return plan_shape(
-        op, key.num_qo_heads, key.num_kv_heads, key.head_dim_qk, key.head_dim_vo, key.page_size, tile_q, tile_kv, num_sms, ctas_per_sm, EXTRA_SLOTS,
+        op, key.num_qo_heads, key.num_kv_heads, key.head_dim_qk, key.head_dim_vo, key.page_size, tile_q, tile_kv, num_sms, ctas_per_sm, extra_slots,
         key.causal, key.window_left, key.fixed_split_size, key.disable_split_kv, capacity,
     )  # fmt: skip
 
@@ -102,6 +102,7 @@ class BatchPrefill(BatchAttention):
 
     _indices_arg = "paged_kv_indices_buf"
     _backends = BACKENDS
+    _extra_slots = EXTRA_SLOTS  # of plans for a GPU outside of CUDA graph mode
     _fp8_queries = True
 
     def _plan_batch(
@@ -172,7 +173,8 @@ class BatchPrefill(BatchAttention):
         total = int(qo_indptr[-1]) if batch else 0
         tiles = (rows, 1 << 30 if alone else max(total, 1) * group) if device < 0 else (min(rows, common.MANY_ROWS), 0)
         if not self._use_cuda_graph:
-            return plan_batch(op, _shape(op, device, key, *tiles), qo_indptr, kv_indptr, indices, last)
+            shape = _shape(op, device, key, *tiles, None, EXTRA_SLOTS if device < 0 else self._extra_slots)
+            return plan_batch(op, shape, qo_indptr, kv_indptr, indices, last)
         max_kv = self._buffers[self._indices_arg].shape[0] if self._paged else int(kv_indptr[-1])
         shape, most = self._fixed(device, key, lambda: (_shape(op, device, key, *tiles, (batch, total, max_kv)), total))
         if total > most:

@@ -25,6 +25,8 @@ _DECODE_ROWS = 16  # packed rows of a tile of the decode kernels, which merge th
 class SharedLevel(BatchPrefillWithPagedKVCacheWrapper):
     """Level 0 of several: a batch prefill that leaves its splits in the workspace, where they are until something else runs in it."""
 
+    _extra_slots = 4  # all blocks merge, so splits cost little: enough of them for equal shares
+
     def _upload(self, plan: AttentionPlan, has_kernel: bool = False) -> None:
         super()._upload(plan, has_kernel)
         if plan.tile_q > _DECODE_ROWS:
