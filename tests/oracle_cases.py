@@ -37,7 +37,10 @@ ONE = {"mixed": (40, 90), "decode": (1, 200), "short": (40, 3), "long": (34, 700
 
 def refused(error: Exception) -> bool:
     """Whether an operator said that the kernel family asked for does not do the case, or the GPU."""
-    return any(text in str(error) for text in ("backend has no kernel for", "backend needs a Hopper GPU"))
+    return any(
+        text in str(error)
+        for text in ("backend has no kernel for", "backend needs a Hopper GPU", "is not covered by backend 'fa3'")
+    )
 
 
 class Wanted(NamedTuple):
@@ -691,7 +694,7 @@ def mla(d: Draw) -> Prepared:
     qo, t, (nope, pe, ckv, kpe), q64, values = _latent(d, False)
     w = pyinfer.mla.BatchMLAPagedAttentionWrapper(d.workspace(), backend=c.backend)
     tables = [d.metadata(x) for x in (indptr_of(qo), t.indptr, t.indices, t.lens)]
-    w.plan(*tables, c.heads, c.dims[1], c.dims[0] - c.dims[1], c.page, c.causal, MLA_SCALE, c.dtype, c.dtype)
+    w.plan(*tables, c.heads, c.dims[1], c.dims[0] - c.dims[1], c.page, c.causal, MLA_SCALE, c.dtype, c.kv_dtype)
     want = d.expect(q64, qo, t.k, values, **{**d.options(), "sm_scale": MLA_SCALE})
     run = d.call(lambda **results: w.run(nope, pe, ckv, kpe, **results), (sum(qo), c.heads, c.dims[1]), c.dtype)
     return Prepared(run, [Wanted(want, c.dtype)])

@@ -135,7 +135,7 @@ OPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "kv", "causal", "cap", "scale", "pos", "results", "workspace", "backend",
         dims=_EQUAL, index=("int32", "int64", "device"), form=("plain", "strided", "unaligned"), shape=("mixed", "decode", "long"),
     ),
-    "mla": _op("causal", "index", "results", "workspace", "backend", dims=("mla",), page=_ALL_PAGES, scale=("given",), form=("plain", "strided")),
+    "mla": _op("kv", "causal", "index", "results", "workspace", "backend", dims=("mla",), page=_ALL_PAGES, scale=("given",), form=("plain", "strided")),
     "mla_decode": _op(
         "window", "cap", "scales", "index", "results", "workspace", dims=("mla",), page=_ALL_PAGES, scale=("given",), form=("plain", "strided")
     ),

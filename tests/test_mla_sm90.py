@@ -236,8 +236,9 @@ def schedule(num_tiles, seed):
             for _ in range(4):
                 barriers["empty", 2, 0].arrive()
                 barriers["empty", 2, 1].arrive()
+        arrived = True
         for i in range(num_tiles):
-            at_once = i > 0 and not arrived
+            at_once = not arrived
             if at_once:
                 for _ in range(4):
                     barriers["weights_full", (i - 1) & 1].arrive()

@@ -163,7 +163,7 @@ ELSEWHERE = {  # arguments that change no number, or that only one value is take
     "seq_lens block_tables profiler_buffer kv_len page_table use_profiler": "refused but for their defaults",
     "custom_mask_d packed_custom_mask_d rope_scale_d rope_theta_d kv_layout_d pos_encoding_mode_d window_left_d sm_scale_d causal_d": "test_pod: "
     "refused, or the plan's once more",
-    "return_lse_base_on_e": "test_mla",
+    "return_lse_base_on_e ckv_scale kpe_scale": "test_mla",
     "jit_args jit_kwargs variant variant_args": "test_variants",
 }  # fmt: skip
 KNOWN = {name for names in FACTOR.values() for name in names.split()} | {
@@ -196,7 +196,7 @@ def test_every_argument_is_accounted_for(op):
 FIXED = {  # arguments that an operator has and the grid leaves alone, for one value is all it takes
     "sinks": {"sinks"},  # it has no run() without them
     "cascade": {"pos_encoding_mode", "rope_scale", "rope_theta", "window_left"},
-    "mla": {"q_data_type", "kv_data_type", "sm_scale"},
+    "mla": {"q_data_type", "sm_scale"},
     "mla_decode": {"sm_scale", "rope_scale", "rope_theta", "v_scale"},
     "prefix_decode": {"rope_scale", "rope_theta"},
     "prefix_prefill": {"rope_scale", "rope_theta"},
