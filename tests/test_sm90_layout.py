@@ -102,8 +102,8 @@ def boxes(tile):
 def test_box_address(kernel):
     """`load_tile` above is what the source does."""
     source = kernel[1]
-    assert "const uint32_t to = tiles + tile.slot * bytes + lane * rows * 128;" in source
-    assert "tma_load_4d(to + x / 64 * KV_BLOCK, map, full + 8 * tile.slot, x, here.slot, kv_head, here.page);" in source
+    assert "const uint32_t to = tiles + tile.slot() * bytes + lane * rows * 128;" in source
+    assert "tma_load_4d(to + x / 64 * KV_BLOCK, map, full + 8 * tile.slot(), x, here.slot, kv_head, here.page);" in source
 
 
 def test_queries(kernel):
@@ -468,14 +468,14 @@ def test_protocol_in_the_source():
         f"constexpr int LAST_TILES = {LAST_TILES};",
         "i == max_of(num_tiles - LAST_TILES, 0)",
         "if (more && found.num_tiles > LAST_TILES) {",
-        "mbarrier_wait(smem_address(&smem.work_ending[at.slot]), at.parity);",
-        "mbarrier_wait(empty + 8 * tile.slot, tile.parity ^ 1);",
+        "mbarrier_wait(smem_address(&smem.work_ending[at.slot()]), at.parity());",
+        "mbarrier_wait(empty + 8 * tile.slot(), tile.parity() ^ 1);",
         "mbarrier_wait(smem_address(&smem.q_empty[slot]), retired / Q_BUFFERS & 1);",
         "mbarrier_wait(smem_address(&smem.work_full[work]), brought / WORKS & 1);",
-        "mbarrier_wait(smem_address(&smem.work_empty[at.slot]), at.parity ^ 1);",
-        "mbarrier_wait(smem_address(&smem.work_full[at.slot]), at.parity);",
-        "mbarrier_wait(smem_address(&smem.q_full[queries.slot]), queries.parity);",
-        "await_tile(smem.k_full[k_ring.slot], k_ring.parity);",
-        "await_tile(smem.v_full[v_ring.slot], v_ring.parity);",
+        "mbarrier_wait(smem_address(&smem.work_empty[at.slot()]), at.parity() ^ 1);",
+        "mbarrier_wait(smem_address(&smem.work_full[at.slot()]), at.parity());",
+        "mbarrier_wait(smem_address(&smem.q_full[queries.slot()]), queries.parity());",
+        "await_tile(smem.k_full[k_ring.slot()], k_ring.parity());",
+        "await_tile(smem.v_full[v_ring.slot()], v_ring.parity());",
     ):
         assert line in text, line
