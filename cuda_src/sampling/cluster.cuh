@@ -56,7 +56,7 @@ struct ClusterRow {
         const int rounds = all_there ? candidates : 4 * words;
 #pragma unroll 1
         for (int i = 0; i < rounds; i++) {
-            f(all_there ? column[i * BLOCK] : reinterpret_cast<const uint32_t*>(keys)[i * 32 + lane_id()]);
+            f(all_there ? column[i * BLOCK] : reinterpret_cast<const uint32_t*>(keys)[(i / 4 * 32 + lane_id()) * 4 + i % 4]);
         }
     }
     // Finds the candidates: the keys in [low, high]. Returns this thread's share of the mass of the keys above.
