@@ -87,7 +87,7 @@ class TorchBackend:
         """Copy host arrays to the device in one transfer; each starts on a 16-byte boundary."""
         host, begins = self._pinned(arrays)
         for array, begin in zip(arrays, begins, strict=True):
-            host.numpy()[begin : begin + array.nbytes] = np.ascontiguousarray(array).view(np.uint8)
+            host.numpy()[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         flat = host.to(self.device, non_blocking=True)  # torch keeps the pinned block until the copy is done
         return self._parts(flat, arrays, begins)
 
@@ -99,7 +99,7 @@ class TorchBackend:
     def _parts(self, flat: Array, arrays: Sequence[np.ndarray], begins: list[int]) -> list[Array]:
         """The arrays' shares of a tensor of bytes."""
         return [
-            flat[begin : begin + array.nbytes].view(getattr(self.torch, array.dtype.name))
+            flat[begin : begin + array.nbytes].view(getattr(self.torch, array.dtype.name)).view(array.shape)
             for array, begin in zip(arrays, begins, strict=True)
         ]
 

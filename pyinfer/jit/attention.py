@@ -21,7 +21,7 @@ from pyinfer.jit.attention_config import (  # most callers know them from here
     AttentionConfig,
     attention_config,
     candidate_configs,
-    even_decode_config,
+    cluster_configs,
     smem_limits,
     wide_decode_config,
 )
@@ -265,10 +265,13 @@ def planned_decode_specs(
     kv = canonical_dtype(dtype if kv_dtype is None else kv_dtype)
     base = attention_config(arch, dtype, head_dim_qk, head_dim_vo, DECODE_ROWS, kv, options)
     wide = wide_decode_config(arch, head_dim_qk, head_dim_vo, kv.itemsize, options)
-    cluster = even_decode_config(arch, head_dim_qk, head_dim_vo, kv.itemsize, options)
-    made = [(base, "plan"), (base, "even"), (wide, "plan"), (wide, "even"), (cluster, "even"), (cluster, "even_plan")]
+    made = [(base, "plan"), (base, "even")]
+    if wide is not None:
+        made += [(wide, "plan"), (wide, "even")]
+    for cluster in cluster_configs(arch, head_dim_qk, head_dim_vo, kv.itemsize, options):
+        made += [(cluster, "even"), (cluster, "even_plan")]
     dims = head_dim_qk, head_dim_vo
-    return [gen_attention(c, dtype, *dims, s, variant, kv, out_dtype, options) for c, s in made if c is not None]
+    return [gen_attention(c, dtype, *dims, s, variant, kv, out_dtype, options) for c, s in made]
 
 
 OPTION_CASES = (

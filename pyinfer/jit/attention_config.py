@@ -20,7 +20,7 @@ OUT_DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 DECODE_ROWS = 16
 """Packed rows of a decode tile: one mma row block."""
 CLUSTER = 8
-"""Pieces of a request in `even_decode_config`: the most blocks of a cluster that every device takes."""
+"""Blocks in a cluster (`cluster_configs`): the most that every device takes."""
 ROW_CLASSES = (DECODE_ROWS, 64, 128)
 """Values of max_packed_rows that stand for all: each has its own configuration."""
 
@@ -73,7 +73,7 @@ class AttentionConfig:
     q_in_registers
         Query fragments are kept in registers instead of being read from shared memory for every tile.
     cluster
-        Blocks of a cluster, which share a request's keys (decode of few requests; `even_decode_config`).
+        Blocks of a cluster, which share a request's keys (decode of few requests; `cluster_configs`).
     """
 
     kind: str
@@ -104,6 +104,11 @@ def row_bytes(head_dim: int, itemsize: int) -> int:
     return -(-head_dim * itemsize // 128) * 128
 
 
+def slab_rows(head_dim_qk: int, head_dim_vo: int, kv_itemsize: int) -> int:
+    """Keys that a warp of the decode kernel takes at a time up to head_dim 128: 8 KiB of K and V, but 32 at most."""
+    return 32 if max(head_dim_qk, head_dim_vo) * kv_itemsize <= 128 else 16
+
+
 def _rope_bytes(head_dim_qk: int, keys: int, kv_itemsize: int) -> int:
     """Shared memory for rotation: the table of frequencies and, for 8-bit keys, `keys` of them in 16 bits."""
     return (keys * row_bytes(head_dim_qk, 2) if kv_itemsize == 1 else 8) + head_dim_qk // 2 * 8
@@ -131,7 +136,7 @@ def decode_config(
         ring += num_warps * DECODE_ROWS * row_bytes(head_dim_qk, 2)
     if rope:
         ring += _rope_bytes(head_dim_qk, tile_kv, kv_itemsize)
-    merge = 4 * num_warps * DECODE_ROWS * (-(-head_dim_vo // 16) * 16 + 8 + 2)
+    merge = 4 * (num_warps * DECODE_ROWS * (-(-head_dim_vo // 16) * 16 + 8 + 2) + DECODE_ROWS)
     smem = -(-max(ring, merge) // 128) * 128
     if cluster > 1:  # 4 columns, reference and sum for each of a block's share of the tasks, from every block
         tasks = -(-DECODE_ROWS * (head_dim_vo // 4) // cluster)
@@ -211,7 +216,7 @@ def _decode_candidates(
         if kv_itemsize == 1:
             shapes = [(64, 4, 1, 4), (64, 4, 1, 3), *shapes]
     else:
-        rows = 32 if largest * kv_itemsize <= 128 else 16
+        rows = slab_rows(head_dim_qk, head_dim_vo, kv_itemsize)
         shapes = [
             (4 * rows, 4, 2, 3),
             (4 * rows, 4, 1, 4),
@@ -219,6 +224,10 @@ def _decode_candidates(
             (8 * rows, 8, 1, 3),
             (2 * rows, 2, 4, 3),
         ]
+        if (
+            kv_itemsize == 1
+        ):  # conversion keeps the warps busier: more blocks even out their phases (H200, 64 x 4096 keys: 136.4 us, not 138.9)
+            shapes = shapes[-1:] + shapes[:-1]
     return [
         decode_config(
             head_dim_qk,
@@ -295,18 +304,21 @@ def wide_decode_config(
 
 
 @functools.cache
-def even_decode_config(
+def cluster_configs(
     arch: int, head_dim_qk: int, head_dim_vo: int, kv_itemsize: int = 2, options: AttentionOptions = PLAIN
-) -> AttentionConfig | None:
-    """The decode configuration of clusters: a request's keys are cut into `CLUSTER` even pieces, merged in shared memory. None where there is none."""
-    if arch < 90:
-        return None
-    base = candidate_configs(arch, head_dim_qk, head_dim_vo, DECODE_ROWS, kv_itemsize, options)[0]
-    config = decode_config(
-        head_dim_qk, head_dim_vo, tile_kv=base.tile_kv, num_warps=base.num_warps, ctas_per_sm=base.ctas_per_sm, stages=base.stages,
-        kv_itemsize=kv_itemsize, rope=options.rope is not None, cluster=CLUSTER,
+) -> tuple[AttentionConfig, ...]:
+    """Decode configurations of clusters, which share a request's keys evenly: two blocks of 4 warps on a multiprocessor, and one of 8, as far as they fit."""
+    if arch < 90 or max(head_dim_qk, head_dim_vo) > 128:
+        return ()
+    rows = slab_rows(head_dim_qk, head_dim_vo, kv_itemsize)
+    made = (
+        decode_config(
+            head_dim_qk, head_dim_vo, tile_kv=rows * warps, num_warps=warps, ctas_per_sm=8 // warps, stages=3, kv_itemsize=kv_itemsize,
+            rope=options.rope is not None, cluster=CLUSTER,
+        )
+        for warps in (4, 8)
     )  # fmt: skip
-    return next((c for c in (config, replace(config, ctas_per_sm=1)) if fits(arch, c)), None)
+    return tuple(c for c in made if fits(arch, c))
 
 
 @functools.cache

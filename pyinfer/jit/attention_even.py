@@ -10,7 +10,7 @@ import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyinfer.jit.attention import EVEN_TABLE
-from pyinfer.jit.attention_config import CLUSTER, DECODE_ROWS, even_decode_config
+from pyinfer.jit.attention_config import CLUSTER, DECODE_ROWS, cluster_configs, slab_rows
 
 if TYPE_CHECKING:
     from pyinfer.jit.attention_config import AttentionConfig
@@ -19,11 +19,21 @@ if TYPE_CHECKING:
 
 MOST_REQUESTS = (EVEN_TABLE - 4) // 2
 """That the table has room for."""
-MOST_KEYS = 2048
-"""Of the longest request that a cluster takes: with more, as many splits as the device has room for win over a fast merge."""
-MOST_CAPTURED_KEYS = 16384
-"""The same for a captured launch, which stays what it is while its requests grow, and wins at every step before it loses at the last ones."""
-_SLOTS, _CHUNK = 4, 8  # places in PlanShape.numbers (schedulers/_kernels.py names them)
+# What decides between clusters and the plan's list, measured on an H200 (docs/design/decode.md). A cluster's block reads at a rate of its own, whatever else
+# the device could do; for that its splits are merged sooner.
+BLOCK_RATE = {4: 33.0, 8: 56.0}
+"""Bytes per ns that a block of so many warps reads."""
+DEVICE_RATE = 4400.0
+"""Bytes per ns that all blocks read at most."""
+SLOWER_START = {4: 0.0, 8: 1000.0}
+"""What a launch of short requests with such blocks takes longer, ns."""
+MOST_READ = 4 << 20
+"""Bytes of a request's kv head beyond which reading is all that counts: there no cluster was faster."""
+MERGE_GAIN = 3300.0
+"""What reading may take longer, ns."""
+CAPTURED_SHARE = 4
+"""A captured launch stays what it is while its requests grow: it is judged by this part of the keys that its buffers hold."""
+_TILE_KV, _SLOTS, _CHUNK = 3, 4, 8  # places in PlanShape.numbers (schedulers/_kernels.py names them)
 
 
 class Even(NamedTuple):
@@ -72,8 +82,9 @@ def choose(
         return None
     pieces = 1
     if plan.num_partials:
-        cluster = _cluster(arch, shape, batch, kv_itemsize, options)
-        if cluster is None or plan.kv_len.max() > MOST_KEYS:
+        keys = int(plan.kv_len.max()), int(plan.kv_len.sum())
+        cluster = _cluster(arch, shape, batch, *keys, kv_itemsize, options)
+        if cluster is None:
             return None
         pieces, config = CLUSTER, cluster
     at = plan.offsets
@@ -85,9 +96,10 @@ def choose(
 def captured_config(arch: int, shape: PlanShape, kv_itemsize: int, options: AttentionOptions) -> AttentionConfig | None:
     """In CUDA graph mode, for all plans of a shape or for none: the clusters that read lengths where plan() and replan() write them, and no list."""
     capacity = shape.capacity
-    if capacity is None or not 0 < capacity.max_pages * max(shape.page_size, 1) <= MOST_CAPTURED_KEYS:
+    if capacity is None or capacity.max_pages == 0 or not _may_cut(shape):
         return None
-    return _cluster(arch, shape, capacity.max_batch, kv_itemsize, options) if _may_cut(shape) else None
+    keys = capacity.max_pages * max(shape.page_size, 1) // CAPTURED_SHARE
+    return _cluster(arch, shape, capacity.max_batch, keys, keys, kv_itemsize, options)
 
 
 def _may_cut(shape: PlanShape) -> bool:
@@ -97,9 +109,26 @@ def _may_cut(shape: PlanShape) -> bool:
 
 
 def _cluster(
-    arch: int, shape: PlanShape, batch: int, kv_itemsize: int, options: AttentionOptions
-) -> AttentionConfig | None:
-    """The configuration of clusters, unless they would fill the device: a cluster's blocks start together, in one part of it, and would wait for that."""
-    if 4 * CLUSTER * batch > 3 * shape.numbers[_SLOTS]:
-        return None
-    return even_decode_config(arch, shape.head_dim_qk, shape.head_dim_vo, kv_itemsize, options)
+    arch: int, shape: PlanShape, batch: int, longest: int, total: int, kv_itemsize: int, options: AttentionOptions,
+) -> AttentionConfig | None:  # fmt: skip
+    """The configuration of clusters that takes the least time for requests of up to `longest` keys and `total` together; None if they lose to a list.
+
+    A cluster's blocks start together, in one part of the device. Where that is nearly full they would wait: one place in ten is left free.
+    """
+    dims = shape.head_dim_qk, shape.head_dim_vo
+    places = (
+        int(shape.numbers[_SLOTS]) * shape.num_kv_heads * int(shape.numbers[_TILE_KV]) // slab_rows(*dims, kv_itemsize)
+    )  # of warps
+    key = sum(dims) * kv_itemsize
+    if shape.window_left >= 0:
+        longest = min(longest, shape.window_left + 1)
+    shared = min(total, batch * longest) * key * shape.num_kv_heads / DEVICE_RATE
+    best = None
+    for config in cluster_configs(arch, *dims, kv_itemsize, options):
+        warps = config.num_warps
+        if 10 * CLUSTER * batch * shape.num_kv_heads * warps > 9 * places or longest * key > MOST_READ:
+            continue
+        time = longest * key / (CLUSTER * BLOCK_RATE[warps]) + SLOWER_START[warps]
+        if time - shared <= MERGE_GAIN and (best is None or time < best[0]):
+            best = time, config
+    return None if best is None else best[1]

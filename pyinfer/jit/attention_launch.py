@@ -374,9 +374,8 @@ def launch_attention(
     if config is None:
         rows, dims = plan.tile_q, (plan.head_dim_qk, plan.head_dim_vo)
         config = _covered(device, q, k, v, out, kv_layout, plan.page_size, dims, rows, options, aligned, rows)
-    ready = prepare_attention(
-        device, plan, plan_buffer_ptr, q.dtype, logits_soft_cap > 0.0, config, k.dtype, out.dtype, options, aligned, extras.merge
-    )  # fmt: skip
+    case = (device, plan, plan_buffer_ptr, q.dtype, logits_soft_cap > 0.0, config, k.dtype, out.dtype, options, aligned)
+    ready = prepare_attention(*case) if extras.merge else prepare_attention(*case, False)  # as plan() asked: a cache
     indices = kv_indices_ptr if plan.page_size else 0
     semaphore = ready.semaphore if extras.merge else 0
     partials = (indices, workspace_ptr, workspace_ptr + ready.partial_lse_offset, semaphore)
