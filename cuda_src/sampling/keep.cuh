@@ -142,7 +142,7 @@ PYINFER_DEVICE Kept keep(const RowKeys<T, Source>& keys, const Wanted& wanted, u
     }
     kept.s = scale_exponent(kept.top);
     kept.own_mass = above.units;
-    range.count_above = block_sum(own_count, sh.search.scratch);
+    range.count_above = static_cast<uint32_t>(block_sum(own_count, sh.search.scratch));
     range.mass_above = block_sum(above.units, sh.search.scratch);
     range.high = min_of(range.high, kept.top);
 

@@ -23,19 +23,22 @@ struct SearchShared {
     uint32_t mass_low[DIGITS];  // sums of the low and high 12 bits of Mass::digits: with up to 2^18 elements neither overflows
     uint32_t mass_high[DIGITS];
     uint32_t digit;
-    uint64_t count_above, mass_above, count_in, mass_in;
+    uint32_t count_above, count_in;
+    uint64_t mass_above, mass_in;
     BlockScratch scratch;
 };
 
 // Keys low..high, and what is known of the keys above high.
 struct Range {
     uint32_t low, high;
-    uint64_t count_above = 0, mass_above = 0;
+    uint32_t count_above = 0;
+    uint64_t mass_above = 0;
 };
 
 struct Selection {
     uint32_t lowest;  // accepted are the keys >= lowest
-    uint64_t count, mass;  // of the accepted elements
+    uint32_t count;  // of the accepted elements
+    uint64_t mass;
 };
 
 // A row's elements as keys.
@@ -132,25 +135,27 @@ PYINFER_DEVICE Selection search(const Keys& keys, const Filter& filter, Range ra
             }
             return 0;
         };
-        uint64_t own_count = 0, own_mass = 0;
+        uint32_t own_count = 0;
+        uint64_t own_mass = 0;
 #pragma unroll
         for (int i = 0; i < OWN_DIGITS; i++) {
             own_count += sh.count[first - i];
             own_mass += mass_of_bin(first - i);
         }
         uint64_t all_counts, all_masses;
-        uint64_t above = range.count_above + block_exclusive_scan(own_count, sh.scratch, all_counts);
+        uint32_t above = range.count_above + static_cast<uint32_t>(block_exclusive_scan(own_count, sh.scratch, all_counts));
         uint64_t above_mass = range.mass_above;
         if constexpr (WITH_MASS) {
             above_mass += block_exclusive_scan(own_mass, sh.scratch, all_masses);
         }
         all_counts += range.count_above;
         // The lowest accepted bin is the one after which nothing is accepted, or nothing is left: one thread has it.
-        const auto is_last = [&](uint64_t count_in, uint64_t mass_in) { return !filter.accepts(count_in, mass_in) || count_in == all_counts; };
+        const auto is_last = [&](uint32_t count_in, uint64_t mass_in) { return !filter.accepts(count_in, mass_in) || count_in == all_counts; };
         if (own_count > 0 && filter.accepts(above, above_mass) && is_last(above + own_count, above_mass + own_mass)) {
 #pragma unroll 1
             for (int digit = first;; digit--) {
-                const uint64_t count = sh.count[digit], mass = mass_of_bin(digit);
+                const uint32_t count = sh.count[digit];
+                const uint64_t mass = mass_of_bin(digit);
                 if (count > 0 && is_last(above + count, above_mass + mass)) {
                     sh.digit = digit;
                     sh.count_above = above;
@@ -164,7 +169,8 @@ PYINFER_DEVICE Selection search(const Keys& keys, const Filter& filter, Range ra
             }
         }
         __syncthreads();
-        const uint64_t count_in = sh.count_in, mass_in = sh.mass_in;
+        const uint32_t count_in = sh.count_in;
+        const uint64_t mass_in = sh.mass_in;
         const uint32_t bin = base + (sh.digit << shift);
         range = Range{max_of(range.low, bin), min_of(range.high, bin + ((1u << shift) - 1u)), sh.count_above, sh.mass_above};
         __syncthreads();  // the next round, or search, may write the results again
