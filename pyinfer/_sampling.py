@@ -271,44 +271,31 @@ def _sample_kernel(device: int, dtype: str, source: str, filter_kind: int) -> An
 
 
 @functools.cache
-def _cluster_kernel(device: int, dtype: str, source: str, cluster: int, many_keys: bool) -> Any:
+def _cluster_kernel(device: int, dtype: str, source: str, many_keys: bool) -> Any:
     from pyinfer.core.device import arch_number_of
     from pyinfer.jit.sampling import CANDIDATE_SLOTS, gen_sample_cluster
 
     slots = CANDIDATE_SLOTS if arch_number_of(device) < 120 else 0  # 12.0 has 99 KB a block
-    return gen_sample_cluster(dtype, source, cluster, many_keys, slots).build_and_load(device)
-
-
-@functools.lru_cache(256)
-def _cluster_choices(device: int, vocab: int, itemsize: int) -> tuple[tuple[int, bool], ...]:
-    """Clusters into which a row fits: (blocks, whether by the kernel of many keys), smallest first. Empty: none, or not worth it."""
-    from pyinfer.core.device import arch_number_of
-    from pyinfer.jit import sampling as jit
-
-    arch = arch_number_of(device)
-    if arch < 90 or vocab < CLUSTER_MIN_VOCAB:
-        return ()
-    fits = {c: jit.cluster_keys_per_warp(vocab, itemsize, c) for c in jit.CLUSTER_SIZES}
-    choices = tuple((c, False) for c, keys in fits.items() if keys <= jit.KEYS_PER_WARP)
-    largest = jit.CLUSTER_SIZES[-1]
-    if not choices and fits[largest] <= jit.MANY_KEYS_PER_WARP and arch < 120:  # 12.0 has 99 KB a block
-        return ((largest, True),)
-    return choices
+    return gen_sample_cluster(dtype, source, many_keys, slots).build_and_load(device)
 
 
 @functools.lru_cache(4096)
-def _cluster_of(device: int, vocab: int, itemsize: int, outputs: int) -> tuple[int, bool] | None:
-    """The cluster for a call: the largest, where every output's then has a multiprocessor a block. None: one block an output.
+def _cluster_of(device: int, vocab: int, itemsize: int, outputs: int) -> bool | None:
+    """Whether a call's outputs have a cluster each, and by which kernel: True is that of many keys. None: one block an output.
 
-    Measured on an H200 at vocabulary 128256 (tools/gpu/time_sampling.py): at batch 1 the cluster takes half the time or less, from batch 64 on one block
-    an output is faster, up to threefold at batch 512.
+    Measured on an H200 at vocabulary 128256 (tools/gpu/time_sampling.py): at batch 1 the cluster takes two thirds of the time, from batch 64 on, where not
+    every block of the clusters has a multiprocessor, one block an output is faster.
     """
-    choices = _cluster_choices(device, vocab, itemsize)
-    if not choices:
-        return None
-    from pyinfer.core.device import num_sms
+    from pyinfer.core.device import arch_number_of, num_sms
+    from pyinfer.jit import sampling as jit
 
-    return choices[-1] if choices[-1][0] * outputs <= num_sms(device) else None
+    arch = arch_number_of(device)
+    if arch < 90 or vocab < CLUSTER_MIN_VOCAB or jit.CLUSTER * outputs > num_sms(device):
+        return None
+    keys = jit.cluster_keys_per_warp(vocab, itemsize)
+    if keys <= jit.KEYS_PER_WARP:
+        return False
+    return True if keys <= jit.MANY_KEYS_PER_WARP and arch < 120 else None  # 12.0 has 99 KB a block
 
 
 @functools.cache
@@ -398,8 +385,10 @@ def _sample_cuda(c: _Call) -> None:
         kernel, pdl = _sample_kernel(v.device, v.dtype.name, c.source, c.filter)
         kernel(current_stream(v), outputs, values, pdl)
     else:
-        kernel = _cluster_kernel(v.device, v.dtype.name, c.source, *cluster)
-        kernel(current_stream(v), outputs * cluster[0], (*values, c.filter), True)
+        from pyinfer.jit.sampling import CLUSTER
+
+        kernel = _cluster_kernel(v.device, v.dtype.name, c.source, cluster)
+        kernel(current_stream(v), outputs * CLUSTER, (*values, c.filter), True)
 
 
 def _rows_of(v: TensorView) -> tuple[Any, int, int, int, int]:

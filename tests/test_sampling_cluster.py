@@ -10,21 +10,20 @@ from pyinfer import sampling as S
 from pyinfer.jit import sampling as J
 from tests.sampling_inputs import DTYPES, FILTERS, as_stored, hard_rows, ints, spread_probs
 
-CHOICES = [*((c, False) for c in J.CLUSTER_SIZES), (J.CLUSTER_SIZES[-1], True)]
+MANY = [False, True]  # kernels
 
 
 # ---- host ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("cluster", J.CLUSTER_SIZES)
-def test_every_row_fits_wherever_it_begins(rng, itemsize, cluster):
+def test_every_row_fits_wherever_it_begins(rng, itemsize):
     """What the kernel computes of the row's place, for the vocabulary that was promised to fit."""
-    vec, warps = 16 // itemsize, cluster * J.CLUSTER_BLOCK[0] // 32
+    vec, warps = 16 // itemsize, J.CLUSTER * J.CLUSTER_BLOCK[0] // 32
     for vocab in (1, 31, 32_000, 128_256, 262_144, *rng.integers(1, _sampling.MAX_VOCAB, 50).tolist()):
         for begin in range(vec):
             vectors = -(-(begin + vocab) // vec)
             run = -(-vectors // warps)
             words = -(-run // 32) * vec // 4
-            assert words * 128 <= J.cluster_keys_per_warp(vocab, itemsize, cluster)
+            assert words * 128 <= J.cluster_keys_per_warp(vocab, itemsize)
             assert run * warps * vec >= begin + vocab, "every vector has its warp"
 
 
@@ -36,7 +35,6 @@ def test_choice_of_a_cluster(monkeypatch):
     monkeypatch.setattr(device, "num_sms", lambda index: 132)
 
     def forget():
-        _sampling._cluster_choices.cache_clear()
         _sampling._cluster_of.cache_clear()
 
     def choice(vocab, outputs, itemsize=4):
@@ -44,13 +42,13 @@ def test_choice_of_a_cluster(monkeypatch):
         return _sampling._cluster_of(0, vocab, itemsize, outputs)
 
     try:
-        assert choice(128_256, 1) == choice(128_256, 16) == (8, False)  # 132 multiprocessors hold 16 clusters
+        assert choice(128_256, 1) is choice(128_256, 16) is False  # 132 multiprocessors hold 16 clusters
         assert choice(128_256, 17) is choice(128_256, 512) is choice(32_000, 33) is None
-        assert choice(163_837, 5) == (8, False) and choice(163_838, 5) == (8, True)
-        assert choice(262_144, 1) == choice(262_144, 1, 2) == (8, True)
+        assert choice(163_837, 5) is False and choice(163_838, 5) is True
+        assert choice(262_144, 1) is choice(262_144, 1, 2) is True
         assert choice(_sampling.CLUSTER_MIN_VOCAB - 1, 1) is None
         arch = 120
-        assert choice(151_936, 1) == (8, False) and choice(262_144, 1) is None
+        assert choice(151_936, 1) is False and choice(262_144, 1) is None
         arch = 80
         assert choice(128_256, 1) is None
     finally:
@@ -58,8 +56,8 @@ def test_choice_of_a_cluster(monkeypatch):
 
 
 def test_factory_refuses_what_there_is_not():
-    with pytest.raises(ValueError, match=r"gen_sample_cluster: no such kernel: got source='probs', cluster=3, wanted"):
-        J.gen_sample_cluster("float32", "probs", 3)
+    with pytest.raises(ValueError, match=r"gen_sample_cluster: no such kernel: got source='odds', wanted"):
+        J.gen_sample_cluster("float32", "odds")
 
 
 @pytest.mark.compile
@@ -67,7 +65,7 @@ def test_factory_refuses_what_there_is_not():
 def test_a_block_fits_on_a_multiprocessor(arch):
     for many in (False, True)[: 1 if arch == "120a" else 2]:
         for source in J.SOURCES:
-            spec = J.gen_sample_cluster("bfloat16", source, 8, many)
+            spec = J.gen_sample_cluster("bfloat16", source, many, 0 if arch == "120a" else J.CANDIDATE_SLOTS)
             resources = spec.build(arch).resources
             assert resources.spill_stores == resources.spill_loads == resources.stack == 0, resources
             assert resources.registers * 512 <= 65536
@@ -91,12 +89,12 @@ def forced(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", MANY)
 @pytest.mark.parametrize("vocab", [1, 9, 131, 4099, 33_001])
 def test_cluster_equals_one_block(backend_arrays, rng, forced, vocab, choice, dtype):
     from pyinfer.core.device import arch_number_of
 
-    if choice[1] and arch_number_of(0) >= 120:
+    if choice and arch_number_of(0) >= 120:
         pytest.skip("too much shared memory for 12.0")
     values = as_stored(backend_arrays, hard_rows(rng, vocab), dtype)
     values = np.concatenate([values, np.zeros((3, vocab), np.float32)])
@@ -136,6 +134,6 @@ def test_cluster_repeats_itself(backend_arrays, rng, forced, outputs):
         return backend_arrays.numpy(S.top_k_top_p_sampling_from_probs(x, 30_000, 0.9, seed=5))
 
     want = forced(None, call)
-    for choice in ((4, False), (8, False)):
+    for choice in MANY:
         for _ in range(5):
             np.testing.assert_array_equal(forced(choice, call), want)

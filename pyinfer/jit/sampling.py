@@ -15,7 +15,7 @@ OWN_SLOTS, ASIDE_SLOTS = (
     12,
 )  # a thread's room for candidates (sampling/keep.cuh): 71 KB a block, 95 with the histograms
 CLUSTER_BLOCK = (512, 1, 1)
-CLUSTER_SIZES = (2, 4, 8)
+CLUSTER = 8  # blocks a row
 KEYS_PER_WARP = 1280  # 80 KB a block
 CANDIDATE_SLOTS = 16  # 32 KB a block
 MANY_KEYS_PER_WARP = 2304  # 144 KB a block: 262,144 tokens in a cluster of 8
@@ -117,44 +117,40 @@ def gen_sample(dtype: str, source: str = "probs", filter: str = "all") -> JitSpe
     )
 
 
-def cluster_keys_per_warp(vocab: int, itemsize: int, cluster: int) -> int:
+def cluster_keys_per_warp(vocab: int, itemsize: int) -> int:
     """Keys that a warp of a cluster keeps of a row, wherever the row begins."""
     vec = 16 // itemsize
-    warps = cluster * (CLUSTER_BLOCK[0] // 32)
+    warps = CLUSTER * (CLUSTER_BLOCK[0] // 32)
     vectors = -(-(vocab + vec - 1) // vec)
     run = -(-vectors // warps)
     return -(-run // 32) * 32 * vec
 
 
 @functools.cache
-def gen_sample_cluster(
-    dtype: str, source: str, cluster: int, many_keys: bool = False, slots: int = CANDIDATE_SLOTS
-) -> JitSpec:
+def gen_sample_cluster(dtype: str, source: str, many_keys: bool = False, slots: int = CANDIDATE_SLOTS) -> JitSpec:
     """The samplers of gen_sample, all filters in one kernel, a cluster of blocks per output; the row must fit (`cluster_keys_per_warp`).
 
     slots: a thread's room for candidates; 0, for 12.0, makes every search look at all keys.
     """
-    if source not in SOURCES or cluster not in CLUSTER_SIZES:
-        raise ValueError(
-            f"gen_sample_cluster: no such kernel: got source={source!r}, cluster={cluster}, wanted one of {SOURCES} and one of {CLUSTER_SIZES}."
-        )
+    if source not in SOURCES:
+        raise ValueError(f"gen_sample_cluster: no such kernel: got source={source!r}, wanted one of {SOURCES}.")
     t = canonical_dtype(dtype)
     keys = MANY_KEYS_PER_WARP if many_keys else KEYS_PER_WARP
     constants = (
         ("scalar_t", t.ctype),
         ("source", source),
-        ("cluster", cluster),
+        ("cluster", CLUSTER),
         ("slots", slots),
     )
     return JitSpec(
-        f"sample_cluster{cluster}_{source}_{'many_' if many_keys else ''}{'' if slots else 'tight_'}{t.short}",
+        f"sample_cluster_{source}_{'many_' if many_keys else ''}{'' if slots else 'tight_'}{t.short}",
         "sampling/sample_cluster.cu.jinja",
         SAMPLE_CLUSTER,
         constants,
         CLUSTER_BLOCK,
         smem=CLUSTER_BLOCK[0] // 32 * keys * 4 + CLUSTER_BLOCK[0] * slots * 4,
         min_arch=90,
-        cluster=(cluster, 1, 1),
+        cluster=(CLUSTER, 1, 1),
     )
 
 
@@ -191,8 +187,8 @@ def gen_chain(dtype: str) -> JitSpec:
 def all_specs() -> tuple[JitSpec, ...]:
     """Every kernel of the family."""
     specs = [gen_sample(d, s, f) for d in DTYPES for s in SOURCES for f in FILTERS if (s, f) != ("logits", "min_p")]
-    specs += [gen_sample_cluster(d, s, c) for d in DTYPES for s in SOURCES for c in CLUSTER_SIZES]
-    specs += [gen_sample_cluster(d, s, CLUSTER_SIZES[-1], True) for d in DTYPES for s in SOURCES]
+    specs += [gen_sample_cluster(d, s, many) for d in DTYPES for s in SOURCES for many in (False, True)]
+    specs += [gen_sample_cluster(d, s, slots=0) for d in DTYPES for s in SOURCES]
     return (*specs, *(g(d) for d in DTYPES for g in (gen_softmax, gen_renorm, gen_mask_logits, gen_chain)))
 
 

@@ -45,7 +45,7 @@ def rows(kind: str, batch: int, vocab: int) -> torch.Tensor:
 
 
 @contextmanager
-def cluster(choice: tuple[int, bool] | None):
+def cluster(choice: bool | None):
     """All of pyinfer's calls in here take this cluster; None: one block a row."""
     before = _sampling._cluster_of
     _sampling._cluster_of = lambda *_: choice
@@ -55,9 +55,10 @@ def cluster(choice: tuple[int, bool] | None):
         _sampling._cluster_of = before
 
 
-def fitting(vocab: int) -> tuple[tuple[int, bool], ...]:
-    """The clusters that can hold a row."""
-    return _sampling._cluster_choices(torch.cuda.current_device(), vocab, 4)
+def fitting(vocab: int) -> tuple[bool, ...]:
+    """The cluster kernels that can hold a row."""
+    one = _sampling._cluster_of(torch.cuda.current_device(), vocab, 4, 1)
+    return () if one is None else (True,) if one else (False, True)
 
 
 def pick(kept: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
