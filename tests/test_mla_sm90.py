@@ -54,18 +54,6 @@ def test_boxes_are_as_loaded_here(source):
     assert "for (int block = 0; block < HALF / 64; ++block) {" in source
 
 
-def test_rows_fetched_ahead(source):
-    """A tile's rows, each once, from the places of its boxes: lane b knows where box b begins."""
-    lane_of = expression(source, r"next\.page, (.+?)\);")
-    assert lane_of(row=5, shift=2) == expression(source, r"next\.slot, (.+?)\) \+")(row=5, shift=2)
-    within = expression(source, r"next\.slot, row >> shift\) \+ (.+?);")
-    for rows in (8, 16, 32, 64):
-        begins = [100 + 10 * lane * rows for lane in range(64 // rows)]  # boxes somewhere in memory
-        p = type("Params", (), {"box_rows": rows})
-        found = [begins[lane_of(row=r, shift=rows.bit_length() - 1)] + within(row=r, p=p) for r in range(64)]
-        assert found == [begin + r for begin in begins for r in range(rows)]
-
-
 @pytest.mark.parametrize("rows", [8, 64])
 def test_keys_and_values_of_one_tile(source, rows):
     """The same bytes as operand B of both products: contiguous along the contraction for the scores, along the columns for the output."""
@@ -400,8 +388,6 @@ def test_launch(hopper, heads, qo, page_size, rows):
     box = (64, rows, 1)
     assert found["ckv_map"] == fake_map(cache.data_ptr(), BFLOAT16, (512, page_size, pages), strides, box)
     assert found["kpe_map"] == fake_map(cache.data_ptr() + 1024, BFLOAT16, (64, page_size, pages), strides, box)
-    assert found["ckv"] == cache.data_ptr()
-    assert (found["ckv_stride_page"], found["ckv_stride_token"]) == (576 * page_size, 576)
     assert found["box_rows"] == rows
     assert found["page_size"] == page_size
     assert found["group"] == heads

@@ -13,11 +13,6 @@ PYINFER_DEVICE void tma_prefetch_3d(const TensorMap* map, int x, int y, int z) {
     asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z) : "memory");
 }
 
-// Bytes on their way from memory to L2, multiples of 16 in address and number.
-PYINFER_DEVICE void bulk_prefetch(const void* source, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
-}
-
 // Whether the phase of this parity has ended, without waiting.
 PYINFER_DEVICE bool mbarrier_test(uint32_t barrier, uint32_t parity) {
     uint32_t done;

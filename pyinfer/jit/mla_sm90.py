@@ -23,7 +23,7 @@ TILE_KV = 64
 ROWS = 64  # packed rows of a block
 BLOCK = TILE_KV * 128  # bytes of 64 columns of a tile
 STAGES = 3
-_LEADING = struct.Struct(f"@8P{tensormap.BYTES}s{tensormap.BYTES}sP")  # the pointers, and the two maps among them
+_LEADING = struct.Struct(f"@8P{tensormap.BYTES}s{tensormap.BYTES}s")  # the pointers and the two maps behind them
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,10 @@ PARAMS = ParamStruct(
     ptr("semaphore", "int32_t", "[max_partials], zero between launches"),
     tensor_map("ckv_map", "3-D: column, token, page; keys and values"),
     tensor_map("kpe_map"),
-    ptr("ckv", "const scalar_t", "[pages, page_size, 512], as the map has it: for fetches to L2"),
     i64("q_nope_stride_token", "strides in elements"),
     i64("q_nope_stride_head"),
     i64("q_pe_stride_token"),
     i64("q_pe_stride_head"),
-    i64("ckv_stride_page"),
-    i64("ckv_stride_token"),
     i64("out_stride_token"),
     i64("out_stride_head"),
     f32("logit_scale", "sm_scale * log2(e); soft cap: 2 log2(e) sm_scale / cap"),
@@ -210,8 +207,8 @@ def launch_mla_sm90(
     pointers = (q_nope.ptr, q_pe.ptr, out.ptr, lse_ptr, kv_indices_ptr)
     partials = (workspace_ptr, workspace_ptr + ready.partial_lse_offset, ready.semaphore)
     of_ckv, of_kpe = cache_maps(ckv, ready.box_rows), cache_maps(kpe, ready.box_rows)
-    maps = (of_ckv[ckv.ptr], of_kpe[kpe.ptr], ckv.ptr)
-    strides = (*q_nope.strides[:2], *q_pe.strides[:2], *ckv.strides[:2], *out.strides[:2])
+    maps = (of_ckv[ckv.ptr], of_kpe[kpe.ptr])
+    strides = (*q_nope.strides[:2], *q_pe.strides[:2], *out.strides[:2])
     values = pointers + partials + maps + strides + scales + ready.constants
     if not bind:
         ready.kernel(stream, ready.grid, values, pdl)
@@ -219,7 +216,7 @@ def launch_mla_sm90(
     bound, fixed, pack_into = ready.kernel.bind(ready.grid, values, 4, pdl), values[4:8], _LEADING.pack_into
 
     def pack(buffer: Any, at: int, q: int, pe: int, c: int, k: int, o: int, lse: int) -> None:
-        pack_into(buffer, at, q, pe, o, lse, *fixed, of_ckv[c], of_kpe[k], c)
+        pack_into(buffer, at, q, pe, o, lse, *fixed, of_ckv[c], of_kpe[k])
 
     bound.pack_with(pack)
     return bound
