@@ -140,6 +140,7 @@ class BatchRun:
     _indices_ptr: int
     _workspace_ptr: int
     _pdl_default: bool
+    _fresh = False  # the plan was uploaded behind the last launch
     _sm_scale: float
     _soft_cap: float
 
@@ -157,6 +158,7 @@ class BatchRun:
             self._own_workspace = DeviceBuffer(ref.device, ref.framework)
             self._pdl_default = common.use_pdl(ref.device, None)
         self._plan_ptr = self._plan_buffer.upload(plan.pack(), current_stream(ref))
+        self._fresh = True
         if self._indices is not None:
             self._indices_ptr = self._indices.ptr
         else:
@@ -389,7 +391,10 @@ class BatchRun:
                 q.device, current_stream(q), self._plan_ptr, plan, q, k, v, self._indices_ptr, self._kv_layout, out_view, lse_view, self._workspace_ptr,
                 sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl, options=selected, extras=extras, bind=True,
             )  # fmt: skip
-            bound(current_stream(q), q.ptr, k.ptr, v.ptr, out_view.ptr, 0 if lse_view is None else lse_view.ptr)
+            # A launch that may start early waits for the kernel before it. Behind a copy it was seen to read the plan that was there before.
+            launch = bound.behind_a_copy if self._fresh and pdl else bound
+            self._fresh = False
+            launch(current_stream(q), q.ptr, k.ptr, v.ptr, out_view.ptr, 0 if lse_view is None else lse_view.ptr)
             if call is not None and (return_lse or not given_lse) and not (q.ptr | k.ptr | v.ptr | out_view.ptr) & 15:
                 pair = call[0][1]
                 inputs = ((0, 0), (1, 0), (2, 0) if pair else (1, v.ptr - k.ptr))

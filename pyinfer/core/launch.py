@@ -249,6 +249,17 @@ class BoundLaunch:
         """Write the leading fields by `pack(buffer, 0, *pointers)`: for parameters that follow from the pointers (tensor maps)."""
         self._pack_pointers = pack
 
+    def behind_a_copy(self, stream: int, *pointers: int) -> None:
+        """The same launch, once, without programmatic dependent launch: that waits for the kernel before, and was seen to overtake a copy in between."""
+        slot = self._slot.own
+        self._pack_pointers(slot.params, 0, *pointers)
+        config = _CONFIG.unpack_from(slot.config)
+        _, attributes, count = self.kernel._attributes
+        _CONFIG.pack_into(slot.config, 0, *config[:7], stream, attributes, count)
+        self._submit(slot)
+        _CONFIG.pack_into(slot.config, 0, *config[:7], stream, *config[8:])
+        slot.stream = stream
+
     def parts(self) -> tuple[Any, ...]:
         """What a call consists of, for functions that do it themselves (`core.calls`).
 
