@@ -348,7 +348,7 @@ def test_launch(hopper):
         )
     with pytest.raises(ValueError, match="leaves no splits"):
         launch_attention(*arguments, sm_scale=0.25, extras=AttentionExtras(merge=False))
-    with pytest.raises(ValueError, match="plan was made for another tile: got 192, wanted tile_q 64"):
+    with pytest.raises(ValueError, match="plan was made for another tile: got 128, wanted tile_q 64"):
         launch_attention(*arguments, sm_scale=0.25, config=fp8.candidates(128, 128, 64)[0])
     assert not hopper
 

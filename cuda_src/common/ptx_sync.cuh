@@ -23,6 +23,11 @@ PYINFER_DEVICE int32_t atomic_add_acq_rel(int32_t* p, int32_t x) {
     return old;
 }
 
+// Suspends the thread for about so long, at most twice.
+PYINFER_DEVICE void nanosleep(uint32_t nanoseconds) {
+    asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
+}
+
 // Starts the fetch of a line into L2. The address must be mapped.
 PYINFER_DEVICE void prefetch_l2(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

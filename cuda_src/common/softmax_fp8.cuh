@@ -1,14 +1,15 @@
 // Online softmax over wgmma accumulators whose weights become e4m3, the left operand of the product with the values.
 //
-// e4m3 has its full precision from 2^-6 to 448 and keeps something down to 2^-9. So a new reference lies ROOM below the row's highest score, whose
-// weight is then 2^ROOM, and it moves only when a score exceeds it by more than RESCALE_THRESHOLD: weights reach 2^8 = 256, and those down to 2^-10 of
-// the highest one have all their digits. All else (sums, LSE, the merge of splits) is relative to 2^reference as ever.
+// e4m3 has its full precision from 2^-6 to 448. So a row's reference lies ROOM below its highest score, whose weight is then 2^8 = 256, and all down to 2^-14 of
+// that have their four digits. All else (sums, LSE, the merge of splits) is relative to 2^reference as ever.
+// Why the reference follows every new maximum here, not lazily as in softmax.cuh: a power of two is exact. A lagging reference would round the weight of a key
+// that decides a row, while the row's sum has it exactly: twice the error for scores with a deviation of 3.
 #pragma once
 #include "common/ptx_fp8.cuh"
 #include "common/softmax.cuh"
 
 struct Fp8Softmax : OnlineSoftmax<1> {
-    static constexpr float ROOM = 4.0f;
+    static constexpr float ROOM = RESCALE_THRESHOLD;
     bool moved;  // the reference moved in the latest advance(); same in all lanes
 
     // Takes a tile's scores, which a row's `scale` turns into logits in base 2, into the reference, and says by what the output is to be scaled.
@@ -59,31 +60,15 @@ struct Fp8Softmax : OnlineSoftmax<1> {
         }
     }
 
-    // 2^x for x <= 127 without the special-function unit, to 2^-13: with x = n + f, n whole and f in [0, 1), a polynomial of f into whose exponent n goes.
-    // Below -127 (masked scores are -inf) it is 0.
-    PYINFER_DEVICE static float exp2_polynomial(float x) {
-        constexpr float WHOLE = 12582912.0f;  // 1.5 * 2^23: a sum's last place is 1
-        x = fmaxf(x, -127.0f);
-        const float shifted = __fadd_rd(x, WHOLE);
-        const float f = x - (shifted - WHOLE);
-        const float p = fmaf(fmaf(fmaf(0.07706352f, f, 0.22764469f), f, 0.69529190f), f, 1.0f);
-        return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-    }
-
-    // Scores -> weights relative to 2^reference, in place, and their sums. Every EVERY-th block (0: none) without the special-function unit, which all
-    // others keep busy.
-    template <int EVERY, int KV_BLOCKS>
+    // Scores -> weights relative to 2^reference, in place, and their sums.
+    template <int KV_BLOCKS>
     PYINFER_DEVICE void make_weights(float (&score)[KV_BLOCKS][4], const float (&scale)[2]) {
         const float offsets[2] = {offset(0, 0), offset(0, 1)};
 #pragma unroll
         for (int n = 0; n < KV_BLOCKS; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if (EVERY > 0 && n % max_of(EVERY, 1) == EVERY - 1) {
-                    score[n][i] = exp2_polynomial(fmaf(score[n][i], scale[i / 2], offsets[i / 2]));
-                } else {
-                    score[n][i] = weight(score[n][i], scale[i / 2], offsets[i / 2]);
-                }
+                score[n][i] = weight(score[n][i], scale[i / 2], offsets[i / 2]);
                 sum[0][i / 2] += score[n][i];
             }
         }

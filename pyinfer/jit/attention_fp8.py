@@ -25,7 +25,7 @@ from pyinfer.jit.attention import (
     option_fields,
 )
 from pyinfer.jit.attention_options import PLAIN, AttentionOptions
-from pyinfer.jit.attention_sm90 import L2_SHARE, MANY_ROWS, WORK_BYTES, WORKS, Map, row_view, tma_view
+from pyinfer.jit.attention_sm90 import L2_SHARE, MANY_ROWS, WORK_BYTES, WORKS, Map, fills_192, row_view, tma_view
 from pyinfer.jit.spec import JitSpec
 
 if TYPE_CHECKING:
@@ -55,8 +55,6 @@ class Fp8Config:
         Tiles in the rings of keys, of values as they come, and of transposed values.
     q_buffers
         Tiles of queries in shared memory. With 2 the next work item's first product runs while this one's output is written.
-    q_registers
-        The first product takes queries from registers: less shared memory to read, more registers.
     """
 
     head_dim_qk: int
@@ -67,9 +65,6 @@ class Fp8Config:
     v_stages: int = 2
     t_stages: int = 2
     q_buffers: int = 2
-    q_registers: bool = True
-    overlap: bool = False
-    polynomial: int = 0
     kind: str = "prefill_fp8_sm90"
     ctas_per_sm: int = 1
 
@@ -103,7 +98,7 @@ class Fp8Config:
     def tag(self) -> str:
         """Short form for kernel names."""
         stages = f"s{self.k_stages}{self.v_stages}{self.t_stages}"
-        return f"q{self.tile_q}_kv{self.tile_kv}_{stages}" + "_q2" * (self.q_buffers == 2) + "_rs" * self.q_registers + "_ov" * self.overlap + f"_p{self.polynomial}" * (self.polynomial > 0)
+        return f"q{self.tile_q}_kv{self.tile_kv}_{stages}" + "_q2" * (self.q_buffers == 2)
 
 
 @functools.cache
@@ -112,25 +107,17 @@ def candidates(head_dim_qk: int, head_dim_vo: int, max_packed_rows: int = MANY_R
     make = functools.partial(Fp8Config, head_dim_qk, head_dim_vo)
     largest = max(head_dim_qk, head_dim_vo)
     if largest > 128:
-        return (make(96, 2, q_buffers=1, q_registers=largest < 256), make(64, 2, q_buffers=1))
+        return (make(96, 2, q_buffers=1),)
     if max_packed_rows <= 64:
         return (make(128, 1),)
-    two = (make(128, 2, k_stages=3), make(160, 2, q_registers=False), make(128, 2, k_stages=3, q_registers=False))
-    if max_packed_rows <= 128:
-        return two
-    return (
-        make(96, 3, q_registers=False),
-        make(64, 3, k_stages=3, v_stages=3, t_stages=3),
-        make(64, 3, k_stages=3, v_stages=3, t_stages=3, q_registers=False),
-        *two,
-    )
+    if largest <= 64 and fills_192(max_packed_rows):
+        return (make(160, 3), make(160, 2))
+    return (make(160, 2), make(128, 2, k_stages=3))
 
 
 def narrowed(config: Fp8Config) -> Fp8Config:
-    """The configuration for a soft cap, sinks or scales of heads, which take registers that three consumers do not have beside 96 keys."""
-    if config.consumers < 3 or config.head_dim_vo <= 64:
-        return config
-    return replace(config, tile_kv=64, k_stages=3, v_stages=3, t_stages=3)
+    """The configuration for a soft cap, sinks or scales of heads, which take registers that three consumers do not have beside 160 keys."""
+    return replace(config, tile_kv=128) if config.consumers == 3 else config
 
 
 def config_for(
@@ -239,9 +226,6 @@ def gen_prefill_fp8(
         "V_STAGES": config.v_stages,
         "T_STAGES": config.t_stages,
         "Q_BUFFERS": config.q_buffers,
-        "Q_REGISTERS": config.q_registers,
-        "overlap": config.overlap,
-        "POLYNOMIAL": config.polynomial,
         "PRODUCER_REGISTERS": producer,
         "CONSUMER_REGISTERS": consumer,
         "smem": config.smem,
@@ -331,10 +315,17 @@ def heads_at_once(config: Fp8Config, num_kv_heads: int, tokens: int) -> int:
     return max(1, min(num_kv_heads, L2_SHARE // size))
 
 
+def boxed(q: TensorView, out: TensorView, group: int) -> int:
+    """Whether whole tiles of queries (1) and of the output (2) are boxes of their tensors."""
+    if 64 % group:
+        return 0
+    return sum(bit for bit, x in ((1, q), (2, out)) if tensormap.encodable(x.ptr, *row_view(x), x.dtype.itemsize))
+
+
 def maps_of(
     config: Fp8Config, q: TensorView, k: TensorView, v: TensorView, out: TensorView, kv_layout: str, page_size: int, group: int, flags: int
 ) -> tuple[Map, Map, Map, Map]:  # fmt: skip
-    """What to encode for k, v, q and out; `flags` from `attention_sm90.boxed`."""
+    """What to encode for k, v, q and out; `flags` from `boxed`."""
     kv_box = (COLUMNS, box_rows(config, page_size), 1, 1)
     if 0 in k.shape:  # items without keys bring a tile nevertheless, whatever it holds: of the queries (`sources`)
         k_map = v_map = (q.dtype, *row_view(q), kv_box)

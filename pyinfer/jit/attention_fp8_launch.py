@@ -101,7 +101,7 @@ def _values(
     """The parameters in front of the shape's, the tensor maps, and which of queries and output come and go as boxes."""
     fp8.check_tensors("attention", k, v, kv_layout, aligned)
     group = q.shape[1] // k.shape[-2 if kv_layout == "NHD" else -3]
-    flags = attention_sm90.boxed(q, out, group)
+    flags = fp8.boxed(q, out, group)
     maps = fp8.maps_of(config, q, k, v, out, kv_layout, page_size, group, flags)
     of_k, of_v = fp8.sources(q, k, v)
     encoded = attention_sm90.encode(maps, q.ptr, of_k.ptr, of_v.ptr, out.ptr)
