@@ -174,6 +174,12 @@ class BatchRun:
         if not has_kernel:
             self._prepare(plan, ref.device)
 
+    def _start(self, bound: BoundLaunch, pdl: bool, *arguments: int) -> None:
+        """Launch. What may start early waits for the kernel before it: behind a plan's copy it was seen to read the plan that was there before."""
+        launch = bound.behind_a_copy if self._fresh and pdl else bound
+        self._fresh = False
+        launch(*arguments)
+
     def _upload_extras(self, ref: TensorView) -> AttentionExtras:
         """Addresses of what the options need, after bringing to the device what came from the host."""
         mask, items = self._mask, self._items
@@ -391,10 +397,16 @@ class BatchRun:
                 q.device, current_stream(q), self._plan_ptr, plan, q, k, v, self._indices_ptr, self._kv_layout, out_view, lse_view, self._workspace_ptr,
                 sm_scale=sm_scale, logits_soft_cap=soft_cap, v_scale=v_scale, pdl=pdl, options=selected, extras=extras, bind=True,
             )  # fmt: skip
-            # A launch that may start early waits for the kernel before it. Behind a copy it was seen to read the plan that was there before.
-            launch = bound.behind_a_copy if self._fresh and pdl else bound
-            self._fresh = False
-            launch(current_stream(q), q.ptr, k.ptr, v.ptr, out_view.ptr, 0 if lse_view is None else lse_view.ptr)
+            self._start(
+                bound,
+                pdl,
+                current_stream(q),
+                q.ptr,
+                k.ptr,
+                v.ptr,
+                out_view.ptr,
+                0 if lse_view is None else lse_view.ptr,
+            )
             if call is not None and (return_lse or not given_lse) and not (q.ptr | k.ptr | v.ptr | out_view.ptr) & 15:
                 pair = call[0][1]
                 inputs = ((0, 0), (1, 0), (2, 0) if pair else (1, v.ptr - k.ptr))

@@ -310,7 +310,17 @@ class PagedMla(BatchAttention):
                 pdl=pdl, config=self._config, bind=True, **numbers,
             )  # fmt: skip
             assert bound is not None
-            bound(current_stream(q), q.ptr, pe.ptr, c.ptr, k.ptr, out_view.ptr, 0 if lse_view is None else lse_view.ptr)
+            self._start(
+                bound,
+                pdl,
+                current_stream(q),
+                q.ptr,
+                pe.ptr,
+                c.ptr,
+                k.ptr,
+                out_view.ptr,
+                0 if lse_view is None else lse_view.ptr,
+            )
             if return_lse or not given_lse:
                 inputs = ((0, 0), (1, 0), (2, 0), (3, 0))
                 shape = (wanted, heads, latent)

@@ -257,3 +257,22 @@ def test_bf16_queries_of_8_bit_keys(rng, backend_arrays, device, magnitude):
         weights = torch.softmax(torch.einsum("hd,nhd->hn", q[i].double(), keys) * scale, 1)
         want = torch.einsum("hn,nhd->hd", weights, values)
         assert (got[i] - want).abs().max() <= 2e-2 * want.abs().max()
+
+
+def test_the_first_launch_behind_a_plan_does_not_start_early(monkeypatch):
+    """Programmatic dependent launch orders kernels, and a plan comes by a copy."""
+    torch = pytest.importorskip("torch")
+    _, submitted = stub_runtime.install(monkeypatch)
+    for cached in (attention_launch._kernel, attention_launch._planned, attention_launch.prepare_attention):
+        cached.cache_clear()
+    wrapper = pyinfer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(1 << 20, dtype=torch.uint8))
+    table = np.array([0, 2], np.int32), np.arange(2, dtype=np.int32), np.array([5], np.int32)
+    q, cache = torch.empty(1, 4, 64, dtype=torch.float16), torch.empty(2, 2, 16, 2, 64, dtype=torch.float16)
+    early = []
+    for _ in range(2):
+        wrapper.plan(*table, 4, 2, 64, 16)
+        for _ in range(4):
+            submitted.clear()
+            wrapper.run(q, cache)
+            early.append(submitted[0][4])
+    assert early == [0, 1, 1, 1] * 2  # attributes of the launch
