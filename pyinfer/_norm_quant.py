@@ -180,6 +180,6 @@ def _kernel(
         config = norm.fused_add_config(hidden // vec)
         spec = norm.gen_fused_add_rmsnorm(dtype, hidden, vec, False, quantize, out)
     else:
-        config = norm.rmsnorm_config(hidden // vec, quantize)
+        config = norm.rmsnorm_config(hidden // vec)
         spec = norm.gen_rmsnorm(dtype, hidden, vec, False, quantize, out, silu)
     return spec.build_and_load(device), config, pdl_supported(device)

@@ -168,19 +168,9 @@ def _launch_cuda(
 
     pairs, tokens = rotary_dim // 2, q_rope.view.shape[0]
     config = rope_config(pairs // vec, q_heads + kv_heads, tokens)
-    blocks = rotary_blocks(heads, pairs, nope, value, vec, config, tokens)
+    parts = rotary_blocks(heads, pairs, nope, value, vec, config)
     kernel, has_pdl = _kernel(
-        q_rope.view.device,
-        dtype.name,
-        out_dtype.name,
-        rotary_dim,
-        nope,
-        not is_neox,
-        append,
-        value,
-        vec,
-        config,
-        blocks.copies,
+        q_rope.view.device, dtype.name, out_dtype.name, rotary_dim, nope, not is_neox, append, value, vec, config
     )
     tensors = [*inputs, *q_outs, *k_outs, table, positions, *(places.arrays if places is not None else ())]
     pointers = [0 if x is None else x.ptr for x in tensors]
@@ -192,23 +182,12 @@ def _launch_cuda(
     if places is not None:
         wide |= places.wide
         bounds, paged = (places.num_indices, places.num_pages), (places.batch, places.page_size)
-    values = (
-        *pointers,
-        *strides,
-        table.strides[0],
-        table.shape[0],
-        *bounds,
-        *heads,
-        *blocks[:3],
-        wide,
-        *paged,
-        *scales,
-    )
+    values = (*pointers, *strides, table.strides[0], table.shape[0], *bounds, *heads, *parts, wide, *paged, *scales)
     recipe = _recipe([*inputs, *q_outs, *k_outs], roles, append, m) if m.remember else None
     wants = len(inputs) + len(q_outs) + len(k_outs) + 1  # the data and the table
     outputs = tuple([(tuple(view(x).shape), out_dtype) for x in m.made])
     calls.launch(
-        m.scalars, m.known, q_rope.view, kernel, tokens * blocks.parts, values, len(pointers),
+        m.scalars, m.known, q_rope.view, kernel, tokens * parts[0], values, len(pointers),
         has_pdl and enable_pdl is not False, m.remember and vec * dtype.itemsize == 16, outputs, recipe, wants,
     )  # fmt: skip
 
@@ -240,11 +219,10 @@ def _kernel(
     value: int,
     vec: int,
     config: RopeConfig,
-    copies: int,
 ) -> tuple[Kernel, bool]:
     """Kernel, whether the device has programmatic dependent launch."""
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.rope import gen_rope_quantize
 
-    spec = gen_rope_quantize(dtype, out, rotary_dim, nope, interleave, append, value, vec, config, copies)
+    spec = gen_rope_quantize(dtype, out, rotary_dim, nope, interleave, append, value, vec, config)
     return spec.build_and_load(device), pdl_supported(device)

@@ -183,7 +183,7 @@ def test_append(backend_arrays: Backend, rng: np.random.Generator, shape, dtype:
 def test_as_with_many_tokens(
     backend_arrays: Backend, rng: np.random.Generator, shape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several heads a thread, and values moved by blocks that rotate: of the second shape one that has no keys."""
+    """Several heads a thread; of the second shape a block that has no keys."""
     monkeypatch.setattr("pyinfer.jit.rope.MANY_TOKENS", 1)
     _rope_launch.calls.clear()
     test_append(backend_arrays, rng, shape, "bfloat16", False)
@@ -388,23 +388,15 @@ def test_errors(backend: Backend, rng: np.random.Generator) -> None:
 
 @pytest.mark.compile
 def test_rotary_blocks() -> None:
-    """All heads and all chunks have a block; values go along with the rotation only with many tokens and few values."""
-    from pyinfer.jit.rope import rope_config, rotary_blocks
+    """All heads and all chunks have a block."""
+    from pyinfer.jit.rope import COPIES, rope_config, rotary_blocks
 
-    for heads, pairs, nope, value in (
-        ((32, 8, 0), 64, 0, 128),
-        ((128, 1, 128), 32, 512, 0),
-        ((80, 50, 0), 32, 0, 64),
-        ((3, 2, 3), 8, 8, 0),
-    ):
+    shapes = (((32, 8, 0), 64, 0, 128), ((128, 1, 128), 32, 512, 0), ((80, 50, 0), 32, 0, 64), ((3, 2, 3), 8, 8, 0))
+    for heads, pairs, nope, value in shapes:
         for tokens in (1, 4096):
             c = rope_config(pairs // 8, heads[0] + heads[1], tokens)
-            b = rotary_blocks(heads, pairs, nope, value, 8, c, tokens)
-            threads = pairs // 8 * c.heads
+            parts, rotate = rotary_blocks(heads, pairs, nope, value, 8, c)
             chunks = ((heads[2] + heads[1]) * nope + heads[1] * value) // 8
-            assert b.rotate_parts * c.heads * c.unroll >= heads[0] + heads[1]
-            assert (b.parts - b.move_from) * threads * b.copies >= chunks and 1 <= b.copies <= 4
-            together = b.move_from < b.rotate_parts
-            assert b.parts == (b.rotate_parts if together else b.parts) and (tokens > 1 or not together)
-    assert rotary_blocks((80, 50, 0), 32, 0, 64, 8, rope_config(4, 130, 4096), 4096) == (2, 2, 0, 4)
-    assert rotary_blocks((32, 8, 0), 64, 0, 128, 8, rope_config(8, 40, 4096), 4096) == (1, 1, 0, 2)
+            each = pairs // 8 * c.heads * COPIES
+            assert rotate * c.heads * c.unroll >= heads[0] + heads[1] > (rotate - 1) * c.heads * c.unroll
+            assert (parts - rotate) * each >= chunks > (parts - rotate - 1) * each

@@ -97,39 +97,3 @@ PYINFER_DEVICE void row_sum_and_max(float& sum, float& largest, float* partials)
         largest = warp_max(lane < WARPS ? partials[WARPS + lane] : 0.0f);
     }
 }
-
-// Mean of a row and the squares of its deviations from it, in two steps around a barrier (which rows of up to 32 threads do without). Parts are joined by what their
-// means differ (Chan, Golub and LeVeque), so that a large mean cancels nothing. `partials`: 3 * ceil(LANES / 32) floats of shared memory.
-//
-// First: `sum` of a thread's `count` elements, their mean and the `squares` of their deviations from it become the warp's (or the row's), for the second step.
-template <int LANES>
-PYINFER_DEVICE void own_moments(float& sum, float& squares, float own_mean, int count, float* partials) {
-    constexpr int GROUP = LANES < 32 ? LANES : 32;
-    const float total = warp_sum<GROUP>(sum), total_count = warp_sum<GROUP>(static_cast<float>(count));
-    const float off = own_mean - (total_count > 0.0f ? total / total_count : 0.0f);
-    squares = warp_sum<GROUP>(squares + count * off * off);
-    sum = total;
-    if constexpr (LANES > 32) {
-        constexpr int WARPS = LANES / 32;
-        if (threadIdx.x % 32 == 0) {
-            partials[threadIdx.x / 32] = total;
-            partials[WARPS + threadIdx.x / 32] = squares;
-            partials[2 * WARPS + threadIdx.x / 32] = total_count;
-        }
-    }
-}
-
-// Second: `sum` becomes the row's mean, `squares` the row's.
-template <int LANES>
-PYINFER_DEVICE void row_moments(float& sum, float& squares, float inverse_count, const float* partials) {
-    if constexpr (LANES <= 32) {
-        sum *= inverse_count;
-    } else {
-        constexpr int WARPS = LANES / 32;
-        const int lane = threadIdx.x % 32;
-        const float count = lane < WARPS ? partials[2 * WARPS + lane] : 0.0f, part = lane < WARPS ? partials[lane] : 0.0f;
-        sum = warp_sum(part) * inverse_count;
-        const float off = count > 0.0f ? part / count - sum : 0.0f;
-        squares = warp_sum((lane < WARPS ? partials[WARPS + lane] : 0.0f) + count * off * off);
-    }
-}

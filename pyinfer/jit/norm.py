@@ -87,8 +87,6 @@ class RowConfig:
         Access functions of `cuda_src/common/vec_io.cuh`.
     blocks
         Blocks that a multiprocessor should hold (bounds the registers); 1: as the compiler likes.
-    together
-        Rows that a thread works on at a time (layernorm).
     """
 
     lanes: int
@@ -98,20 +96,17 @@ class RowConfig:
     load: str = "load_once"
     store: str = "store"
     blocks: int = 1
-    together: int = 1
 
     @property
     def short(self) -> str:
         """What tells it apart in a kernel's name."""
         access = f"{'' if self.load == 'load_once' else '_read' + self.load.removeprefix('load')}{self.store.removeprefix('store') and '_write_stream'}"
-        more = (
-            f"{f'_b{self.blocks}' if self.blocks > 1 else ''}{f'_together{self.together}' if self.together > 1 else ''}"
-        )
+        more = f"_b{self.blocks}" if self.blocks > 1 else ""
         return f"{self.lanes}x{self.rows}_s{self.slots}{access}{more}{'_reread' if self.reread else ''}"
 
     def grid(self, rows: int) -> int:
         """Blocks to launch for that many rows."""
-        return -(-rows // (self.rows * self.together))
+        return -(-rows // self.rows)
 
 
 def row_config(vectors: int, slots: int, longest: tuple[int, int]) -> RowConfig:
@@ -178,7 +173,7 @@ def _result(quantize: str, dtype: DType, out: str | None) -> DType:
     return canonical_dtype(out or "float8_e4m3fn") if quantize else dtype
 
 
-def rmsnorm_config(vectors: int, quantize: str = "") -> RowConfig:
+def rmsnorm_config(vectors: int) -> RowConfig:
     """Four vectors a thread; long rows through the L1 cache, with registers for 1024 threads a multiprocessor.
 
     Measured on an H200 (tools/gpu/time_ops.py, copy 4.26 TB/s) at 16384 x 8192: 130.8 us, 96% of the copy (two vectors a thread the same; past the
@@ -190,13 +185,13 @@ def rmsnorm_config(vectors: int, quantize: str = "") -> RowConfig:
     return replace(config, load="load" if vectors > 512 else config.load, blocks=max(1, 1024 // config.lanes))
 
 
-def rmsnorm_candidates(vectors: int, quantize: str = "") -> list[RowConfig]:
+def rmsnorm_candidates(vectors: int) -> list[RowConfig]:
     """Configurations worth timing for long rows, the default first (tools/gpu/time_ops.py).
 
     What they try: fewer vectors a thread and more threads (what is in flight then comes from many warps), reads through L1 or past it, a bound on
     registers so that more blocks share a multiprocessor.
     """
-    found = [rmsnorm_config(vectors, quantize)]
+    found = [rmsnorm_config(vectors)]
     if 128 < vectors <= 1024:
         for slots, load, threads in ((4, "load", 1024), (4, "load_once", 1024), (2, "load", 1536)):
             config = row_config(vectors, slots, (1024, 4))
@@ -235,7 +230,7 @@ def gen_rmsnorm(
     d = canonical_dtype(dtype)
     o = _result(quantize, d, out)
     v = _vec(d, hidden, vec)
-    config = config or rmsnorm_config(hidden // v, quantize)
+    config = config or rmsnorm_config(hidden // v)
     name = _name("rmsnorm_silu" if silu else "rmsnorm", d, v, config, gemma, quantize, o)
     constants = (*_constants(d, v, config, gemma, quantize, o), ("SILU", silu))
     block = (config.lanes, config.rows, 1)
@@ -294,43 +289,16 @@ def gen_fused_add_rmsnorm(
 
 
 def layernorm_config(vectors: int) -> RowConfig:
-    """As rmsnorm, with more registers."""
-    config = rmsnorm_config(vectors)
-    return replace(config, blocks=max(1, 768 // config.lanes)) if config.blocks > 1 else config
-
-
-def layernorm_candidates(vectors: int) -> list[RowConfig]:
-    """Configurations worth timing for long rows, the default first (tools/gpu/time_ops.py)."""
-    found = [layernorm_config(vectors)]
-    if 128 < vectors <= 1024:
-        for slots, threads, together, load in _TRIED:
-            config = row_config(vectors, slots, (1024, 4))
-            found.append(replace(config, blocks=max(1, threads // config.lanes), together=together, load=load))
-    return list(dict.fromkeys(found))
-
-
-_TRIED = (
-    (4, 1024, 1, "load"),
-    (4, 1024, 1, "load_once"),
-    (4, 512, 2, "load"),
-    (2, 1024, 2, "load"),
-    (2, 1024, 2, "load_once"),
-    (2, 512, 4, "load"),
-    (1, 1024, 4, "load"),
-)
+    """As rmsnorm. One barrier a row instead of two took registers and was slower: docs/design/memory_bound.md."""
+    return rmsnorm_config(vectors)
 
 
 @functools.cache
-def gen_layernorm(
-    dtype: str, param_dtype: str, hidden: int, vec: int | None = None, config: RowConfig | None = None
-) -> JitSpec:
-    """The layernorm kernel for rows of `hidden` elements; `param_dtype` is the weight's and the bias's.
-
-    `config`: one of `layernorm_candidates`, default `layernorm_config`.
-    """
+def gen_layernorm(dtype: str, param_dtype: str, hidden: int, vec: int | None = None) -> JitSpec:
+    """The layernorm kernel for rows of `hidden` elements; `param_dtype` is the weight's and the bias's."""
     d, param = canonical_dtype(dtype), canonical_dtype(param_dtype)
     v = _vec(d, hidden, vec)
-    config = config or layernorm_config(hidden // v)
+    config = layernorm_config(hidden // v)
     constants = (
         ("scalar_t", d.ctype),
         ("param_t", param.ctype),
@@ -341,7 +309,6 @@ def gen_layernorm(
         ("BLOCKS", config.blocks),
         ("LOAD", config.load),
         ("REREAD", config.reread),
-        ("TOGETHER", config.together),
     )
     name = f"layernorm_{d.short}_{param.short}_v{v}_{config.short}"
     block = (config.lanes, config.rows, 1)
@@ -387,7 +354,7 @@ def all_specs() -> list[JitSpec]:
     specs += [gen_fused_add_rmsnorm("bfloat16", 8192, config=c) for c in fused_add_candidates(1024)]
     specs += [gen_rmsnorm("bfloat16", 8192, config=c) for c in rmsnorm_candidates(1024)]
     specs += [
-        gen_rmsnorm("bfloat16", 8192, quantize=q, config=c) for q in QUANTIZE[1:] for c in rmsnorm_candidates(1024, q)
+        gen_rmsnorm("bfloat16", 8192, quantize=q, config=c) for q in QUANTIZE[1:] for c in rmsnorm_candidates(1024)
     ]
     specs += [gen_rmsnorm("bfloat16", 1024, silu=True), gen_rmsnorm("bfloat16", 1024, silu=True, quantize="tensor")]
     specs += [gen_layernorm(d, "float32", h) for d in ("bfloat16", "float16") for h in _HIDDEN]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -159,10 +158,7 @@ def _spread(slots: int, num_heads: int, unroll: int, threads: int) -> RopeConfig
 def rope_candidates(slots: int, num_heads: int) -> list[RopeConfig]:
     """Configurations worth timing, the default for many tokens first (tools/gpu/time_ops.py)."""
     default = rope_config(slots, num_heads)
-    others = [
-        _spread(slots, num_heads, unroll, threads)
-        for unroll, threads in ((1, 128), (2, 256), (4, 256), (2, 512), (2, 128))
-    ]
+    others = [_spread(slots, num_heads, unroll, threads) for unroll, threads in ((1, 128), (2, 128), (2, 256))]
     return list(dict.fromkeys([default, replace(default, load="load_once"), *others]))
 
 
@@ -240,8 +236,7 @@ def rope_quantize_params(append: bool) -> ParamStruct:
         u32("num_kv_heads"),
         u32("q_nope_heads", "0: the queries' other elements stay where they are"),
         u32("parts", "blocks per token"),
-        u32("rotate_parts", "those of them that rotate"),
-        u32("move_from", "those from here on move what is not rotated"),
+        u32("rotate_parts", "those of them that rotate; the others move what is not rotated"),
         i32("wide", "bit per index array: int64"),
         *((i32("batch"), u32("page_size")) if append else ()),
         f32("q_scale", "what queries are multiplied by"),
@@ -249,31 +244,18 @@ def rope_quantize_params(append: bool) -> ParamStruct:
     )
 
 
-class RotaryBlocks(NamedTuple):
-    """Blocks of a token: in all, those that rotate, the first that moves what is not rotated; chunks per thread of that."""
-
-    parts: int
-    rotate_parts: int
-    move_from: int
-    copies: int
+COPIES = 4
+"""Chunks of what is not rotated that a thread of rope_quantize moves."""
 
 
 def rotary_blocks(
-    heads: tuple[int, int, int], pairs: int, nope: int, value: int, vec: int, config: RopeConfig, tokens: int
-) -> RotaryBlocks:
-    """How a token's work is shared out. `heads` are those of queries, of keys, and of queries that have elements to copy.
-
-    With many tokens blocks that rotate move as well, if they are enough: blocks that only move a token's values have too little on its way.
-    """
+    heads: tuple[int, int, int], pairs: int, nope: int, value: int, vec: int, config: RopeConfig
+) -> tuple[int, int]:
+    """Blocks per token, and those of them that rotate. `heads` are those of queries, of keys, and of queries that have elements to copy."""
     q_heads, kv_heads, q_nope_heads = heads
-    threads = pairs // vec * config.heads
     rotate = -(-(q_heads + kv_heads) // (config.heads * config.unroll))
     chunks = ((q_nope_heads + kv_heads) * nope + kv_heads * value) // vec
-    copies = max(1, min(4, -(-chunks // threads)))
-    move = -(-chunks // (threads * copies))
-    if tokens >= MANY_TOKENS and move <= rotate:
-        return RotaryBlocks(rotate, rotate, rotate - move, copies)
-    return RotaryBlocks(rotate + move, rotate, rotate, copies)
+    return rotate + -(-chunks // (pairs // vec * config.heads * COPIES)), rotate
 
 
 @functools.cache
@@ -287,7 +269,6 @@ def gen_rope_quantize(
     value: int = 0,
     vec: int | None = None,
     config: RopeConfig | None = None,
-    copies: int = 1,
     num_heads: int = 40,
 ) -> JitSpec:
     """The kernel that rotates by a table and rounds.
@@ -304,8 +285,6 @@ def gen_rope_quantize(
         Elements per access; default: what the dimensions allow if pointers and strides are multiples of 16 bytes.
     config
         One of `rope_candidates`; default `rope_config` for `num_heads` of queries and keys.
-    copies
-        As `rotary_blocks` gives it.
     """
     d, o = canonical_dtype(dtype), canonical_dtype(out)
     pairs = rotary_dim // 2
@@ -318,7 +297,7 @@ def gen_rope_quantize(
         ("VEC", v),
         ("HEADS", config.heads),
         ("UNROLL", config.unroll),
-        ("COPIES", copies),
+        ("COPIES", COPIES),
         ("LOAD", config.load),
         ("PAIRS", pairs),
         ("NOPE", nope),
@@ -328,7 +307,7 @@ def gen_rope_quantize(
         ("SCALED", d is not o),
     )
     where = f"_append_v{value}" if append else ""
-    shape = f"{config.short}_c{copies}{'_interleave' if interleave else ''}"
+    shape = f"{config.short}{'_interleave' if interleave else ''}"
     name = f"rope_quantize_{d.short}_{o.short}_r{rotary_dim}_n{nope}{where}_v{v}_{shape}"
     template, block = "rope/rope_quantize.cu.jinja", (pairs // v, config.heads, 1)
     return JitSpec(name, template, rope_quantize_params(append), constants, block=block)
@@ -362,8 +341,8 @@ def all_specs() -> list[JitSpec]:
     ]
     e4m3, e5m2 = "float8_e4m3fn", "float8_e5m2"
     specs += [
-        gen_rope_quantize("bfloat16", e4m3, 64, 512, copies=4, num_heads=129),  # MLA
-        gen_rope_quantize("bfloat16", e4m3, 64, 512, append=True, copies=4, num_heads=129),
+        gen_rope_quantize("bfloat16", e4m3, 64, 512, num_heads=129),  # MLA
+        gen_rope_quantize("bfloat16", e4m3, 64, 512, append=True, num_heads=129),
         gen_rope_quantize("bfloat16", e4m3, 128, 0, append=True, value=128),  # Llama 3
         gen_rope_quantize("float16", e5m2, 64, 64, True, append=True, value=128),
         gen_rope_quantize("float16", e4m3, 6, 3),
@@ -371,7 +350,7 @@ def all_specs() -> list[JitSpec]:
         gen_rope_quantize("float16", "float16", 32, 32, True, append=True, value=64),
         gen_rope_quantize("float32", "float32", 64, 0, append=True, value=64),
         *(
-            gen_rope_quantize("bfloat16", "bfloat16", 128, 0, append=True, value=128, config=c, copies=2)
+            gen_rope_quantize("bfloat16", "bfloat16", 128, 0, append=True, value=128, config=c)
             for c in rope_candidates(8, 40)
         ),
     ]

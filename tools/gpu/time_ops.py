@@ -1,6 +1,6 @@
 """Time the candidate configurations of the memory-bound operators beside FlashInfer's kernels, checked against float64.
 
-`python3 tools/gpu/time_ops.py [rms|silu|add|append|rope|layer|quant|fused …]` (in common.sh's environment, after warm_flashinfer.sh wait): one line per
+`python3 tools/gpu/time_ops.py [rms|silu|add|append|rope|quant|fused …]` (in common.sh's environment, after warm_flashinfer.sh wait): one line per
 candidate: median microseconds, TB/s, percent of this run's copy bandwidth, FlashInfer's time over ours. The first is the operator's own.
 """
 
@@ -267,7 +267,7 @@ def rms(bench: Bench, quantize: str = "") -> None:
         want = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
         del wide
         variants: list[Variant] = []
-        for c in rmsnorm_candidates(hidden // 8, quantize):
+        for c in rmsnorm_candidates(hidden // 8):
             kernel = gen_rmsnorm("bfloat16", hidden, quantize=quantize, config=c).build_and_load(0)
             pointers = (x.data_ptr(), weight.data_ptr(), out.data_ptr(), *((scales.data_ptr(),) if quantize else ()))
             last = (1.0,) if quantize == "tensor" else ()
@@ -294,45 +294,6 @@ def rms(bench: Bench, quantize: str = "") -> None:
             (3.0 if quantize else 4.0) * rows * hidden,
             variants,
             lambda x=x, w=weight: calls.rmsnorm(peers.flashinfer("norm"), x, w),
-        )
-
-
-def layer(bench: Bench) -> None:
-    """layernorm with float32 weights."""
-    import torch
-
-    from pyinfer.core.device import pdl_supported
-    from pyinfer.jit.norm import gen_layernorm, layernorm_candidates
-
-    for rows, hidden in ((1, 4096), *SHAPES):
-        x = randn((rows, hidden), "bfloat16", "cuda") + 3.0
-        weight, bias = (randn((hidden,), "float32", "cuda") for _ in range(2))
-        out = torch.empty_like(x)
-        wide = x.double()
-        wide -= wide.mean(-1, keepdim=True)
-        want = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double() + bias.double()
-        del wide
-        variants: list[Variant] = []
-        for c in layernorm_candidates(hidden // 8):
-            kernel = gen_layernorm("bfloat16", "float32", hidden, config=c).build_and_load(0)
-            pointers = (x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr())
-            values = (*pointers, 0, hidden, 0, hidden, rows, rows, hidden, 1.0 / hidden, 1e-6)
-            grid = c.grid(rows)
-
-            def run(kernel: Any = kernel, grid: int = grid, values: Any = values) -> None:
-                kernel(stream(), grid, values, pdl_supported(0))
-
-            out.fill_(float("nan"))
-            run()
-            close(out, want, kernel.spec.name)
-            name = kernel.spec.name.removeprefix("layernorm_bf16_f32_")
-            variants.append((f"{name} ({kernel.resources.registers} regs, {kernel.blocks_per_sm()}/SM)", run))
-        del want
-        bench.table(
-            f"layernorm {rows}x{hidden}",
-            4.0 * rows * hidden,
-            variants,
-            lambda x=x, w=weight: calls.layernorm(peers.flashinfer("norm"), x, w),
         )
 
 
@@ -453,9 +414,10 @@ def _fused_variants(heads: int, slots: int, run: Callable[[], Any]) -> list[Vari
 
         def timed(config: Any = config, store: Any = store) -> None:
             """The candidate's own remembered calls, not another's."""
-            jit.rope_config = lambda *_: config  # type: ignore[assignment]
+            jit.rope_config, original = lambda *_: config, jit.rope_config  # type: ignore[assignment]
             _rope_launch.calls._found, _rope_launch.calls._recent = store
             run()
+            jit.rope_config = original
 
         variants.append((config.short, timed))
     return variants
@@ -463,8 +425,7 @@ def _fused_variants(heads: int, slots: int, run: Callable[[], Any]) -> list[Vari
 
 def main() -> None:
     """Run what was named, everything by default."""
-    operators = {"rms": rms, "silu": silu, "add": add, "append": append, "rope": rope, "layer": layer}
-    operators |= {"quant": quant, "fused": fused}
+    operators = {"rms": rms, "silu": silu, "add": add, "append": append, "rope": rope, "quant": quant, "fused": fused}
     bench = Bench()
     for name in sys.argv[1:] or operators:
         operators[name](bench)
