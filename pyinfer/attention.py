@@ -496,7 +496,7 @@ class BatchAttention:
         bound = launch_pod(ready.kernel, ready.pod, stream, prefill, decode, ready.plans.prefill_rate, pdl, bind=True)
         assert bound is not None
         pointers = (qv.ptr, k.ptr, v.ptr, out_view.ptr, lse_view.ptr)
-        bound(stream, *pointers, *pointers)
+        bound.behind_a_copy(stream, *pointers, *pointers)  # of the plan; later calls may start early
         given_out, given_lse, pair = out is not None, lse is not None, type(kv_cache) is tuple
         inputs: tuple[Source, ...] = ((0, 0), (1, 0), (2, 0) if pair else (1, v.ptr - k.ptr))
         remember_run(
