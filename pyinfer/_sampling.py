@@ -263,20 +263,26 @@ def _draw_seed(op: str, like: TensorView, outputs: int, generator: Any) -> tuple
 
 # ---- dispatch --------------------------------------------------------------------------------------------------------------------
 @functools.cache
-def _sample_kernel(device: int, dtype: str, source: str, filter_kind: int) -> Any:
+def _sample_kernel(device: int, dtype: str, source: str, filter_kind: int, paired: bool) -> Any:
     from pyinfer.core.device import pdl_supported
     from pyinfer.jit.sampling import gen_sample
 
-    return gen_sample(dtype, source, _FILTER_NAMES[filter_kind]).build_and_load(device), pdl_supported(device)
+    return gen_sample(dtype, source, _FILTER_NAMES[filter_kind], paired).build_and_load(device), pdl_supported(device)
+
+
+@functools.cache
+def _most_alone(device: int) -> int:
+    """Up to how many outputs each has a multiprocessor, and there a block of 1024 threads, on its own (9.0 and 10.0; elsewhere no two blocks fit)."""
+    from pyinfer.core.device import arch_number_of, num_sms
+
+    return num_sms(device) if 90 <= arch_number_of(device) < 120 else 0
 
 
 @functools.cache
 def _cluster_kernel(device: int, dtype: str, source: str, many_keys: bool) -> Any:
-    from pyinfer.core.device import arch_number_of
-    from pyinfer.jit.sampling import CANDIDATE_SLOTS, gen_sample_cluster
+    from pyinfer.jit.sampling import gen_sample_cluster
 
-    slots = CANDIDATE_SLOTS if arch_number_of(device) < 120 else 0  # 12.0 has 99 KB a block
-    return gen_sample_cluster(dtype, source, many_keys, slots).build_and_load(device)
+    return gen_sample_cluster(dtype, source, many_keys).build_and_load(device)
 
 
 @functools.lru_cache(4096)
@@ -382,7 +388,7 @@ def _sample_cuda(c: _Call) -> None:
     )  # fmt: skip
     cluster = _cluster_of(v.device, v.shape[1], v.dtype.itemsize, outputs)
     if cluster is None:
-        kernel, pdl = _sample_kernel(v.device, v.dtype.name, c.source, c.filter)
+        kernel, pdl = _sample_kernel(v.device, v.dtype.name, c.source, c.filter, outputs > _most_alone(v.device))
         kernel(current_stream(v), outputs, values, pdl)
     else:
         from pyinfer.jit.sampling import CLUSTER

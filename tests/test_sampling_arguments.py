@@ -220,11 +220,13 @@ def test_kernels_compile_without_spills(arch):
         J.gen_chain("float16"),
     ]
     if arch == "90a":
-        specs.append(J.gen_sample("bfloat16", "logits", "first"))
+        specs += [J.gen_sample("bfloat16", "logits", "first", paired) for paired in (True, False)]
+    if arch in ("90a", "100a"):
+        specs.append(J.gen_sample("float32", "probs", "joint", False))
     for spec in specs:
         resources = spec.build(arch).resources
         assert resources.spill_stores == resources.spill_loads == resources.stack == 0, f"{spec}: {resources}"
-        blocks = 2 if arch in ("90a", "100a") and spec.block == J.SAMPLE_BLOCK else 1  # on a multiprocessor
+        blocks = 2 if arch in ("90a", "100a") and spec.block == J.PAIRED_BLOCK else 1  # on a multiprocessor
         assert resources.registers * spec.block[0] * blocks <= 65536, f"{spec}: {resources}"
         assert resources.smem <= 48 * 1024
         # KB of shared memory of a multiprocessor; a block's own 1 KB is the system's

@@ -65,7 +65,7 @@ def test_factory_refuses_what_there_is_not():
 def test_a_block_fits_on_a_multiprocessor(arch):
     for many in (False, True)[: 1 if arch == "120a" else 2]:
         for source in J.SOURCES:
-            spec = J.gen_sample_cluster("bfloat16", source, many, 0 if arch == "120a" else J.CANDIDATE_SLOTS)
+            spec = J.gen_sample_cluster("bfloat16", source, many)
             resources = spec.build(arch).resources
             assert resources.spill_stores == resources.spill_loads == resources.stack == 0, resources
             assert resources.registers * 512 <= 65536

@@ -17,15 +17,14 @@ constexpr int FIRST_SHIFT = 20;  // eight bins an octave; all below 64 octaves u
 static_assert(BINS == 1 << BIN_BITS, "a bin for every thread");
 
 struct ClusterShared {
-    uint64_t of_warp[2][WARPS], spare_mass[WARPS];  // read by the cluster; the second after the next barrier, whatever that is for
+    uint64_t of_warp[2][WARPS], loaded_mass[WARPS];  // read by the cluster
     uint32_t count[2][BINS], mass_low[2][BINS], mass_high[2][BINS];  // read by the cluster; sums of the low and high 12 bits of Mass::digits
     uint64_t scan[3][WARPS];
     uint32_t digit, sure_digit;  // results of a scan over the bins
     uint64_t count_above, mass_above, count_in, mass_in;
 };
 
-// ROOM: how many candidates a thread can keep.
-template <int C, int ROOM>
+template <int C>
 struct ClusterRow {
     static constexpr int SLOTS = C * WARPS;
     static constexpr int PER_LANE = SLOTS / 32;
@@ -35,8 +34,6 @@ struct ClusterRow {
     uint4* keys;  // of this warp's run, four to a word of 16 bytes; 0: cannot be drawn
     int words;  // a lane's share of the run: word i of lane l is keys[i * 32 + l]
     uint32_t rank;
-    uint32_t* column;  // this thread's candidates, BLOCK words apart
-    int candidates = 0;  // also of those that found no room
     int turn = 0, bins_turn = 0;
 
     PYINFER_DEVICE int slot() const { return static_cast<int>(rank) * WARPS + warp_id(); }
@@ -48,39 +45,6 @@ struct ClusterRow {
             const uint4 k = keys[i * 32 + lane_id()];
             f(k.x), f(k.y), f(k.z), f(k.w);
         }
-    }
-    // f(key) for every candidate; for every key where they are too many.
-    template <typename F>
-    PYINFER_DEVICE void walk_candidates(F&& f) const {
-        const bool all_there = candidates <= ROOM;
-        const int rounds = all_there ? candidates : 4 * words;
-#pragma unroll 1
-        for (int i = 0; i < rounds; i++) {
-            f(all_there ? column[i * BLOCK] : reinterpret_cast<const uint32_t*>(keys)[(i / 4 * 32 + lane_id()) * 4 + i % 4]);
-        }
-    }
-    // Finds the candidates: the keys in [low, high]. Returns this thread's share of the mass of the keys above.
-    PYINFER_DEVICE uint64_t collect(uint32_t low, uint32_t high, int s) {
-        MassSum above(s);
-        candidates = 0;
-#pragma unroll 1
-        for (int i = 0; i < words; i++) {
-            const uint4 k = keys[i * 32 + lane_id()];
-            const uint32_t key[4] = {k.x, k.y, k.z, k.w};
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                if (key[e] > high) {
-                    above.add(key[e]);
-                } else if (key[e] >= low) {
-                    if (candidates < ROOM) {
-                        column[candidates * BLOCK] = key[e];
-                    }
-                    candidates++;
-                }
-            }
-            above.close();
-        }
-        return above.units;
     }
     // f(key) replaces the key.
     template <typename F>
@@ -106,29 +70,6 @@ struct ClusterRow {
             all[i] = load_cluster_u64(cluster_address(&sh.of_warp[turn][from % WARPS], from / WARPS));
         }
         turn ^= 1;
-    }
-    // Gives the cluster this thread's share of a sum, to be read by `spare_total` once a barrier has been passed.
-    PYINFER_DEVICE void put_spare(uint64_t own) {
-        const uint64_t of_warp = warp_sum(own);
-        if (lane_id() == 0) {
-            sh.spare_mass[warp_id()] = of_warp;
-        }
-    }
-    PYINFER_DEVICE void get_spare(uint64_t (&all)[PER_LANE]) const {
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++) {
-            const int from = lane_id() * PER_LANE + i;
-            all[i] = load_cluster_u64(cluster_address(&sh.spare_mass[from % WARPS], from / WARPS));
-        }
-    }
-    PYINFER_DEVICE uint64_t spare_total() const {
-        uint64_t all[PER_LANE], sum = 0;
-        get_spare(all);
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++) {
-            sum += all[i];
-        }
-        return warp_sum(sum);
     }
     PYINFER_DEVICE uint64_t total(uint64_t own) {
         uint64_t all[PER_LANE], sum = 0;
@@ -166,40 +107,24 @@ struct ClusterRow {
     struct Bin {
         uint64_t count, mass;
     };
-    PYINFER_DEVICE void clear_bins() {
-        sh.count[bins_turn][threadIdx.x] = 0u;
-        sh.mass_low[bins_turn][threadIdx.x] = 0u;
-        sh.mass_high[bins_turn][threadIdx.x] = 0u;
+    // Of keys in [low, high]; bin 0 holds all below base + 2^shift. With a mass, a bin must lie in one octave. All threads of the cluster call it.
+    PYINFER_DEVICE Bin histogram(uint32_t low, uint32_t high, uint32_t base, int shift, bool with_mass, int s) {
+        uint32_t *const count = sh.count[bins_turn], *const mass_low = sh.mass_low[bins_turn], *const mass_high = sh.mass_high[bins_turn];
+        count[threadIdx.x] = 0u;
+        mass_low[threadIdx.x] = 0u;
+        mass_high[threadIdx.x] = 0u;
         __syncthreads();
-    }
-    // Counts of all keys in [low, high]; bin 0 holds all below base + 2^shift. All threads of the cluster call it.
-    PYINFER_DEVICE uint64_t counts(uint32_t low, uint32_t high, uint32_t base, int shift) {
-        clear_bins();
         walk([&](uint32_t key) {
             if (key >= low && key <= high) {
-                atomicAdd(&sh.count[bins_turn][(max_of(key, base) - base) >> shift], 1u);
-            }
-        });
-        return gather_bins(0, false, 0, 0).count;
-    }
-    // Of candidates in [low, high]. With a mass, a bin must lie in one octave. All threads of the cluster call it.
-    PYINFER_DEVICE Bin histogram(uint32_t low, uint32_t high, uint32_t base, int shift, bool with_mass, int s) {
-        clear_bins();
-        walk_candidates([&](uint32_t key) {
-            if (key >= low && key <= high) {
-                const uint32_t digit = (key - base) >> shift;
-                atomicAdd(&sh.count[bins_turn][digit], 1u);
+                const uint32_t digit = (max_of(key, base) - base) >> shift;
+                atomicAdd(&count[digit], 1u);
                 if (with_mass) {
                     const uint32_t digits = mass_of(key, s).digits;
-                    atomicAdd(&sh.mass_low[bins_turn][digit], digits & 0xfffu);
-                    atomicAdd(&sh.mass_high[bins_turn][digit], digits >> 12);
+                    atomicAdd(&mass_low[digit], digits & 0xfffu);
+                    atomicAdd(&mass_high[digit], digits >> 12);
                 }
             }
         });
-        return gather_bins(base, with_mass, shift, s);
-    }
-    PYINFER_DEVICE Bin gather_bins(uint32_t base, bool with_mass, int shift, int s) {
-        const uint32_t *const count = sh.count[bins_turn], *const mass_low = sh.mass_low[bins_turn], *const mass_high = sh.mass_high[bins_turn];
         __syncwarp();
         cluster_sync();
         const uint32_t own = BINS - 1 - threadIdx.x;
@@ -250,7 +175,7 @@ struct ClusterRow {
         const uint32_t top_digit = top >> FIRST_SHIFT;
         uint32_t base = (top_digit >= BINS ? top_digit - (BINS - 1) : 0u) << FIRST_SHIFT;
         {
-            const uint64_t count = counts(lowest, top, base, FIRST_SHIFT);
+            const uint64_t count = histogram(lowest, top, base, FIRST_SHIFT, false, s).count;
             const uint32_t bin = BINS - 1 - threadIdx.x;
             const uint32_t lower = bin == 0 ? lowest : max_of(base + (bin << FIRST_SHIFT), lowest);
             const uint32_t upper = base + (bin << FIRST_SHIFT) + ((1u << FIRST_SHIFT) - 1u);
@@ -271,16 +196,15 @@ struct ClusterRow {
         uint32_t low = sh.digit == 0 ? lowest : max_of(base + (sh.digit << FIRST_SHIFT), lowest);
         uint32_t high = min_of(base + (sh.sure_digit << FIRST_SHIFT) + ((1u << FIRST_SHIFT) - 1u), top);
         uint64_t count_above = sh.count_above, mass_above = 0;
-        put_spare(collect(low, high, s));
+        if (with_mass && high < top) {
+            mass_above = total(own_mass(high + 1u, s));
+        }
 #pragma unroll 1
-        for (int round = 0;; round++) {
+        for (;;) {
             int shift = max_of(32 - __clz(static_cast<int>(high - low)) - BIN_BITS, 0);
             shift += (high >> shift) - (low >> shift) >= BINS;
             base = low >> shift << shift;
             const Bin bin = histogram(low, high, base, shift, with_mass, s);
-            if (round == 0) {
-                mass_above = spare_total();
-            }
             const uint32_t digit = BINS - 1 - threadIdx.x;
             uint64_t above[2] = {bin.count, bin.mass}, all[2];
             scan(above, all);

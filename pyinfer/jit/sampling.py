@@ -9,19 +9,14 @@ from pyinfer.core.params import Field, ParamStruct, f32, i32, i64, ptr, u64
 from pyinfer.jit.spec import JitModule, JitSpec
 
 BLOCK = (1024, 1, 1)
-SAMPLE_BLOCK = (512, 1, 1)  # two on a multiprocessor of 9.0 and 10.0: one streams while the other searches
-OWN_SLOTS, ASIDE_SLOTS = (
-    20,
-    12,
-)  # a thread's room for candidates (sampling/keep.cuh): 71 KB a block, 95 with the histograms
+PAIRED_BLOCK = (512, 1, 1)  # two on a multiprocessor of 9.0 and 10.0: one streams while the other searches
+# A thread's room for candidates, of its own and aside (sampling/keep.cuh): 71 KB a block of 512, 69 a block of 1024; 25 for the histograms come on top.
+_ROOM = {512: (20, 12), 1024: (10, 6)}
 CLUSTER_BLOCK = (512, 1, 1)
 CLUSTER = 8  # blocks a row
 KEYS_PER_WARP = 1280  # 80 KB a block
-CANDIDATE_SLOTS = 16  # 32 KB a block
 MANY_KEYS_PER_WARP = 2304  # 144 KB a block: 262,144 tokens in a cluster of 8
 DTYPES = ("float32", "bfloat16", "float16")
-_ROOM = (("own_slots", OWN_SLOTS), ("aside_slots", ASIDE_SLOTS))
-_ROOM_BYTES = SAMPLE_BLOCK[0] * (4 * (OWN_SLOTS + ASIDE_SLOTS) + ASIDE_SLOTS)
 SOURCES = ("probs", "logits")
 FILTERS = ("all", "min_p", "joint", "first")
 """What a sampler keeps: everything; p >= min_p * max; top_k and top_p on the given values; top_p on what top_k keeps, renormalised."""
@@ -97,23 +92,35 @@ CHAIN = ParamStruct(
 )
 
 
+def _room(block: tuple[int, int, int]) -> tuple[tuple[tuple[str, int], ...], int]:
+    """Constants of a kernel that searches for a filter's boundary, and its shared memory in bytes."""
+    own, aside = _ROOM[block[0]]
+    return (("own_slots", own), ("aside_slots", aside)), block[0] * (4 * (own + aside) + aside)
+
+
 @functools.cache
-def gen_sample(dtype: str, source: str = "probs", filter: str = "all") -> JitSpec:
-    """A sampler over rows of `source` ("probs", "logits") of `dtype` under `filter` (one of FILTERS)."""
+def gen_sample(dtype: str, source: str = "probs", filter: str = "all", paired: bool = True) -> JitSpec:
+    """A sampler over rows of `source` ("probs", "logits") of `dtype` under `filter` (one of FILTERS).
+
+    paired: two blocks of 512 threads share a multiprocessor of 9.0 and 10.0; else one of 1024 has it, for calls that do not fill the GPU. Other
+    architectures have shared memory for one block of 512, and no registers for one of 1024.
+    """
     if source not in SOURCES or filter not in FILTERS:
         raise ValueError(
             f"gen_sample: no such kernel: got source={source!r}, filter={filter!r}, wanted one of {SOURCES} and one of {FILTERS}."
         )
     t = canonical_dtype(dtype)
-    constants = (("scalar_t", t.ctype), ("source", source), ("filter", filter))
-    room = _ROOM if filter in ("joint", "first") else ()
+    block = PAIRED_BLOCK if paired else BLOCK
+    room, smem = _room(block) if filter in ("joint", "first") else ((), 0)
     return JitSpec(
-        f"sample_{source}_{filter}_{t.short}",
+        f"sample_{'' if paired else 'alone_'}{source}_{filter}_{t.short}",
         "sampling/sample.cu.jinja",
         SAMPLE,
-        (*constants, *room),
-        SAMPLE_BLOCK,
-        smem=_ROOM_BYTES if room else 0,
+        (("scalar_t", t.ctype), ("source", source), ("filter", filter), ("paired", paired), *room),
+        block,
+        smem=smem,
+        min_arch=80 if paired else 90,
+        max_arch=1 << 30 if paired else 119,
     )
 
 
@@ -127,28 +134,19 @@ def cluster_keys_per_warp(vocab: int, itemsize: int) -> int:
 
 
 @functools.cache
-def gen_sample_cluster(dtype: str, source: str, many_keys: bool = False, slots: int = CANDIDATE_SLOTS) -> JitSpec:
-    """The samplers of gen_sample, all filters in one kernel, a cluster of blocks per output; the row must fit (`cluster_keys_per_warp`).
-
-    slots: a thread's room for candidates; 0, for 12.0, makes every search look at all keys.
-    """
+def gen_sample_cluster(dtype: str, source: str, many_keys: bool = False) -> JitSpec:
+    """The samplers of gen_sample, all filters in one kernel, a cluster of blocks per output; the row must fit (`cluster_keys_per_warp`)."""
     if source not in SOURCES:
         raise ValueError(f"gen_sample_cluster: no such kernel: got source={source!r}, wanted one of {SOURCES}.")
     t = canonical_dtype(dtype)
     keys = MANY_KEYS_PER_WARP if many_keys else KEYS_PER_WARP
-    constants = (
-        ("scalar_t", t.ctype),
-        ("source", source),
-        ("cluster", CLUSTER),
-        ("slots", slots),
-    )
     return JitSpec(
-        f"sample_cluster_{source}_{'many_' if many_keys else ''}{'' if slots else 'tight_'}{t.short}",
+        f"sample_cluster_{source}_{'many_' if many_keys else ''}{t.short}",
         "sampling/sample_cluster.cu.jinja",
         SAMPLE_CLUSTER,
-        constants,
+        (("scalar_t", t.ctype), ("source", source), ("cluster", CLUSTER)),
         CLUSTER_BLOCK,
-        smem=CLUSTER_BLOCK[0] // 32 * keys * 4 + CLUSTER_BLOCK[0] * slots * 4,
+        smem=CLUSTER_BLOCK[0] // 32 * keys * 4,
         min_arch=90,
         cluster=(CLUSTER, 1, 1),
     )
@@ -165,8 +163,9 @@ def gen_softmax(dtype: str) -> JitSpec:
 def gen_renorm(dtype: str) -> JitSpec:
     """top_k_renorm_probs and top_p_renorm_probs."""
     t = canonical_dtype(dtype)
-    constants = (("scalar_t", t.ctype), *_ROOM)
-    return JitSpec(f"renorm_{t.short}", "sampling/renorm.cu.jinja", RENORM, constants, SAMPLE_BLOCK, smem=_ROOM_BYTES)
+    room, smem = _room(PAIRED_BLOCK)
+    constants = (("scalar_t", t.ctype), ("paired", True), *room)
+    return JitSpec(f"renorm_{t.short}", "sampling/renorm.cu.jinja", RENORM, constants, PAIRED_BLOCK, smem=smem)
 
 
 @functools.cache
@@ -186,9 +185,15 @@ def gen_chain(dtype: str) -> JitSpec:
 @functools.cache
 def all_specs() -> tuple[JitSpec, ...]:
     """Every kernel of the family."""
-    specs = [gen_sample(d, s, f) for d in DTYPES for s in SOURCES for f in FILTERS if (s, f) != ("logits", "min_p")]
+    specs = [
+        gen_sample(d, s, f, paired)
+        for d in DTYPES
+        for s in SOURCES
+        for f in FILTERS
+        for paired in (False, True)
+        if (s, f) != ("logits", "min_p")
+    ]
     specs += [gen_sample_cluster(d, s, many) for d in DTYPES for s in SOURCES for many in (False, True)]
-    specs += [gen_sample_cluster(d, s, slots=0) for d in DTYPES for s in SOURCES]
     return (*specs, *(g(d) for d in DTYPES for g in (gen_softmax, gen_renorm, gen_mask_logits, gen_chain)))
 
 
