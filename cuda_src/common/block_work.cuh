@@ -2,7 +2,6 @@
 #pragma once
 #include "common/attention_variant.cuh"
 
-
 // A work item as the roles read it. Its keys are tiles of TILE_KV from first_key on, which begin where boxes do: of a paged cache, a box is part of one
 // page. An item without keys has one tile, all masked, so that no role needs a case of its own.
 template <int TILE_KV>
