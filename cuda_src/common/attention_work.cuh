@@ -7,17 +7,17 @@
 struct AttentionWork {
     int request;
     int kv_head;
-    int row_begin;   // first packed row, within the request
-    int row_count;   // 0: this block has nothing to do
-    int kv_begin;    // keys [kv_begin, kv_end)
+    int row_begin;  // first packed row, within the request
+    int row_count;  // 0: this block has nothing to do
+    int kv_begin;  // keys [kv_begin, kv_end)
     int kv_end;
     int split;
     int num_splits;
-    int slot;        // of split 0 in the partial buffers
-    int semaphore;   // row of the semaphore array
-    int qo_begin;    // the request's first query token in q, out and lse
-    int kv_base;     // its first page table entry, or (ragged) its first token in k and v
-    int diagonal;    // kv_len - qo_len
+    int slot;  // of split 0 in the partial buffers
+    int semaphore;  // row of the semaphore array
+    int qo_begin;  // the request's first query token in q, out and lse
+    int kv_base;  // its first page table entry, or (ragged) its first token in k and v
+    int diagonal;  // kv_len - qo_len
 };
 
 // Starts the fetch of what is read after the item that names the request, while that is read: the requests' page ranges and lengths (three sections
