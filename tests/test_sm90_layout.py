@@ -103,7 +103,9 @@ def test_box_address(kernel):
     """`load_tile` above is what the source does."""
     source = kernel[1]
     assert "const uint32_t to = tiles + tile.slot() * bytes + lane * rows * 128;" in source
-    assert "tma_load_4d(to + x / 64 * KV_BLOCK, map, full + 8 * tile.slot(), x, here.slot, kv_head, here.page);" in source
+    assert (
+        "tma_load_4d(to + x / 64 * KV_BLOCK, map, full + 8 * tile.slot(), x, here.slot, kv_head, here.page);" in source
+    )
 
 
 def test_queries(kernel):

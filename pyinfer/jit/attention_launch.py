@@ -223,6 +223,7 @@ def prepare_attention(
         return _fp8().prepare(device, plan, plan_buffer_ptr, soft_cap, config, out, options, False)
     if config is None:
         config = _config_of(device, plan.shape, dtype, kv, options)
+        config = attention_sm90.with_cap(config) if soft_cap else config
         if merge and isinstance(config, AttentionConfig):
             case = (_arch_number(device), plan, plan_buffer_ptr, config, kv.itemsize, _shape_options(options))
             even = attention_even.choose(*case)
@@ -374,6 +375,7 @@ def launch_attention(
     if config is None:
         rows, dims = plan.tile_q, (plan.head_dim_qk, plan.head_dim_vo)
         config = _covered(device, q, k, v, out, kv_layout, plan.page_size, dims, rows, options, aligned, rows)
+        config = attention_sm90.with_cap(config) if logits_soft_cap > 0.0 else config
     case = (device, plan, plan_buffer_ptr, q.dtype, logits_soft_cap > 0.0, config, k.dtype, out.dtype, options, aligned)
     ready = prepare_attention(*case) if extras.merge else prepare_attention(*case, False)  # as plan() asked: a cache
     indices = kv_indices_ptr if plan.page_size else 0
@@ -469,6 +471,7 @@ def launch_single(
         config = _covered(device, q, k, v, out, kv_layout, 0, dims, rows, options, aligned) or device_config(
             device, q.dtype, dim_qk, dim_vo, rows, k.dtype, options
         )
+        config = attention_sm90.with_cap(config) if logits_soft_cap > 0.0 else config
     tiles = -(-rows // config.tile_q)
     partial_o = workspace_ptr + SINGLE_SEMAPHORE_BYTES
     partial_lse = partial_o + partial_bytes(tiles * num_splits, num_kv_heads, config.tile_q, dim_vo)[0]

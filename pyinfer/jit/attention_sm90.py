@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pyinfer.core import tensormap
@@ -167,13 +167,13 @@ def candidates(
         two = make(128, q_buffers=2)
         if not high:
             return (two,)
-        return (three(80), three(80, stages=3), three(80, overlap=False), three(80, dynamic=False), two)
+        return (three(80), three(80, overlap=False), three(80, dynamic=False), two)
     if head_dim_qk <= 192 and vo <= 128:
         two = make(128)
-        return (make(96, q_buffers=2), three(80, q_buffers=1), three(80, q_buffers=1, stages=3), two) if high else (two,)
+        return (make(96, q_buffers=2), two) if high else (two,)
     if largest <= 192:
         return (make(96),)
-    return (make(80), make(80, overlap=False))
+    return (make(80, overlap=False), make(80))
 
 
 def fills_192(packed_rows: int) -> bool:
@@ -338,7 +338,8 @@ def all_specs() -> list[JitSpec]:
         for dtype in dtypes:
             for variant in variants:
                 for source in SOURCES if len(dtypes) > 1 else SOURCES[i % 2 : i % 2 + 1]:
-                    found[gen_prefill_sm90(config, dtype, source, variant, options)] = None
+                    taken = with_cap(config) if variant == "softcap" else config
+                    found[gen_prefill_sm90(taken, dtype, source, variant, options)] = None
     # Short requests, and pages of any size.
     for dim in (64, 128, 256):
         others = [candidates(dim, dim, MIN_ROWS)[0], gathering(dim, dim)] + [candidates(dim, dim, 64)[0]] * (dim <= 128)
@@ -361,13 +362,20 @@ def reachable_specs(
         if config is not None:
             for page_size in (0, 1) if source == "plan" else (0,):
                 taken = for_pages(config, page_size)
+                taken = with_cap(taken) if variant == "softcap" else taken
                 specs[gen_prefill_sm90(taken, dtype, source, variant, options, out_dtype)] = None
     return list(specs)
 
 
 @functools.cache
 def kernel_of(
-    device: int, config: Sm90Config, dtype: DType, source: str, variant: str, options: AttentionOptions, out_dtype: DType
+    device: int,
+    config: Sm90Config,
+    dtype: DType,
+    source: str,
+    variant: str,
+    options: AttentionOptions,
+    out_dtype: DType,
 ) -> Kernel:
     """The loaded kernel of a CUDA device."""
     return gen_prefill_sm90(config, dtype, source, variant, options, out_dtype).build_and_load(device)
@@ -389,6 +397,15 @@ def gathering(head_dim_qk: int, head_dim_vo: int) -> Sm90Config:
     if largest <= 128:
         return make(96, stages=3, q_buffers=2)
     return make(64, stages=3) if head_dim_qk <= 192 and head_dim_vo <= 128 else make(64)
+
+
+@functools.cache
+def with_cap(config: Any) -> Any:
+    """The configuration for soft-capped logits, which take registers where tiles are large: of fewer keys there. Plans stay as they are."""
+    if isinstance(config, Sm90Config) and not config.gather:
+        most = {64: 96 if config.consumers == 3 else 128, 256: 64}.get(config.head_dim_vo, 128)
+        return replace(config, tile_kv=min(config.tile_kv, most))
+    return config
 
 
 def box_rows(config: Sm90Config, page_size: int) -> int:
