@@ -77,7 +77,7 @@ def install(monkeypatch: Any, record: bool = True) -> list[tuple[Any, ...]]:
 def names_of_launches(monkeypatch: Any) -> list[str]:
     """The names of the kernels that are launched from now on, also on a GPU; but for those of remembered calls, which go to the driver by themselves."""
     names: list[str] = []
-    direct, bound = launch.Kernel.__call__, launch.BoundLaunch.__call__
+    direct, bound, behind = launch.Kernel.__call__, launch.BoundLaunch.__call__, launch.BoundLaunch.behind_a_copy
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         names.append(self.spec.name)
@@ -87,6 +87,11 @@ def names_of_launches(monkeypatch: Any) -> list[str]:
         names.append(self.kernel.spec.name)
         bound(self, *args)
 
+    def call_behind(self: Any, *args: Any) -> None:
+        names.append(self.kernel.spec.name)
+        behind(self, *args)
+
     monkeypatch.setattr(launch.Kernel, "__call__", call)
+    monkeypatch.setattr(launch.BoundLaunch, "behind_a_copy", call_behind)
     monkeypatch.setattr(launch.BoundLaunch, "__call__", call_bound)
     return names

@@ -37,6 +37,7 @@ def launched(monkeypatch, lens: list[int], heads: tuple[int, int, int] = (32, 8,
     return name, grid[0], fields, np.frombuffer(fields["table"], np.int32).tolist()
 
 
+@pytest.mark.cpu
 def test_short_requests_take_a_cluster_each(monkeypatch):
     name, grid, fields, table = launched(monkeypatch, [1000, 90])
     assert "_even_" in name and "_w4_" in name and name.endswith("_x8") and grid == 2 * 8 * 8
@@ -91,6 +92,7 @@ def captured(monkeypatch, lens: list[int], pages: int, heads: tuple[int, int, in
     return submitted[-1][0], submitted[-1][1][0]
 
 
+@pytest.mark.cpu
 def test_captured_launches_do_not_depend_on_the_lengths(monkeypatch):
     """A graph keeps its kernel: which one follows from the buffers alone, also where the first plan is of empty requests."""
     for lens in ([0, 0], [5, 0], [700, 900]):

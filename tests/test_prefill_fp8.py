@@ -210,6 +210,7 @@ def test_no_kernel(case, message):
         fp8.check_case("prefill", *case)
 
 
+@pytest.mark.cpu
 def test_support(monkeypatch):
     """A GPU before Hopper is said to have no kernel, before anything is launched, and so are odd pages."""
     from pyinfer.core import device

@@ -178,8 +178,7 @@ def model_specs(model: ModelConfig, arch: int) -> list[JitSpec]:
 
 def _attention(model: ModelConfig, arch: int) -> list[JitSpec]:
     from pyinfer.jit import attention_sm90
-    from pyinfer.jit.attention import DECODE_ROWS, SOURCES, attention_config, gen_attention
-    from pyinfer.jit.attention_config import wide_decode_config
+    from pyinfer.jit.attention import DECODE_ROWS, SOURCES, attention_config, gen_attention, planned_decode_specs
     from pyinfer.jit.cascade import gen_merge_state, gen_merge_states
     from pyinfer.jit.replan import all_specs as all_replan_specs
 
@@ -189,9 +188,8 @@ def _attention(model: ModelConfig, arch: int) -> list[JitSpec]:
     sizes = [rows for rows in (DECODE_ROWS, 64) if rows >= group] + [1 << 20]
     configs = [attention_config(arch, model.dtype, dim, dim, rows) for rows in sizes]
     specs = [gen_attention(c, model.dtype, dim, dim, source, variant) for c in configs for source in SOURCES]
-    wide = wide_decode_config(arch, dim, dim)
-    if wide is not None and group <= DECODE_ROWS:
-        specs.append(gen_attention(wide, model.dtype, dim, dim, "plan", variant))
+    if group <= DECODE_ROWS:
+        specs += planned_decode_specs(arch, model.dtype, dim, dim, variant)
     specs += all_replan_specs()
     for source in SOURCES:
         specs += attention_sm90.reachable_specs(arch, model.dtype, dim, dim, source, variant)
