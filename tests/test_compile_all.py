@@ -33,7 +33,13 @@ HOPPER = frozenset({"attention_sm90", "attention_fp8"})
 """Families for 9.0a alone; their kernels hold several roles, and may take half as long again."""
 HOT = frozenset(FAMILIES)
 """Families whose kernels must neither spill nor use a stack frame."""
-_ADVISORIES = ("C7508", "C7510", "C7512", "C7513", "C7515")  # setmaxnreg was ignored; wgmma was serialised, for four reasons
+_ADVISORIES = (
+    "C7508",
+    "C7510",
+    "C7512",
+    "C7513",
+    "C7515",
+)  # setmaxnreg was ignored; wgmma was serialised, for four reasons
 
 _artifacts: dict[tuple[str, str], tuple[JitSpec, Artifact]] = {}
 

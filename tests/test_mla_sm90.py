@@ -453,6 +453,16 @@ def test_module(monkeypatch):
     monkeypatch.setenv("PYINFER_CUDA_ARCH_LIST", "8.0")
     with pytest.raises(ValueError, match="gen_batch_mla_module: backend needs a Hopper GPU: got 'fa3'"):
         mla.gen_batch_mla_module("fa3", "float16", "float16", "float16")
+    with pytest.raises(TypeError, match="dtype_o differs from dtype_q: got float16, wanted bfloat16"):
+        mla.gen_batch_mla_module("auto", "bfloat16", "bfloat16", "float16")
+    with pytest.raises(
+        ValueError, match="dtype_kv is not covered by backend 'fa3': got float8_e4m3fn, wanted bfloat16"
+    ):
+        mla.gen_batch_mla_module("fa3", "bfloat16", "float8_e4m3fn", "bfloat16")
+    with pytest.raises(
+        ValueError, match="kv_data_type is not covered by backend 'fa3': got 8-bit floats, wanted float16"
+    ):
+        mla.choose_config(90, 64, 64, "fa3", 1)
 
 
 @pytest.mark.compile

@@ -364,4 +364,4 @@ def all_specs() -> list[JitSpec]:
         gen_layernorm("float16", "float32", 111),
         gen_layernorm("bfloat16", "float32", 65536),
     ]
-    return list(dict.fromkeys([*specs, *qk_norm_rope.all_specs()]))
+    return list(dict.fromkeys([*specs, *qk_norm_rope.specs()]))

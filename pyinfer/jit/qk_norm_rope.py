@@ -73,7 +73,7 @@ def gen_qk_norm_rope(
     return JitSpec(name, "norm/qk_norm_rope.cu.jinja", params, constants, block=(threads, 1, 1))
 
 
-def all_specs() -> list[JitSpec]:
+def specs() -> list[JitSpec]:
     """What is worth building ahead (Wan's 12, 24 and 40 heads), and what is compiled for every architecture by the tests."""
     wan = [gen_qk_norm_rope("bfloat16", "bfloat16", 128, heads, True, True) for heads in (12, 24, 40)]
     return [
