@@ -27,14 +27,15 @@ NOT_MEASURED = "*Not measured yet.*\n"
 SHOWN: dict[str, tuple[str, ...]] = {
     "decode": ("decode 32/8 *",),
     "memory_bound": (
-        "*norm* 1×4096*",
-        "*norm* 4096×4096*",
-        "silu* 1×4096*",
-        "silu* 4096×4096*",
-        "silu* 16384×*",
-        "rmsnorm 16384×*",
-        "apply_rope_* 4096 *",
-        "append_* 4096 *",
+        "rmsnorm *",
+        "fused_add_rmsnorm *",
+        "silu_and_mul *",
+        "*quant 16384*",
+        "layernorm 1*",
+        "apply_rope* 1 *32/8*",
+        "apply_rope* 16384 *",
+        "append_paged_kv_cache 1* page 16*",
+        "rope_*append* 16384 *",
     ),
     "host_cost": (
         "host plan decode*",
