@@ -175,7 +175,7 @@ class BatchRun:
             self._prepare(plan, ref.device)
 
     def _start(self, bound: BoundLaunch, pdl: bool, *arguments: int) -> None:
-        """Launch. What may start early waits for the kernel before it: behind a plan's copy it was seen to read the plan that was there before."""
+        """Launch. What may start early waits for the kernel before it; behind a plan's copy, which is no kernel, it does not start early."""
         launch = bound.behind_a_copy if self._fresh and pdl else bound
         self._fresh = False
         launch(*arguments)

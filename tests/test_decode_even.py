@@ -14,6 +14,14 @@ from tests.arrays import Backend, assert_close, assert_same_bits
 from tests.attention_cases import Shape
 
 
+@pytest.fixture(autouse=True)
+def no_stub_stays():
+    """Kernels are cached by what they do, not by who built them: a stub's would serve the GPU tests behind it, and launch nothing."""
+    yield
+    for cached in (attention_launch._kernel, attention_launch._planned, attention_launch.prepare_attention):
+        cached.cache_clear()
+
+
 def launched(monkeypatch, lens: list[int], heads: tuple[int, int, int] = (32, 8, 128), page_size: int = 16, **options):
     """Plan and run a batch on the stub of an H200; returns (kernel name, grid, fields, table) of the launch."""
     torch = pytest.importorskip("torch")
@@ -49,6 +57,7 @@ def test_short_requests_take_a_cluster_each(monkeypatch):
         assert warps in name and name.endswith("_x8") and grid == 8 * 8
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("lens", [[16] * 3, [1024] * 16, [5] * attention_even.MOST_REQUESTS])
 def test_unsplit_requests_take_a_block_each(monkeypatch, lens):
     name, grid, fields, table = launched(monkeypatch, lens)
@@ -58,6 +67,7 @@ def test_unsplit_requests_take_a_block_each(monkeypatch, lens):
     assert table[at : at + len(lens)] == lens
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("lens", "options"),
     [
@@ -261,6 +271,7 @@ def test_bf16_queries_of_8_bit_keys(rng, backend_arrays, device, magnitude):
         assert (got[i] - want).abs().max() <= 2e-2 * want.abs().max()
 
 
+@pytest.mark.cpu
 def test_the_first_launch_behind_a_plan_does_not_start_early(monkeypatch):
     """Programmatic dependent launch orders kernels, and a plan comes by a copy."""
     torch = pytest.importorskip("torch")

@@ -250,7 +250,7 @@ class BoundLaunch:
         self._pack_pointers = pack
 
     def behind_a_copy(self, stream: int, *pointers: int) -> None:
-        """The same launch, once, without programmatic dependent launch: that waits for the kernel before, and was seen to overtake a copy in between."""
+        """The same launch, once, without programmatic dependent launch: that waits for the kernel before, and a copy stands in between."""
         slot = self._slot.own
         self._pack_pointers(slot.params, 0, *pointers)
         config = _CONFIG.unpack_from(slot.config)

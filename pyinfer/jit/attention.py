@@ -265,12 +265,7 @@ def planned_decode_specs(
     kv = canonical_dtype(dtype if kv_dtype is None else kv_dtype)
     base = attention_config(arch, dtype, head_dim_qk, head_dim_vo, DECODE_ROWS, kv, options)
     wide = wide_decode_config(arch, head_dim_qk, head_dim_vo, kv.itemsize, options)
-    made = [
-        (config, source)
-        for config in (base, wide)
-        if config is not None
-        for source in ("plan", "even")[: 1 + (arch >= 90)]
-    ]
+    made = [(config, source) for config in (base, wide) if config is not None for source in ("plan", "even")]
     for cluster in cluster_configs(arch, head_dim_qk, head_dim_vo, kv.itemsize, options):
         made += [(cluster, "even"), (cluster, "even_plan")]
     dims = head_dim_qk, head_dim_vo

@@ -68,8 +68,6 @@ def choose(
     It does where the caller decides about splits, so that bits do not depend on which kernel runs; and where requests differ too much to be cut alike.
     """
     shape = plan.shape
-    if arch < 90:
-        return None  # NOTE: as compute_80 PTX on an H200 test_fast_decode_plan differed between two runs of this, for a reason not found yet
     if options.mask or options.multi_item or options.user is not None:
         return None  # these look at other lists of the plan
     if shape.capacity is not None:
@@ -100,7 +98,7 @@ def choose(
 def captured_config(arch: int, shape: PlanShape, kv_itemsize: int, options: AttentionOptions) -> AttentionConfig | None:
     """In CUDA graph mode, for all plans of a shape or for none: the clusters that read lengths where plan() and replan() write them, and no list."""
     capacity = shape.capacity
-    if arch < 90 or capacity is None or capacity.max_pages == 0 or not _may_cut(shape) or options.user is not None:
+    if capacity is None or capacity.max_pages == 0 or not _may_cut(shape) or options.user is not None:
         return None
     keys = capacity.max_pages * max(shape.page_size, 1) // CAPTURED_SHARE
     return _cluster(arch, shape, capacity.max_batch, keys, keys, kv_itemsize, options)
