@@ -12,7 +12,7 @@ import pyinfer
 from pyinfer.core.dtypes import canonical_dtype
 from pyinfer.jit import attention_sm90, compiler, env
 from pyinfer.jit.attention import SOURCES, attention_config, gen_attention
-from pyinfer.jit.attention_config import wide_decode_config
+from pyinfer.jit.attention_config import cluster_configs, wide_decode_config
 from pyinfer.jit.warmup import ModelConfig, model_specs, warmup
 
 SMOLLM2 = ModelConfig(num_qo_heads=9, num_kv_heads=3, head_dim=64, hidden_size=576, intermediate_size=1536)
@@ -44,10 +44,12 @@ def test_every_attention_configuration_is_covered(model, arch):
     reachable = {
         gen_attention(c, model.dtype, model.head_dim, model.head_dim, s).name for c in configs for s in SOURCES
     }
-    wide = wide_decode_config(arch, model.head_dim, model.head_dim)  # for few requests, from plans
-    if wide is not None and group <= 16:
-        reachable.add(gen_attention(wide, model.dtype, model.head_dim, model.head_dim, "plan").name)
     dim = model.head_dim
+    if group <= 16:  # decode plans: of their list or without it, a wide block for few requests, clusters
+        decode = {attention_config(arch, model.dtype, dim, dim, group), wide_decode_config(arch, dim, dim)} - {None}
+        made = {(c, source) for c in decode for source in ("plan", "even")}
+        made |= {(c, source) for c in cluster_configs(arch, dim, dim) for source in ("even", "even_plan")}
+        reachable |= {gen_attention(c, model.dtype, dim, dim, source).name for c, source in made}
     hopper = {attention_sm90.config_for(arch, canonical_dtype(model.dtype), dim, dim, r) for r in rows} - {None}
     for page_size, sources in ((0, SOURCES), (16, ["plan"]), (1, ["plan"])):
         kernels = {(attention_sm90.for_pages(c, page_size), source) for c in hopper for source in sources}
