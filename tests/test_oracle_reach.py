@@ -48,7 +48,8 @@ def in_grid(op: str, device: str, factor: str) -> set[Any]:
 @EVERY
 def test_dtypes(op, device):
     argument = TYPE.get(op, "q_data_type")
-    assert taken(op, device, argument, DTYPES) == in_grid(op, device, "dtype")
+    # Queries of 8 bits, on Hopper, have options, a reference and cases of their own: tests/test_prefill_fp8.py.
+    assert taken(op, device, argument, DTYPES) - {"float8_e4m3fn"} == in_grid(op, device, "dtype")
     if argument == "data_type" or op == "prefix_prefill":
         return  # one dtype for all
     for dtype in sorted(in_grid(op, device, "dtype")):
